@@ -1,0 +1,201 @@
+"""Cuts a subnet out of a supernet: a smaller model of the stock class, or of the static class of its family."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..errors import ExportError
+from ..layers import Region
+from ..parts import LayerPart, LayerShape
+from ..space import Architecture, Value
+from ..supernet import Loadability, Supernet
+from .static_form import static_class, static_config, static_state_dict
+
+
+def extract(
+    supernet: Supernet, architecture: Architecture | Mapping[str, Value], *, loadability: Loadability | None = None
+) -> PreTrainedModel:
+    """Copies a subnet into a model of its own, compact: nothing of it is larger than the subnet.
+
+    Layers skipped as a whole are dropped and the others renumbered. The model equals the supernet with the
+    architecture active (fp32: within 1e-5 · max|logit|), is in evaluation mode, on the supernet's device and in its
+    dtype, and shares no memory with it.
+
+    Args:
+        supernet: where from; unchanged.
+        architecture: what.
+        loadability: form of the result. By default the stock class if it holds the subnet, else the static class
+            (``remote-code``); ``stock-padded`` gives the stock class, padded with zeros.
+
+    Returns:
+        A stock model, or an ``elastic_bert`` / ``elastic_llama`` / ``elastic_gpt2`` one.
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
+        ExportError: the form asked for cannot hold it, or its family has no static class.
+    """
+    point = architecture if isinstance(architecture, Architecture) else supernet.space.canonical(architecture)
+    natural = supernet.loadability(point)
+    form = loadability or ("stock" if natural == "stock" else "remote-code")
+    _check_form(supernet, form, natural)
+    cut = _Cut.of(supernet, point)
+    if form == "remote-code":
+        return _static_model(supernet, cut)
+    target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
+    state = cut.state_dict(target if form == "stock-padded" else None)
+    config = _stock_config(supernet, cut, target)
+    return _build(type(supernet.model), config, state, supernet.model)
+
+
+def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
+    ladder = ("stock", "stock-padded", "remote-code")
+    if form not in ladder:
+        raise ExportError(f"loadability={form!r} is not one of {', '.join(ladder)}")
+    if ladder.index(form) < ladder.index(natural):
+        raise ExportError(
+            f"a {form!r} checkpoint cannot hold this architecture, it needs {natural!r}; "
+            f"export with loadability={natural!r}, or search a space made with ElasticConfig(loadability={form!r})"
+        )
+    if form == "remote-code" and supernet.family.static_type is None:
+        raise ExportError(
+            f"family {supernet.family.model_type!r} names no static class to hold per-layer shapes; "
+            "make the space with ElasticConfig(loadability='stock') or export with loadability='stock-padded'"
+        )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Layers that stay, their shapes, and the weights to cut them from."""
+
+    kept: tuple[tuple[LayerPart, LayerShape], ...]
+    regions: dict[str, Region]
+    weights: dict[str, Tensor]
+    prefix: str
+
+    @classmethod
+    def of(cls, supernet: Supernet, architecture: Architecture) -> _Cut:
+        pairs = [(part, part.shape(architecture)) for part in supernet.layer_parts]
+        kept = tuple((part, shape) for part, shape in pairs if not shape.skipped) or (pairs[0],)
+        with supernet.activate(architecture):
+            regions = supernet.active_regions()
+        model = supernet.model
+        names = {id(module): name for name, module in model.named_modules()}
+        prefix = names[id(pairs[0][0].layer)].rsplit(".", 1)[0] + "."
+        return cls(kept, regions, model.state_dict(), prefix)
+
+    def state_dict(self, target: LayerShape | None) -> dict[str, Tensor]:
+        """Weights of the kept layers, renumbered; cut, or padded with zeros to ``target``."""
+        state = {name: t.clone() for name, t in self.weights.items() if not name.startswith(self.prefix)}
+        for number, (part, _) in enumerate(self.kept):
+            old, new = f"{self.prefix}{part.index}.", f"{self.prefix}{number}."
+            boxes = _boxes_of(part, target) if target is not None else {}
+            for name in part.layer.state_dict():
+                tensor, region = self.weights[old + name], self.regions.get(old + name)
+                if target is not None:
+                    state[new + name] = _padded(tensor, region, boxes.get(name))
+                elif region is None:
+                    state[new + name] = tensor.clone()
+                elif region:
+                    state[new + name] = _take(tensor, region)
+        return state
+
+
+def _boxes_of(part: LayerPart, shape: LayerShape) -> dict[str, Region]:
+    """Boxes of a layer's projections if it had ``shape``, by name within the layer."""
+    before = part.current
+    part.apply(shape)
+    try:
+        return {
+            f"{path}.{name}": region
+            for path, projection in part.projections().items()
+            for name, region in projection.active_region().items()
+        }
+    finally:
+        part.apply(before)
+
+
+def _take(tensor: Tensor, region: Region) -> Tensor:
+    """Copies the boxes of a region side by side along the last dimension."""
+    return torch.cat([tensor[box] for box in region], dim=-1).clone()
+
+
+def _padded(tensor: Tensor, region: Region | None, target: Region | None) -> Tensor:
+    """Zeroes what is not in ``region``, then cuts to the boxes of ``target`` (a norm has no target and stays)."""
+    if target is None:
+        return tensor.clone()
+    kept = torch.zeros_like(tensor)
+    for box in region if region is not None else (tuple(slice(None) for _ in tensor.shape),):
+        kept[box] = tensor[box]
+    return _take(kept, target)
+
+
+def _padded_shape(supernet: Supernet, cut: _Cut) -> LayerShape:
+    """Smallest uniform shape that holds every kept layer and that the stock config can say."""
+    full, row = supernet.layer_parts[0].full, supernet.family
+    ratio = full.num_attention_heads // full.num_key_value_heads
+    hidden = supernet.layer_parts[0].hidden_size
+    widths = [shape.intermediate_size for _, shape in cut.kept if shape.mlp]
+    wanted = max((shape.num_key_value_heads for _, shape in cut.kept if shape.attention), default=1)
+    groups = full.num_key_value_heads
+    if row.stock_heads == "any":
+        groups = wanted
+    elif row.stock_heads == "divides_hidden":
+        groups = next(k for k in range(wanted, groups + 1) if hidden % (k * ratio) == 0 or k == groups)
+    return LayerShape(max(widths, default=full.intermediate_size), groups * ratio, groups)
+
+
+def _stock_config(supernet: Supernet, cut: _Cut, shape: LayerShape) -> PreTrainedConfig:
+    """Copies the parent's config with the uniform shape and the number of layers of the subnet."""
+    row, config = supernet.family, copy.deepcopy(supernet.model.config)
+    full = supernet.layer_parts[0].full
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        config.layer_types = [types[part.index] for part, _ in cut.kept]
+    setattr(config, row.config_name("num_hidden_layers"), len(cut.kept))
+    if shape.intermediate_size != full.intermediate_size:
+        setattr(config, row.config_name("intermediate_size"), shape.intermediate_size)
+    if shape.num_attention_heads != full.num_attention_heads:
+        config.head_dim = supernet.layer_parts[0].head_dim
+        config.num_key_value_heads = shape.num_key_value_heads
+        setattr(config, row.config_name("num_attention_heads"), shape.num_attention_heads)
+    return config
+
+
+def _static_model(supernet: Supernet, cut: _Cut) -> PreTrainedModel:
+    row, parent = supernet.family, supernet.model
+    source = copy.deepcopy(parent.config)
+    types = getattr(source, "layer_types", None)
+    if types is not None:
+        source.layer_types = [types[part.index] for part, _ in cut.kept]
+    setattr(source, row.config_name("num_hidden_layers"), len(cut.kept))
+    per_layer: dict[int, dict[str, Any]] = {}
+    for number, (part, shape) in enumerate(cut.kept):
+        entry: dict[str, Any] = {"intermediate_size": shape.intermediate_size, "num_attention_heads": shape.num_attention_heads}
+        if row.grouped:
+            entry["num_key_value_heads"] = shape.num_key_value_heads
+        skipped = [kind for kind, there in (("attention", shape.attention), ("mlp", shape.mlp)) if not there]
+        per_layer[number] = {**entry, **({"skip": skipped} if skipped else {})}
+    config = static_config(source, per_layer)
+    return _build(static_class(parent), config, static_state_dict(parent, cut.state_dict(None)), parent)
+
+
+def _build(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], parent: PreTrainedModel
+) -> PreTrainedModel:
+    config._attn_implementation = parent.config._attn_implementation
+    with no_init_weights():
+        model = model_class(config)
+    model.to(dtype=parent.dtype)
+    model.load_state_dict(state, strict=True)
+    model.tie_weights()
+    if parent.can_generate() and model.can_generate():
+        model.generation_config = copy.deepcopy(parent.generation_config)
+    return model.to(parent.device).eval()

@@ -1,0 +1,292 @@
+"""What an architecture costs: parameters, MACs and KV-cache bytes in closed form, latency by measurement.
+
+MACs are multiply-accumulates; one MAC is two FLOPs. They equal ``FlopCounterMode / 2`` on an eager forward (with SDPA
+on a CPU that counter misses attention itself). Nothing here runs the model except :func:`measure_latency`.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .layers import ElasticConv1D, ElasticLinear
+from .parts import LayerPart, LayerShape
+from .space import Architecture
+
+if TYPE_CHECKING:
+    from .supernet import Supernet
+
+LATENCY_TOKENS = 128
+_LOADABILITY_SAMPLES = 500
+_PRINT_LATENCY_LIMIT = 500_000_000  # parameters: above, one CPU forward takes seconds
+
+
+def parameters(supernet: Supernet, architecture: Architecture) -> int:
+    """Parameters of the exported subnet without its embeddings (an untied output head counts)."""
+    return total_parameters(supernet, architecture) - embedding_parameters(supernet)
+
+
+def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
+    """Parameters of the exported subnet, each tied tensor once; skipped sublayers are gone with their norms."""
+    largest = sum(parameter.numel() for parameter in supernet.model.parameters())
+    parts = supernet.layer_parts
+    return largest + sum(
+        layer_parameters(part, part.shape(architecture)) - layer_parameters(part, part.full) for part in parts
+    )
+
+
+def embedding_parameters(supernet: Supernet) -> int:
+    """Parameters of all embedding tables (tokens, positions, token types)."""
+    tables = [m for m in supernet.model.modules() if isinstance(m, nn.Embedding)]
+    return sum({id(t.weight): t.weight.numel() for t in tables}.values())
+
+
+def macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_size: int = 1) -> int:
+    """MACs of one forward over ``(batch_size, seq_len)`` tokens, attention products and output heads included.
+
+    Per layer with ``T`` tokens: ``T·Σ in·out`` over its projections ``+ 2·H·d·T²`` for ``QKᵀ`` and ``AV``
+    (a causal model computes the full square, as eager attention does).
+    """
+    layers = sum(layer_macs(p, p.shape(architecture), seq_len=seq_len) for p in supernet.layer_parts)
+    return batch_size * (layers + fixed_macs(supernet, seq_len=seq_len))
+
+
+def kv_cache_bytes(
+    supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_size: int = 1, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of the KV cache of the exported subnet after ``seq_len`` tokens; 0 for an encoder.
+
+    Per layer ``2·K·d·T`` values; a layer that keeps its FFN but not its attention writes one value per token as
+    placeholder, a layer skipped as a whole writes nothing. Sliding windows hold ``window - 1`` tokens.
+
+    Args:
+        dtype: of the cache, by default the model's.
+    """
+    if not supernet.family.causal:
+        return 0
+    size = (dtype or supernet.model.dtype).itemsize
+    values = 0
+    for part in supernet.layer_parts:
+        shape, tokens = part.shape(architecture), _cached_tokens(supernet, part, seq_len)
+        if shape.attention:
+            values += 2 * shape.num_key_value_heads * part.head_dim * tokens
+        elif shape.mlp:
+            values += 2 * tokens
+    return batch_size * values * size
+
+
+def _cached_tokens(supernet: Supernet, part: LayerPart, seq_len: int) -> int:
+    window = getattr(supernet.model.config, "sliding_window", None)
+    types = getattr(supernet.model.config, "layer_types", None)
+    slides = window is not None and (types is None or types[part.index] == "sliding_attention")
+    return min(seq_len, window - 1) if slides and window is not None else seq_len
+
+
+def layer_parameters(part: LayerPart, shape: LayerShape) -> int:
+    """Parameters of one layer in a shape."""
+    attention_paths = part.attention_paths()
+    total = sum(p.numel() for p in part.layer.parameters())
+    for kind, present in (("attention", shape.attention), ("mlp", shape.mlp)):
+        rules = part.family.skip_attention if kind == "attention" else part.family.skip_mlp
+        if not present:
+            modules = [part.layer.get_submodule(rule.module) for rule in rules]
+            total -= sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
+            continue
+        for path, projection in part.projections().items():
+            if (path in attention_paths) == (kind == "attention"):
+                rows, columns = _active(part, path, shape)
+                total -= sum(p.numel() for p in projection.parameters())
+                total += rows * columns + (columns if projection.bias is not None else 0)
+    return total
+
+
+def layer_macs(part: LayerPart, shape: LayerShape, *, seq_len: int) -> int:
+    """MACs of one layer in a shape, for one sequence of ``seq_len`` tokens."""
+    attention_paths = part.attention_paths()
+    total = 0
+    for path in part.projections():
+        if shape.attention if path in attention_paths else shape.mlp:
+            rows, columns = _active(part, path, shape)
+            total += seq_len * rows * columns
+    if shape.attention:
+        total += 2 * shape.num_attention_heads * part.head_dim * seq_len * seq_len
+    return total
+
+
+def fixed_macs(supernet: Supernet, *, seq_len: int) -> int:
+    """MACs outside the layers (output head, pooler, classifier), for one sequence of ``seq_len`` tokens."""
+    model, row = supernet.model, supernet.family
+    inside = {id(m) for part in supernet.layer_parts for m in part.layer.modules()}
+    every_token = "TokenClassification" in type(model).__name__
+    total = 0
+    for name, module in model.named_modules():
+        if id(module) in inside or not isinstance(module, nn.Linear):
+            continue
+        one_token = not every_token and any(name == h or name.endswith("." + h) for h in row.one_token_heads)
+        total += (1 if one_token else seq_len) * module.in_features * module.out_features
+    return total
+
+
+def _active(part: LayerPart, path: str, shape: LayerShape) -> tuple[int, int]:
+    """Active (in, out) features of a projection in a shape."""
+    row, projection = part.family, part.projections()[path]
+    if isinstance(projection, ElasticLinear):
+        rows, columns = projection.in_features, projection.out_features
+    else:
+        assert isinstance(projection, ElasticConv1D)
+        rows, columns = projection.nx, projection.nf
+    queries, keys = shape.num_attention_heads * part.head_dim, shape.num_key_value_heads * part.head_dim
+    if path in row.ffn_in:
+        columns = shape.intermediate_size
+    elif path == row.ffn_out:
+        rows = shape.intermediate_size
+    elif path == row.attention_out:
+        rows = queries
+    elif row.fused:
+        columns = 3 * queries
+    else:
+        columns = queries if path == row.query else keys
+    return rows, columns
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured wall-clock time of one call.
+
+    Attributes:
+        median: seconds.
+        samples: seconds of every timed call.
+    """
+
+    median: float
+    samples: tuple[float, ...]
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range in seconds."""
+        if len(self.samples) < 2:
+            return 0.0
+        quartiles = statistics.quantiles(self.samples, n=4)
+        return quartiles[2] - quartiles[0]
+
+
+def measure_latency(
+    runs: Mapping[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 2, seconds: float = 60.0
+) -> dict[str, Latency]:
+    """Times calls against each other: warm-up, then rounds in which each runs once, so that drift hits all alike.
+
+    Args:
+        runs: what to time, by name; each call must run the model to its end (CUDA is synchronised here).
+        repeats: timed rounds.
+        warmup: untimed rounds.
+        seconds: stops early after this time, but never before three rounds.
+
+    Returns:
+        Median and samples by name, in seconds.
+    """
+    started = time.perf_counter()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(warmup + repeats):
+        if index >= warmup + 3 and time.perf_counter() - started > seconds:
+            break
+        for name, run in runs.items():
+            _synchronise()
+            begin = time.perf_counter()
+            run()
+            _synchronise()
+            if index >= warmup:
+                samples[name].append(time.perf_counter() - begin)
+    return {name: Latency(statistics.median(times), tuple(times)) for name, times in samples.items()}
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def architecture_latency(
+    supernet: Supernet,
+    architectures: Mapping[str, Architecture],
+    *,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    repeats: int = 15,
+) -> dict[str, Latency]:
+    """Measures architectures inside the supernet, interleaved, on the model's device, in evaluation mode.
+
+    Args:
+        architectures: by name.
+        inputs: of one forward; by default ``(1, 128)`` token ids.
+        repeats: timed rounds.
+    """
+    feed = dict(inputs) if inputs is not None else default_inputs(supernet)
+    model, training = supernet.model, supernet.model.training
+
+    def run(architecture: Architecture) -> Callable[[], object]:
+        def call() -> object:
+            with supernet.activate(architecture), torch.inference_mode():
+                return model(**feed)
+
+        return call
+
+    model.eval()
+    try:
+        return measure_latency({name: run(arch) for name, arch in architectures.items()}, repeats=repeats)
+    finally:
+        model.train(training)
+
+
+def default_inputs(supernet: Supernet, *, seq_len: int = LATENCY_TOKENS) -> dict[str, torch.Tensor]:
+    """Token ids ``(1, T)`` for timing, ``T`` capped by the model's positions."""
+    config = supernet.model.config
+    tokens = min(seq_len, int(getattr(config, "max_position_embeddings", seq_len)) - 2)
+    ids = torch.arange(tokens).remainder(min(int(config.vocab_size), 100) - 3).add(3).unsqueeze(0)  # (1, T)
+    return {"input_ids": ids.to(supernet.model.device)}
+
+
+def describe(supernet: Supernet) -> str:
+    """What ``print(supernet)`` shows: size of the space, ranges of the costs, latency, shares of each loadability."""
+    space = supernet.space
+    if not supernet.layer_parts:
+        return f"{supernet!r}\n  {len(space)} choices"
+    low, high = space.smallest(), space.largest()
+    tokens = default_inputs(supernet)["input_ids"].shape[1]
+    rng = random.Random(0)
+    counts = Counter(supernet.loadability(space.sample(rng)) for _ in range(_LOADABILITY_SAMPLES))
+    shares = ", ".join(f"{name} {count / _LOADABILITY_SAMPLES:.0%}" for name, count in counts.most_common())
+    small, large = parameters(supernet, low), parameters(supernet, high)
+    small_macs, large_macs = macs(supernet, low, seq_len=tokens), macs(supernet, high, seq_len=tokens)
+    return "\n".join([
+        f"{type(supernet.model).__name__} supernet ({supernet.family.model_type})",
+        f"  architectures  {_count(space.size)} from {len(space)} choices",
+        f"  parameters     {_count(small)} to {_count(large)} without embeddings ({small / large:.0%} to 100%), "
+        f"plus {_count(embedding_parameters(supernet))} in embeddings",
+        f"  MACs           {_count(small_macs)} to {_count(large_macs)} at 1 x {tokens} tokens ({small_macs / large_macs:.0%} to 100%)",
+        f"  latency        {_latency_line(supernet, low, high)}",
+        f"  loadability    {shares} (of {_LOADABILITY_SAMPLES} sampled)",
+        f"  active         {'largest' if supernet.active == high else supernet.active!r}",
+    ])
+
+
+def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> str:
+    if supernet.model.device.type == "cpu" and total_parameters(supernet, high) > _PRINT_LATENCY_LIMIT:
+        return "not measured for a model of this size on a CPU; call hf_elastic.costs.architecture_latency"
+    timed = architecture_latency(supernet, {"low": low, "high": high}, repeats=5)
+    fast, slow = timed["low"].median, timed["high"].median
+    return f"{fast * 1e3:.1f} to {slow * 1e3:.1f} ms measured on {supernet.model.device} ({slow / fast:.2f}x faster at the smallest)"
+
+
+def _count(number: float) -> str:
+    if number >= 1e15:
+        return f"{number:.2e}"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return str(int(number))

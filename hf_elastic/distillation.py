@@ -1,0 +1,278 @@
+"""Distillation losses: pure functions of a student's and a teacher's tensors.
+
+Every function returns a scalar in float32, computed in float32 whatever the inputs are, differentiable with respect
+to the student; the teacher is a constant. Unless it says otherwise a loss is a *mean over the positions that the mask
+keeps*, so it depends neither on the size of the batch nor on padding. Where a mask keeps nothing the loss is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_elastic.errors import TrainingError
+
+Divergence = Literal["forward", "reverse", "mse"]
+Pooling = Literal["mean", "cls", "last"]
+StateDistance = Literal["mse", "cosine"]
+
+IGNORED_LABEL = -100  # what the losses of transformers leave out
+
+
+def logits_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward",
+    mask: Tensor | None = None,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    r"""Compute the divergence of a student's class distribution from a teacher's.
+
+    With :math:`p_\tau = \mathrm{softmax}(z / \tau)` over the last dimension and ``t``/``s`` for teacher/student:
+
+    * ``forward``: :math:`\tau^2 \, \mathrm{KL}(p^t_\tau \| p^s_\tau)` (Hinton et al. 2015, arXiv 1503.02531; the factor
+      :math:`\tau^2` keeps the size of gradients comparable between temperatures);
+    * ``reverse``: :math:`\tau^2 \, \mathrm{KL}(p^s_\tau \| p^t_\tau)`, mode-seeking (Gu et al. 2024, arXiv 2306.08543);
+    * ``mse``: :math:`\frac{1}{C} \sum_c (z^s_c - z^t_c)^2`, for regression heads; the temperature plays no part.
+
+    Args:
+        student: ``(..., C)``.
+        teacher: ``(..., C)``, without gradient.
+        temperature: :math:`\tau > 0`.
+        divergence: which of the three.
+        mask: ``(...)``, true (or non-zero) for the positions that count; all by default.
+        count: divide the sum over the kept positions by this instead of by their number (the number over all
+            micro-batches of an optimizer step, for instance).
+
+    Raises:
+        TrainingError: The shapes differ, the temperature is not positive, or a divergence of distributions is asked
+            for over one class, where it is always 0.
+    """
+    _check_same_shape(student, teacher, what="logits")
+    if not temperature > 0:
+        raise TrainingError(f"the distillation temperature must be positive, got {temperature!r}")
+    if divergence == "mse":
+        per_position = (student.float() - teacher.detach().float()).square().mean(-1)  # (...)
+        return masked_mean(per_position, mask, count=count)
+    if divergence not in ("forward", "reverse"):
+        raise TrainingError(f"unknown divergence {divergence!r}; allowed: 'forward', 'reverse', 'mse'")
+    if student.shape[-1] == 1:
+        raise TrainingError(
+            "a KL divergence over logits of one class is always 0; use divergence='mse' for a regression head"
+        )
+    log_s = F.log_softmax(student.float() / temperature, dim=-1)  # (..., C)
+    log_t = F.log_softmax(teacher.detach().float() / temperature, dim=-1)  # (..., C)
+    target, source = (log_t, log_s) if divergence == "forward" else (log_s, log_t)
+    per_position = F.kl_div(source, target, reduction="none", log_target=True).sum(-1)  # (...)
+    return temperature**2 * masked_mean(per_position, mask, count=count)
+
+
+def label_mask(labels: Tensor, *, shifted: bool = False) -> Tensor:
+    """Return the positions whose logits a labelled loss uses.
+
+    Args:
+        labels: ``(B, T)`` token labels, or ``(B,)`` for one label per sequence; -100 leaves a position out.
+        shifted: whether the logits of position ``t`` are scored against label ``t + 1``, as in causal language models;
+            the last position then has no label.
+
+    Returns:
+        Booleans of the shape of ``labels``.
+    """
+    kept = labels.ne(IGNORED_LABEL)
+    if not shifted:
+        return kept
+    return F.pad(kept[..., 1:], (0, 1), value=False)  # (B, T)
+
+
+def pooled(hidden: Tensor, mask: Tensor | None = None, *, pooling: Pooling = "mean") -> Tensor:
+    """Pool token states into one embedding per sequence.
+
+    ``mean`` averages the kept tokens (Reimers & Gurevych 2019, arXiv 1908.10084), ``cls`` takes the first position,
+    ``last`` the last kept token of each sequence (decoders), whichever side the padding is on.
+
+    Args:
+        hidden: ``(B, T, D)``.
+        mask: ``(B, T)``, non-zero for tokens, zero for padding; all tokens by default.
+        pooling: which of the three.
+
+    Returns:
+        ``(B, D)`` in the type of ``hidden``. A sequence without a token gives zeros under ``mean``.
+
+    Raises:
+        TrainingError: The pooling is unknown.
+    """
+    if mask is None:
+        mask = hidden.new_ones(hidden.shape[:2])
+    if pooling == "mean":
+        weights = mask.to(hidden.dtype).unsqueeze(-1)  # (B, T, 1)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        positions = torch.arange(hidden.shape[1], device=hidden.device)  # (T,)
+        last = torch.where(mask.bool(), positions, 0).amax(1)  # (B,)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    raise TrainingError(f"unknown pooling {pooling!r}; allowed: 'mean', 'cls', 'last'")
+
+
+def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Compute the mean cosine distance of embeddings, :math:`1 - \cos(e^s_b, e^t_b)` over the batch.
+
+    Args:
+        student: ``(B, D)``.
+        teacher: ``(B, D)``, without gradient.
+
+    Raises:
+        TrainingError: The shapes differ.
+    """
+    _check_same_shape(student, teacher, what="embeddings")
+    return (1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1)).mean()
+
+
+def relational_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Compute how far the similarity structure of a batch is from the teacher's.
+
+    With :math:`S_{ij} = \cos(e_i, e_j)`: :math:`\frac{1}{B (B-1)} \sum_{i \ne j} (S^s_{ij} - S^t_{ij})^2`.
+
+    This is similarity-preserving distillation (Tung & Mori 2019, arXiv 1907.09682, Eq. 4) with cosines instead of
+    row-normalised dot products, and without the diagonal, which is always 1. Student and teacher may have different
+    widths. A batch of one has no pairs: 0.
+
+    Args:
+        student: ``(B, D)``.
+        teacher: ``(B, E)``, without gradient.
+
+    Raises:
+        TrainingError: The batch sizes differ.
+    """
+    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
+        raise TrainingError(
+            f"a relational loss needs (B, D) and (B, E) embeddings, got {_shape(student)} and {_shape(teacher)}"
+        )
+    of_student = F.normalize(student.float(), dim=-1)
+    of_teacher = F.normalize(teacher.detach().float(), dim=-1)
+    difference = of_student @ of_student.T - of_teacher @ of_teacher.T  # (B, B)
+    size = len(student)
+    off_diagonal = ~torch.eye(size, dtype=torch.bool, device=student.device)  # (B, B)
+    return masked_mean(difference.square(), off_diagonal)
+
+
+def hidden_state_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    distance: StateDistance = "mse",
+) -> Tensor:
+    r"""Compute the mean distance of hidden states over pairs of layers and kept tokens.
+
+    ``mse``: :math:`\frac{1}{D} \| h^s - h^t \|^2`; ``cosine``: :math:`1 - \cos(h^s, h^t)` (Jiao et al. 2020, arXiv
+    1909.10351, Eq. 9, without a learned projection: the residual stream of a subnet is as wide as its teacher's).
+
+    Args:
+        student: states ``(B, T, D)``; entry 0 is the embedding, entry ``i + 1`` the output of layer ``i``, as
+            transformers returns them.
+        teacher: likewise, without gradient; it may have another number of layers.
+        mask: ``(B, T)``, non-zero for the tokens that count; all by default.
+        pairs: entries to compare, (of the student, of the teacher); by default each with its equal. See
+            :func:`layer_pairs` for skipped layers.
+        distance: which of the two.
+
+    Raises:
+        TrainingError: Shapes differ, an entry does not exist, or no pair is given.
+    """
+    if pairs is None:
+        if len(student) != len(teacher):
+            raise TrainingError(
+                f"the student has {len(student)} hidden states and the teacher {len(teacher)}; say which to compare: pairs="
+            )
+        pairs = [(i, i) for i in range(len(student))]
+    if not pairs:
+        raise TrainingError("a hidden-state loss needs at least one pair of layers")
+    measure = _state_distance(distance)
+    terms: list[Tensor] = []
+    for i, j in pairs:
+        if not (0 <= i < len(student) and 0 <= j < len(teacher)):
+            raise TrainingError(
+                f"pair ({i}, {j}) is outside the {len(student)} and {len(teacher)} hidden states of student and teacher"
+            )
+        _check_same_shape(student[i], teacher[j], what="hidden states")
+        terms.append(masked_mean(measure(student[i].float(), teacher[j].detach().float()), mask))
+    return torch.stack(terms).mean()
+
+
+def layer_pairs(kept: Sequence[int], *, layers: int) -> tuple[tuple[int, int], ...]:
+    """Pair the hidden states of a subnet that skips layers with those of the whole model.
+
+    The embedding with itself, the output of each kept layer with the teacher's output of the *last layer that it stands
+    for* (itself and the skipped layers that follow it), so that the next kept layer sees what it saw in the whole
+    model, and the final state with the final state.
+
+    Args:
+        kept: layers that the subnet runs, ascending.
+        layers: number of layers of the whole model; both models report that many states, plus the embedding.
+
+    Returns:
+        Pairs (entry of the student, entry of the teacher) for :func:`hidden_state_loss`.
+
+    Raises:
+        TrainingError: ``kept`` is not ascending or names a layer that does not exist.
+    """
+    bounds = [*kept, layers]
+    if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)) or any(k < 0 for k in kept):
+        raise TrainingError(f"kept layers must be ascending and within 0..{layers - 1}, got {list(kept)}")
+    # Entry k + 1 is the output of layer k, so the layer before bounds[n + 1] has entry bounds[n + 1]. The very last entry
+    # follows the final norm, in the student as in the teacher, whichever layer came before it.
+    inner = [(k + 1, following) for k, following in zip(kept[:-1], bounds[1:], strict=False)]
+    return ((0, 0), *inner, (layers, layers))
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None, *, count: Tensor | float | None = None) -> Tensor:
+    """Average ``values`` where ``mask`` is set.
+
+    Args:
+        values: any shape.
+        mask: booleans or numbers of the same shape, non-zero where a value counts; all by default.
+        count: divide the sum by this instead of by the number of values that count.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) where the mask keeps nothing.
+
+    Raises:
+        TrainingError: The shapes differ.
+    """
+    if mask is None:
+        mask = torch.ones_like(values, dtype=torch.bool)
+    elif mask.shape != values.shape:
+        raise TrainingError(f"a mask of shape {_shape(mask)} does not fit values of shape {_shape(values)}")
+    kept = mask.bool()
+    # where(), not a product: a position that does not count may hold inf or nan.
+    total = torch.where(kept, values, torch.zeros_like(values)).sum()
+    return total / (kept.sum().clamp(min=1) if count is None else count)
+
+
+def _state_distance(distance: StateDistance) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function of two ``(B, T, D)`` tensors that gives ``(B, T)``."""
+    if distance == "mse":
+        return lambda student, teacher: (student - teacher).square().mean(-1)
+    if distance == "cosine":
+        return lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1)
+    raise TrainingError(f"unknown distance {distance!r}; allowed: 'mse', 'cosine'")
+
+
+def _check_same_shape(student: Tensor, teacher: Tensor, *, what: str) -> None:
+    if student.shape != teacher.shape:
+        raise TrainingError(
+            f"student and teacher {what} must have one shape, got {_shape(student)} and {_shape(teacher)}"
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

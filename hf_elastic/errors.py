@@ -1,0 +1,67 @@
+"""The error tree: everything a user can cause is an :class:`ElasticError` and also the builtin it resembles.
+
+    ElasticError
+    ├── SpaceError          (ValueError)    a choice or a search space that cannot be
+    ├── ArchitectureError   (ValueError)    an architecture that is not a point of this space
+    ├── UnsupportedModelError (TypeError)   a model, layer or option we cannot make elastic
+    ├── ActivationError     (RuntimeError)  a handle used in a way that would leave the wrong subnet active
+    ├── InfeasibleError     (ValueError)    limits that nothing satisfies
+    ├── SearchError         (RuntimeError)  a search that cannot go on
+    │   └── StorageError                    a storage that is foreign, corrupt or unreachable
+    ├── TrainingError       (RuntimeError)  a Trainer set up so that promises would break
+    ├── DataError           (ValueError)    text or labels we cannot read
+    └── CheckpointError     (OSError)       a folder or file that cannot be read or written
+        └── ExportError                     an architecture that cannot be written in the form asked for
+
+Messages are one line: what was wrong, what was got, what is allowed or what to do.
+"""
+
+from __future__ import annotations
+
+
+class ElasticError(Exception):
+    """Root of all errors raised on purpose by hf_elastic."""
+
+
+class SpaceError(ElasticError, ValueError):
+    """A choice or a search space is malformed."""
+
+
+class ArchitectureError(ElasticError, ValueError):
+    """An architecture is not a point of the space it is used with."""
+
+
+class UnsupportedModelError(ElasticError, TypeError):
+    """A model, layer or option cannot be made elastic."""
+
+
+class ActivationError(ElasticError, RuntimeError):
+    """A handle is used in a way that would leave the wrong subnet active."""
+
+
+class InfeasibleError(ElasticError, ValueError):
+    """No architecture satisfies the limits."""
+
+
+class SearchError(ElasticError, RuntimeError):
+    """A search cannot start or go on."""
+
+
+class StorageError(SearchError):
+    """A search storage is foreign, corrupt or unreachable."""
+
+
+class TrainingError(ElasticError, RuntimeError):
+    """A Trainer is set up in a way that would break a promise."""
+
+
+class DataError(ElasticError, ValueError):
+    """Text, labels or a data set cannot be read."""
+
+
+class CheckpointError(ElasticError, OSError):
+    """A checkpoint folder or file cannot be read or written."""
+
+
+class ExportError(CheckpointError):
+    """An architecture cannot be written in the form asked for."""

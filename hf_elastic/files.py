@@ -1,0 +1,117 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes JSON aside and renames it into place, so that a reader never sees half a file.
+
+    Raises:
+        CheckpointError: the file cannot be written (the old one, if any, is untouched).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        Path(aside).unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+@contextmanager
+def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside ``target`` that becomes ``target`` only when the block ends without an error.
+
+    Args:
+        target: the folder to make. It may exist if it is empty.
+        overwrite: whether a non-empty folder may be replaced.
+
+    Raises:
+        CheckpointError: ``target`` is a file, holds something, or cannot be written; nothing is left behind.
+    """
+    final = Path(target).expanduser().absolute()
+    if final.exists() and not final.is_dir():
+        raise CheckpointError(f"{final} is a file, expected a folder to write to")
+    if final.is_dir() and any(final.iterdir()) and not overwrite:
+        raise CheckpointError(f"{final} is not empty; give another folder or overwrite=True")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {final.parent}: {error.strerror or error}") from error
+    try:
+        yield aside
+        _swap(aside, final)
+    except OSError as error:
+        raise error if isinstance(error, CheckpointError) else _cannot_write(final, error) from error
+    except Exception as error:
+        # safetensors reports a full disk by an exception of its own
+        raise _cannot_write(final, error) if "SafetensorError" in type(error).__name__ else error from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _cannot_write(final: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot write {final}: {getattr(error, 'strerror', None) or error}")
+
+
+def _swap(aside: Path, final: Path) -> None:
+    os.chmod(aside, 0o755)  # mkdtemp makes it private
+    if final.is_dir():
+        old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+        os.replace(final, old / "replaced")
+        os.replace(aside, final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(aside, final)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,0 +1,296 @@
+"""Sorts FFN neurons, heads and layers by importance, so that every prefix holds the most important units.
+
+A permutation of FFN neurons (rows of the input projections, columns of the output projection) or of heads leaves the
+function of a layer unchanged up to float rounding; afterwards the active prefix of a smaller subnet is its best part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError, SpaceError
+from .layers import ElasticConv1D, ElasticLinear, ElasticProjection
+from .parts import LayerPart
+from .supernet import Supernet
+
+Method = Literal["activation", "weight", "taylor"]
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+def sort_by_importance_(
+    supernet: Supernet,
+    batches: Iterable[Batch] | None = None,
+    *,
+    method: Method | None = None,
+    loss_function: LossFunction | None = None,
+) -> dict[str, Tensor]:
+    """Permutes neurons and heads in place so that every prefix holds the most important ones.
+
+    With ``a`` the activations that enter an output projection ``W`` and ``g = ∂L/∂a``, the score of unit ``u`` is
+
+    * ``activation``: ``E[‖W_u a_u‖²]``, the energy the unit adds to the residual stream (for a neuron
+      ``E[a_u²]·‖W_u‖²``; FLAP, An et al. 2024, without its mean subtraction);
+    * ``taylor``: ``E[|Σ_{i∈u} a_i g_i|]``, the first-order change of the loss when the unit is removed (Molchanov et
+      al. 2017, eq. 6; per token, as Kwon et al. 2022 need the gradient of the mask);
+    * ``weight``: ``‖W_u‖_F · Π ‖V_u‖_F`` over the unit's rows ``V_u`` in its input projections; needs no data.
+
+    With data, the order in which ``num_hidden_layers`` keeps layers is replaced by their block influence
+    ``1 - E[cos(h_in, h_out)]`` (Men et al. 2024, ShortGPT, eq. 1), so call this before sampling architectures: the
+    space changes when it has a depth choice. Padding (``attention_mask`` 0) never counts.
+
+    Args:
+        supernet: a supernet; its largest architecture is measured and sorted.
+        batches: calibration inputs for the model, ``input_ids`` of ``(B, T)`` and what else it takes.
+        method: by default ``activation`` with data and ``weight`` without.
+        loss_function: ``(model, batch) -> scalar`` for ``taylor``; by default ``model(**batch).loss``.
+
+    Returns:
+        The scores of ``layers.i.intermediate_size`` and ``layers.i.<heads>`` before sorting, and ``layers`` (block
+        influence) when there is data.
+
+    Raises:
+        DataError: the method needs data and got none, or the batches give no loss.
+        SpaceError: the method is unknown.
+    """
+    data = None if batches is None else list(batches)
+    chosen = method or ("weight" if data is None else "activation")
+    if chosen not in ("activation", "weight", "taylor"):
+        raise SpaceError(f"method={chosen!r} is not one of 'activation', 'weight', 'taylor'")
+    if chosen != "weight" and not data:
+        raise DataError(f"method={chosen!r} needs calibration batches; pass batches=[...] or method='weight'")
+    with supernet.activate(supernet.space.largest()), _evaluating(supernet.model):
+        scores = _weight_scores(supernet) if chosen == "weight" else {}
+        if data:
+            meter = _Meter(supernet, chosen)
+            meter.run(data, loss_function or _model_loss)
+            scores = {**meter.scores(), **scores}
+        with torch.no_grad():
+            for part in supernet.layer_parts:
+                _permute(part, scores)
+    if data:
+        _set_layer_order(supernet, scores["layers"])
+    return scores
+
+
+def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss = model(**batch).loss
+    if not isinstance(loss, Tensor):
+        raise DataError("method='taylor' needs a loss: put labels into the batches or pass loss_function=")
+    return loss
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _unit_columns(part: LayerPart, path: str) -> Tensor:
+    """Weight of an output projection as ``(inputs, outputs)``."""
+    projection = part.projections()[path]
+    weight: Tensor = projection.weight
+    return weight.t() if isinstance(projection, ElasticLinear) else weight
+
+
+class _Meter:
+    """Accumulates scores over batches, by hooks on the output projections and on the layers."""
+
+    def __init__(self, supernet: Supernet, method: Method) -> None:
+        self.supernet, self.method = supernet, method
+        self.totals: dict[tuple[int, str], Tensor] = {}
+        self.influence = torch.zeros(len(supernet.layer_parts), dtype=torch.float64)
+        self.tokens = 0
+        self.mask: Tensor | None = None
+
+    def run(self, data: list[Batch], loss_function: LossFunction) -> None:
+        model = self.supernet.model
+        with ExitStack() as stack, torch.set_grad_enabled(self.method == "taylor"):
+            for index, part in enumerate(self.supernet.layer_parts):
+                for path in (part.family.ffn_out, part.family.attention_out):
+                    module = part.projections()[path]
+                    stack.callback(module.register_forward_pre_hook(self._on_input(part, path)).remove)
+                stack.callback(part.layer.register_forward_hook(self._on_layer(index), with_kwargs=True).remove)
+            for batch in data:
+                feed = {name: value.to(model.device) for name, value in batch.items()}
+                self.mask = feed["attention_mask"].bool() if "attention_mask" in feed else None
+                if self.method == "taylor":
+                    model.zero_grad(set_to_none=True)
+                    loss_function(model, feed).backward()
+                else:
+                    model(**feed)
+        model.zero_grad(set_to_none=True)
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """Values (B, T, N) of real tokens as (tokens, N)."""
+        if self.mask is None or values.shape[:2] != self.mask.shape:
+            return values.flatten(0, -2)
+        return values[self.mask]
+
+    def _on_input(self, part: LayerPart, path: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            activations = inputs[0]  # (B, T, N)
+            if self.method == "taylor":
+                if not activations.requires_grad:
+                    raise DataError("method='taylor' needs gradients, but the model's parameters are frozen (requires_grad=False)")
+                activations.register_hook(lambda gradient: self._add(part, path, activations.detach(), gradient))
+            else:
+                self._add(part, path, activations, None)
+
+        return hook
+
+    def _add(self, part: LayerPart, path: str, activations: Tensor, gradient: Tensor | None) -> None:
+        unit = 1 if path == part.family.ffn_out else part.head_dim
+        if gradient is not None:
+            product = self._kept(activations * gradient).double()  # (tokens, N)
+            score = product.unflatten(-1, (-1, unit)).sum(-1).abs().sum(0)  # (units,)
+        else:
+            score = self._energy(part, path, self._kept(activations), unit)
+        key = (part.index, path)
+        self.totals[key] = self.totals[key] + score if key in self.totals else score
+
+    @staticmethod
+    def _energy(part: LayerPart, path: str, rows: Tensor, unit: int) -> Tensor:
+        columns = _unit_columns(part, path)  # (N, D)
+        if unit == 1:
+            return rows.double().square().sum(0) * columns.double().square().sum(1)  # (N,)
+        per_unit = rows.float().unflatten(-1, (-1, unit))  # (tokens, U, d)
+        grams = torch.einsum("nud,nue->ude", per_unit, per_unit).double()  # (U, d, d)
+        blocks = columns.detach().double().unflatten(0, (-1, unit))  # (U, d, D)
+        return torch.einsum("ude,udf,uef->u", grams, blocks, blocks)
+
+    def _on_layer(self, index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            rows_in, rows_out = self._kept(before.detach()).float(), self._kept(after.detach()).float()
+            similarity = nn.functional.cosine_similarity(rows_in, rows_out, dim=-1)  # (tokens,)
+            self.influence[index] += float((1 - similarity).double().sum())
+            self.tokens += len(similarity) if index == 0 else 0
+
+        return hook
+
+    def scores(self) -> dict[str, Tensor]:
+        found = {"layers": self.influence / self.tokens}
+        parts = {part.index: part for part in self.supernet.layer_parts}
+        for (index, path), total in self.totals.items():
+            part = parts[index]
+            score = total if path == part.family.ffn_out else _per_group(part, total)
+            found[_score_name(self.supernet, index, path)] = score / self.tokens
+        return found
+
+
+def _score_name(supernet: Supernet, index: int, path: str) -> str:
+    row = supernet.family
+    return f"layers.{index}." + ("intermediate_size" if path == row.ffn_out else row.heads_choice)
+
+
+def _weight_scores(supernet: Supernet) -> dict[str, Tensor]:
+    scores: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for part in supernet.layer_parts:
+            row, heads = part.family, part.full.num_attention_heads
+            neurons = _norm(_unit_columns(part, row.ffn_out), 1)  # (F,)
+            for path in row.ffn_in:
+                neurons = neurons * _norm(_input_rows(part, path)[0], 1)
+            units = _norm(_unit_columns(part, row.attention_out), part.head_dim)  # (H,)
+            for path in (row.query,) if row.fused else (row.query, row.key, row.value):
+                for rows in _input_rows(part, path):
+                    norms = _norm(rows, part.head_dim)  # (H,) or (K,)
+                    units = units * norms.repeat_interleave(heads // len(norms))
+            scores[_score_name(supernet, part.index, row.ffn_out)] = neurons
+            scores[_score_name(supernet, part.index, row.attention_out)] = _per_group(part, units)
+    return scores
+
+
+def _input_rows(part: LayerPart, path: str) -> list[Tensor]:
+    """Weight of an input projection as ``(outputs, inputs)``, one tensor per fused output."""
+    projection = part.projections()[path]
+    if isinstance(projection, ElasticLinear):
+        return [projection.weight]
+    return [third.t() for third in projection.weight.chunk(projection.fused, dim=1)]
+
+
+def _norm(rows: Tensor, unit: int) -> Tensor:
+    """Frobenius norm of each unit of ``unit`` consecutive rows."""
+    return rows.double().unflatten(0, (-1, unit)).flatten(1).norm(dim=1)
+
+
+def _per_group(part: LayerPart, heads: Tensor) -> Tensor:
+    """Scores of query heads (H,) -> of the units that are chosen: heads, or key/value groups (K,)."""
+    return heads.unflatten(0, (part.full.num_key_value_heads, -1)).sum(1)
+
+
+def _permute(part: LayerPart, scores: Mapping[str, Tensor]) -> None:
+    row = part.family
+    prefix = f"layers.{part.index}."
+    order = scores[prefix + "intermediate_size"].argsort(descending=True, stable=True)
+    for path in row.ffn_in:
+        _permute_outputs(part.projections()[path], order)
+    _permute_inputs(part.projections()[row.ffn_out], order)
+    ratio = part.full.num_attention_heads // part.full.num_key_value_heads
+    groups = scores[prefix + row.heads_choice].argsort(descending=True, stable=True)  # (K,)
+    queries = _expand(groups, ratio * part.head_dim)  # (H·d,)
+    keys = _expand(groups, part.head_dim)  # (K·d,)
+    if row.fused:
+        _permute_outputs(part.projections()[row.query], queries)
+    else:
+        _permute_outputs(part.projections()[row.query], queries)
+        _permute_outputs(part.projections()[row.key], keys)
+        _permute_outputs(part.projections()[row.value], keys)
+    _permute_inputs(part.projections()[row.attention_out], queries)
+
+
+def _expand(order: Tensor, unit: int) -> Tensor:
+    """Order of units -> order of their rows."""
+    return (order[:, None] * unit + torch.arange(unit, device=order.device)).flatten()
+
+
+def _permute_outputs(projection: ElasticProjection, order: Tensor) -> None:
+    order = order.to(projection.weight.device)
+    if isinstance(projection, ElasticLinear):
+        projection.weight.copy_(projection.weight[order])
+        if projection.bias is not None:
+            projection.bias.copy_(projection.bias[order])
+        return
+    weight = projection.weight.unflatten(1, (projection.fused, -1))  # (in, fused, out)
+    projection.weight.copy_(weight[:, :, order].flatten(1))
+    projection.bias.copy_(projection.bias.unflatten(0, (projection.fused, -1))[:, order].flatten())
+
+
+def _permute_inputs(projection: ElasticProjection, order: Tensor) -> None:
+    order = order.to(projection.weight.device)
+    weight = projection.weight
+    weight.copy_(weight[:, order] if isinstance(projection, ElasticLinear) else weight[order])
+
+
+def _set_layer_order(supernet: Supernet, influence: Tensor) -> None:
+    order = [supernet.layer_parts[i].index for i in influence.argsort(descending=True, stable=True).tolist()]
+    set_layer_order(supernet, order)
+
+
+def set_layer_order(supernet: Supernet, order: list[int]) -> None:
+    """Changes the order in which ``num_hidden_layers`` keeps layers; the space is joined again.
+
+    Args:
+        order: every layer once, from the most to the least important.
+
+    Raises:
+        SpaceError: a layer is missing or named twice.
+    """
+    from .conversion import replan  # conversion builds the choices
+
+    if not any(part.names.depth for part in supernet.layer_parts):
+        return
+    if sorted(order) != list(range(len(supernet.layer_parts))):
+        raise SpaceError(f"layer order {order} must name each of the layers 0 to {len(supernet.layer_parts) - 1} once")
+    replan(supernet, order)

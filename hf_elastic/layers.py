@@ -1,0 +1,205 @@
+"""Elastic modules: stock linears that use an active prefix of their weights, and modules that can be skipped.
+
+A stock module becomes elastic by *class swap*: the object, its parameters and their names stay, only its class
+becomes a subclass with a few integer attributes. Hence ``state_dict`` is that of the stock model, and at full width
+the very same kernel runs on the very same tensors (bit-identical logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UnsupportedModelError
+
+Region = tuple[tuple[slice, ...], ...]
+"""Active part of a parameter: disjoint index boxes; ``()`` means that nothing of it is active."""
+
+
+class ElasticLinear(nn.Linear):
+    """A linear layer of which a prefix of inputs and outputs is active: ``y = x W[:o, :i]ᵀ + b[:o]``.
+
+    Made by :func:`make_elastic_linear`, never constructed. ``x`` is ``(..., i)``, the result ``(..., o)``.
+    """
+
+    active_in_features: int
+    active_out_features: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = self.active_out_features, self.active_in_features
+        if rows == self.out_features and columns == self.in_features:
+            return nn.functional.linear(input, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias[:rows]
+        return nn.functional.linear(input, self.weight[:rows, :columns], bias)
+
+    def active_region(self) -> dict[str, Region]:
+        """Active boxes of ``weight`` (out, in) and ``bias`` (out,)."""
+        rows = slice(0, self.active_out_features)
+        regions: dict[str, Region] = {"weight": ((rows, slice(0, self.active_in_features)),)}
+        if self.bias is not None:
+            regions["bias"] = ((rows,),)
+        return regions
+
+
+class ElasticConv1D(Conv1D):
+    """GPT-2's transposed linear (weight ``(in, out)``) with an active prefix, optionally several fused outputs.
+
+    ``fused=3`` is GPT-2's ``c_attn``: the output is query, key and value side by side, and the prefix is taken within
+    each third, ``y = x W.view(in, 3, out/3)[:i, :, :o/3]``. ``active_out_features`` counts all fused outputs.
+    """
+
+    active_in_features: int
+    active_out_features: int
+    fused: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.active_in_features, self.active_out_features
+        if rows == self.nx and columns == self.nf:
+            return super().forward(x)
+        if self.fused == 1:
+            weight, bias = self.weight[:rows, :columns], self.bias[:columns]
+        else:
+            part = columns // self.fused
+            weight = self.weight.unflatten(1, (self.fused, -1))[:rows, :, :part].flatten(1)  # (i, fused·o)
+            bias = self.bias.unflatten(0, (self.fused, -1))[:, :part].flatten()  # (fused·o,)
+        output = torch.addmm(bias, x.reshape(-1, rows), weight)  # (B·T, o)
+        return output.view(*x.shape[:-1], columns)  # (..., o)
+
+    def active_region(self) -> dict[str, Region]:
+        """Active boxes of ``weight`` (in, out) and ``bias`` (out,), one box per fused output."""
+        rows = slice(0, self.active_in_features)
+        whole, part = self.nf // self.fused, self.active_out_features // self.fused
+        columns = [slice(k * whole, k * whole + part) for k in range(self.fused)]
+        return {"weight": tuple((rows, c) for c in columns), "bias": tuple((c,) for c in columns)}
+
+
+ElasticProjection = ElasticLinear | ElasticConv1D
+
+
+def make_elastic_linear(module: nn.Module, *, name: str, fused: int = 1) -> ElasticProjection:
+    """Swaps the class of a stock linear in place and returns it, wholly active.
+
+    Args:
+        module: an ``nn.Linear`` or a GPT-2 ``Conv1D``, exactly of that class.
+        name: where the module stands, for the error.
+        fused: how many projections of equal width the output holds side by side.
+
+    Raises:
+        UnsupportedModelError: the module is of another class (quantised, wrapped by an adapter, already elastic), or
+            an offloading hook replaced its ``forward``, so that a class swap would silently have no effect.
+    """
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{name} has a forward of its own (an accelerate offloading or dispatch hook); call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first, or load without device_map"
+        )
+    swapped: ElasticProjection
+    if type(module) is nn.Linear and fused == 1:
+        module.__class__ = ElasticLinear
+        swapped = module  # type: ignore[assignment]
+        swapped.active_in_features, swapped.active_out_features = module.in_features, module.out_features
+    elif type(module) is Conv1D:
+        module.__class__ = ElasticConv1D
+        swapped = module  # type: ignore[assignment]
+        swapped.active_in_features, swapped.active_out_features, swapped.fused = module.nx, module.nf, fused
+    else:
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, only nn.Linear and Conv1D can be made elastic; "
+            "call make_elastic on the model as from_pretrained returned it, before quantisation or adapters"
+        )
+    return swapped
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What a module returns while its sublayer is skipped.
+
+    Attributes:
+        module: path of the module inside its layer.
+        returns: ``zero`` (a scalar 0, for a branch that is added to the residual), ``input`` (its first argument) or
+            ``residual`` (its last positional argument).
+        outputs: 1 for a tensor, 2 for ``(tensor, None)``.
+    """
+
+    module: str
+    returns: Literal["zero", "input", "residual"]
+    outputs: int = 1
+
+
+class SkippableModule(nn.Module):
+    """Mixin put before a stock class by :func:`make_skippable`: ``forward`` does no work while ``skipped`` is set."""
+
+    skipped: bool
+    skip_rule: Skip
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.skipped:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        write_cache_placeholder(self, hidden, kwargs.get("past_key_values"))
+        if self.skip_rule.returns == "zero":
+            result = hidden.new_zeros(())
+        else:
+            result = hidden if self.skip_rule.returns == "input" else args[-1]
+        return result if self.skip_rule.outputs == 1 else (result, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle is told how to make it again.
+        return _rebuild, (self.__class__.__mro__[2],), self.__dict__
+
+
+def write_cache_placeholder(module: nn.Module, hidden: Tensor, cache: Any) -> None:
+    """Keeps the length of a KV cache right when a layer's attention is skipped.
+
+    transformers reads the length of a cache from its first layer, and counts an empty tensor as length 0; one zero per
+    token, ``(B, 1, T, 1)``, keeps it right whichever layers are skipped.
+    """
+    if cache is None:
+        return
+    placeholder = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)  # (B, 1, T, 1)
+    cache.update(placeholder, placeholder, module.layer_idx)
+
+
+@lru_cache(maxsize=None)
+def _with_mixin(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    # The stock name is kept: FSDP and device maps look layer classes up by name.
+    return type(cls.__name__, (mixin, cls), {"__doc__": cls.__doc__, "__module__": cls.__module__})
+
+
+def _rebuild(cls: type[nn.Module], mixin: type[nn.Module] = SkippableModule) -> nn.Module:
+    made = _with_mixin(cls, mixin)
+    return made.__new__(made)
+
+
+def make_skippable(module: nn.Module, rule: Skip) -> SkippableModule:
+    """Swaps the class of a stock module in place so that it can be skipped, and returns it, not skipped."""
+    if not isinstance(module, SkippableModule):
+        module.__class__ = _with_mixin(type(module), SkippableModule)
+    module.skipped, module.skip_rule = False, rule  # type: ignore[assignment]
+    assert isinstance(module, SkippableModule)
+    return module
+
+
+class PartHolder(nn.Module):
+    """Mixin for a module that carries elastic parts; a :class:`~hf_elastic.supernet.Supernet` finds them here."""
+
+    elastic_parts: list[Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.__class__.__mro__[2], PartHolder), self.__dict__
+
+
+def make_part_holder(module: nn.Module, parts: list[Any]) -> PartHolder:
+    """Swaps the class of a stock module in place so that it carries ``parts``."""
+    module.__class__ = _with_mixin(type(module), PartHolder)
+    module.elastic_parts = parts  # type: ignore[assignment]
+    assert isinstance(module, PartHolder)
+    return module
+
+

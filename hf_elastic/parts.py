@@ -1,0 +1,237 @@
+"""Elastic parts: what a module that declares choices must be able to do, and the part that is one transformer layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from .errors import SpaceError
+from .families import Family, submodule
+from .layers import ElasticProjection, Region, SkippableModule, make_skippable
+from .space import Choice, Value
+
+SKIPS: Mapping[str, tuple[bool, bool]] = {
+    "none": (True, True),
+    "attention": (False, True),
+    "mlp": (True, False),
+    "layer": (False, False),
+}
+"""Values of a ``layers.i.skip`` choice -> (attention is there, FFN is there)."""
+
+
+@runtime_checkable
+class ElasticPart(Protocol):
+    """A module, or a group of modules, that declares choices and can be set.
+
+    :class:`~hf_elastic.supernet.Supernet` finds parts on every :class:`~hf_elastic.layers.PartHolder` of a model and
+    joins their choices into one space. Parts that share a choice by name must declare it equally.
+    """
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Choices of this part, each after those its conditions name."""
+
+    def set(self, architecture: Mapping[str, Value]) -> None:
+        """Makes the part compute what ``architecture`` says. Must be cheap and must not fail half-way."""
+
+    def regions(self) -> dict[int, Region]:
+        """Active boxes of each elastic parameter as the part is set now, by ``id`` of the parameter."""
+
+    def expected(self, architecture: Mapping[str, Value]) -> dict[str, int]:
+        """Sizes that forwards must show while ``architecture`` is active, 0 for what is skipped."""
+
+    def watch(self) -> AbstractContextManager[dict[str, int]]:
+        """Fills the returned dict with the sizes *measured* on real tensors during forwards inside."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Static shape of one transformer layer.
+
+    Attributes:
+        intermediate_size: FFN neurons, also when the FFN is skipped.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads (equal to the query heads without grouping).
+        attention: whether the attention sublayer is there.
+        mlp: whether the FFN sublayer is there.
+    """
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    attention: bool = True
+    mlp: bool = True
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing of the layer is there."""
+        return not (self.attention or self.mlp)
+
+
+@dataclass(frozen=True)
+class ChoiceNames:
+    """Names of the choices that decide about one layer; ``None`` where the layer does not follow any."""
+
+    intermediate_size: str | None = None
+    heads: str | None = None
+    skip: str | None = None
+    depth: str | None = None
+
+
+@dataclass
+class LayerPart:
+    """One transformer layer of a stock model whose FFN width, heads and presence are choices.
+
+    Attributes:
+        layer: the stock layer, its projections class-swapped.
+        index: its place in the model.
+        family: the row that names its modules.
+        full: its shape in the model as it was given.
+        head_dim: size of one head.
+        hidden_size: width of the residual stream.
+        names: the choices it follows.
+        choices: those choices, with the ones their conditions name.
+        rank: its place in the order in which ``num_hidden_layers`` keeps layers.
+    """
+
+    layer: nn.Module
+    index: int
+    family: Family
+    full: LayerShape
+    head_dim: int
+    hidden_size: int
+    names: ChoiceNames
+    choices: tuple[Choice, ...]
+    rank: int
+    current: LayerShape = field(init=False)
+    _modules: dict[str, Any] = field(init=False, repr=False)
+    _skips: tuple[tuple[SkippableModule, str], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        row = self.family
+        paths = {*row.ffn_in, row.ffn_out, row.query, row.key, row.value, row.attention_out, row.attention}
+        self._modules = {path: submodule(self.layer, path, family=row) for path in sorted(paths)}
+        self._skips = ()
+        self.current = self.full
+
+    def make_skippable(self) -> None:
+        """Swaps the classes of the modules that a skip concerns; does nothing where that was done before."""
+        row = self.family
+        rules = [(rule, "attention") for rule in row.skip_attention] + [(rule, "mlp") for rule in row.skip_mlp]
+        modules = [(submodule(self.layer, rule.module, family=row), rule, kind) for rule, kind in rules]
+        self._skips = tuple((make_skippable(module, rule), kind) for module, rule, kind in modules)
+
+    def shape(self, architecture: Mapping[str, Value]) -> LayerShape:
+        """Returns the layer's shape in an architecture, without changing anything."""
+        names, full = self.names, self.full
+        depth = architecture[names.depth] if names.depth else None
+        present = depth is None or self.rank < int(depth)
+        attention, mlp = SKIPS[str(architecture[names.skip])] if names.skip else (True, True)
+        if not present:
+            return replace(full, attention=False, mlp=False)
+        width = int(architecture[names.intermediate_size]) if names.intermediate_size and mlp else full.intermediate_size
+        heads, groups = full.num_attention_heads, full.num_key_value_heads
+        if names.heads and attention:
+            groups = int(architecture[names.heads])
+            heads = groups * (full.num_attention_heads // full.num_key_value_heads)
+        return LayerShape(width, heads, groups, attention, mlp)
+
+    def set(self, architecture: Mapping[str, Value]) -> None:
+        """Makes the layer compute its shape in an architecture."""
+        shape = self.shape(architecture)
+        if shape != self.current:
+            self.apply(shape)
+
+    def apply(self, shape: LayerShape) -> None:
+        """Makes the layer compute ``shape``; nothing is checked, see :meth:`shape`."""
+        row, modules = self.family, self._modules
+        for module, kind in self._skips:
+            module.__dict__["skipped"] = not (shape.attention if kind == "attention" else shape.mlp)
+        for path in row.ffn_in:
+            _set_out(modules[path], shape.intermediate_size)
+        _set_in(modules[row.ffn_out], shape.intermediate_size)
+        queries, keys = shape.num_attention_heads * self.head_dim, shape.num_key_value_heads * self.head_dim
+        if row.fused:
+            _set_out(modules[row.query], 3 * queries)
+        else:
+            _set_out(modules[row.query], queries)
+            _set_out(modules[row.key], keys)
+            _set_out(modules[row.value], keys)
+        _set_in(modules[row.attention_out], queries)
+        for attribute, meaning in row.attributes.items():
+            value = shape.num_attention_heads if meaning == "heads" else queries
+            modules[row.attention].__dict__[attribute] = value
+        self.current = shape
+
+    def projections(self) -> dict[str, ElasticProjection]:
+        """Class-swapped projections of the layer, by path."""
+        return {p: m for p, m in self._modules.items() if isinstance(m, ElasticProjection)}
+
+    def attention_paths(self) -> tuple[str, ...]:
+        """Paths of the attention projections."""
+        row = self.family
+        return tuple(dict.fromkeys((row.query, row.key, row.value, row.attention_out)))
+
+    def regions(self) -> dict[int, Region]:
+        """Active boxes by ``id`` of the parameter; ``()`` for every parameter of a skipped sublayer."""
+        found: dict[int, Region] = {}
+        for projection in self.projections().values():
+            parameters = dict(projection.named_parameters(recurse=False))
+            found |= {id(parameters[name]): box for name, box in projection.active_region().items()}
+        for module, kind in self._skips:
+            if module.skipped:
+                found |= {id(parameter): () for parameter in module.parameters()}
+        return found
+
+    def expected(self, architecture: Mapping[str, Value]) -> dict[str, int]:
+        """FFN neurons and query heads of the layer in an architecture, 0 when the sublayer is skipped."""
+        shape = self.shape(architecture)
+        return {
+            f"layers.{self.index}.intermediate_size": shape.intermediate_size if shape.mlp else 0,
+            f"layers.{self.index}.num_attention_heads": shape.num_attention_heads if shape.attention else 0,
+        }
+
+    @contextmanager
+    def watch(self) -> Iterator[dict[str, int]]:
+        """Reads the sizes of :meth:`expected` off the tensors that enter the output projections."""
+        mlp, heads = f"layers.{self.index}.intermediate_size", f"layers.{self.index}.num_attention_heads"
+        seen = {mlp: 0, heads: 0}
+
+        def record(name: str, unit: int) -> Any:
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                seen[name] = inputs[0].shape[-1] // unit
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, path, unit in ((mlp, self.family.ffn_out, 1), (heads, self.family.attention_out, self.head_dim)):
+                stack.callback(self._modules[path].register_forward_pre_hook(record(name, unit)).remove)
+            yield seen
+
+
+def _set_out(module: ElasticProjection, size: int) -> None:
+    module.__dict__["active_out_features"] = size
+
+
+def _set_in(module: ElasticProjection, size: int) -> None:
+    module.__dict__["active_in_features"] = size
+
+
+def join_choices(parts: Sequence[ElasticPart]) -> tuple[Choice, ...]:
+    """Joins the choices of parts into one list, in the order of the parts.
+
+    Raises:
+        SpaceError: two parts declare a choice of one name differently.
+    """
+    joined: dict[str, Choice] = {}
+    for part in parts:
+        for choice in part.choices:
+            if joined.setdefault(choice.name, choice) != choice:
+                raise SpaceError(
+                    f"two elastic parts declare {choice.name!r} differently: {joined[choice.name]} and {choice}"
+                )
+    return tuple(joined.values())

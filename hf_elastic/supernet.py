@@ -1,0 +1,278 @@
+"""The handle: finds the elastic parts of a model, joins their choices, and sets which subnet is active."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from . import costs
+from .errors import ActivationError, CheckpointError, UnsupportedModelError
+from .families import Family
+from .files import file_digest, read_json, whole_folder, write_json
+from .layers import PartHolder, Region
+from .parts import ElasticPart, LayerPart, LayerShape, join_choices
+from .space import Architecture, SearchSpace, Value
+
+Loadability = Literal["stock", "stock-padded", "remote-code"]
+
+SPACE_FILE = "search_space.json"
+FORMAT = 1
+
+
+class _State:
+    """What is active in a model and which thread may change it; shared by all handles on the model."""
+
+    def __init__(self, active: Architecture) -> None:
+        self.active = active
+        self.owner: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        return _State(self.active)  # a copy of the model may live in another thread
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self.active, "owner": None}
+
+
+class Supernet:
+    """Handle on a model with elastic parts: its space, what is active, and what an architecture needs to load.
+
+    Making a handle changes nothing in the model. Several handles on one model share what is active.
+
+    Args:
+        model: a model that :func:`hf_elastic.make_elastic` converted (or one that holds other elastic parts).
+
+    Raises:
+        UnsupportedModelError: the model has no elastic part.
+
+    Example:
+        >>> supernet = hf_elastic.make_elastic(model, hf_elastic.ElasticConfig(intermediate_size=[0.5, 1.0]))
+        >>> with supernet.activate(supernet.space.smallest()):
+        ...     supernet.model(**inputs)
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.parts: tuple[ElasticPart, ...] = tuple(
+            part for module in model.modules() if isinstance(module, PartHolder) for part in module.elastic_parts
+        )
+        if not self.parts:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no elastic part; call hf_elastic.make_elastic(model, ElasticConfig(...)) first"
+            )
+        self.space: SearchSpace
+        self.refresh_space()
+        state = model.__dict__.get("_hf_elastic_state")
+        if state is None or state.active not in self.space:
+            state = model.__dict__["_hf_elastic_state"] = _State(self.space.largest())
+            self._set(state.active)
+        self._state: _State = state
+
+    def refresh_space(self) -> None:
+        """Joins the choices of the parts again, after something changed their conditions (the order of layers)."""
+        self.space = SearchSpace(join_choices(self.parts))
+
+    @property
+    def active(self) -> Architecture:
+        """The architecture that is active now. Reading it never changes anything."""
+        return self._state.active
+
+    @contextmanager
+    def activate(self, architecture: Architecture | Mapping[str, Value]) -> Iterator[Supernet]:
+        """Makes an architecture active inside a ``with`` block and restores what was active at its end.
+
+        Blocks may be nested and may be left by an exception.
+
+        Raises:
+            ArchitectureError: the architecture is not a point of this space.
+            ActivationError: another thread has used a handle on this model.
+        """
+        chosen = self._checked(architecture)
+        previous = self._state.active
+        self._set(chosen)
+        try:
+            yield self
+        finally:
+            self._set(previous)
+
+    def set_active(self, architecture: Architecture | Mapping[str, Value]) -> None:
+        """Makes an architecture active until something else is; prefer :meth:`activate`, which restores.
+
+        Raises:
+            ArchitectureError, ActivationError: as :meth:`activate`.
+        """
+        self._set(self._checked(architecture))
+
+    def _checked(self, architecture: Architecture | Mapping[str, Value]) -> Architecture:
+        self._own_thread()
+        if isinstance(architecture, Architecture):
+            self.space.validate(architecture)
+            return architecture
+        return self.space.canonical(architecture)
+
+    def _own_thread(self) -> None:
+        thread = threading.get_ident()
+        if self._state.owner is None:
+            self._state.owner = thread
+        if self._state.owner != thread:
+            raise ActivationError(
+                "this supernet is used from a second thread, which would change the subnet under the first; "
+                "give each thread a copy: Supernet(copy.deepcopy(supernet.model))"
+            )
+
+    def _set(self, architecture: Architecture) -> None:
+        for part in self.parts:
+            part.set(architecture)
+        self.model.__dict__["_hf_elastic_state"].active = architecture
+
+    def expected(self, architecture: Architecture) -> dict[str, int]:
+        """Sizes that a forward must show while ``architecture`` is active, 0 for what is skipped."""
+        return {name: size for part in self.parts for name, size in part.expected(architecture).items()}
+
+    def measured(self, **inputs: Any) -> dict[str, int]:
+        """Runs one forward and returns the sizes really seen in its tensors, to compare with :meth:`expected`.
+
+        Args:
+            inputs: passed to the model.
+        """
+        with ExitStack() as stack, torch.no_grad():
+            seen = [stack.enter_context(part.watch()) for part in self.parts]
+            self.model(**inputs)
+        return {name: size for values in seen for name, size in values.items()}
+
+    def active_regions(self) -> dict[str, tuple[tuple[slice, ...], ...]]:
+        """Active boxes of every elastic parameter, by its name in ``model.named_parameters()``.
+
+        ``()`` means that nothing of it is active (its sublayer is skipped). A parameter that is not named is not
+        elastic: all of it is always active.
+        """
+        by_id: dict[int, Region] = {}
+        for part in self.parts:
+            by_id |= part.regions()
+        return {name: by_id[id(p)] for name, p in self.model.named_parameters() if id(p) in by_id}
+
+    @property
+    def layer_parts(self) -> tuple[LayerPart, ...]:
+        """The parts that are transformer layers, in order."""
+        return tuple(part for part in self.parts if isinstance(part, LayerPart))
+
+    @property
+    def layer_order(self) -> tuple[int, ...]:
+        """Layers from the most to the least important, as ``num_hidden_layers`` keeps them."""
+        ranks = {part.rank: part.index for part in self.layer_parts}
+        return tuple(ranks[rank] for rank in sorted(ranks))
+
+    @property
+    def family(self) -> Family:
+        """The row of the model's family.
+
+        Raises:
+            UnsupportedModelError: the model has no elastic layers (only adapters or routers).
+        """
+        if not self.layer_parts:
+            raise UnsupportedModelError("the model has no elastic layers, so it has no family row")
+        return self.layer_parts[0].family
+
+    def layer_shapes(self, architecture: Architecture) -> tuple[LayerShape, ...]:
+        """Static shape of every layer in an architecture."""
+        return tuple(part.shape(architecture) for part in self.layer_parts)
+
+    def loadability(self, architecture: Architecture) -> Loadability:
+        """What the architecture needs to load once exported; known before any search or training.
+
+        * ``stock``: an ordinary checkpoint of the stock class, smaller and faster;
+        * ``stock-padded``: the stock class holds it only after padding with zeros to a uniform shape: same logits, no
+          speed gain (``export(..., loadability="remote-code")`` writes the compact one);
+        * ``remote-code``: needs ``trust_remote_code=True`` (or ``import hf_elastic``).
+
+        Raises:
+            ArchitectureError: the architecture is not a point of this space.
+        """
+        self.space.validate(architecture)
+        return shapes_loadability(self.layer_shapes(architecture), self.family, hidden_size=self.layer_parts[0].hidden_size,
+                                  parent=self.layer_parts[0].full)
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Saves the largest model as a stock checkpoint, with ``search_space.json`` beside it.
+
+        Anyone loads the folder with the stock class; :meth:`from_pretrained` restores the supernet bit-equal.
+
+        Raises:
+            CheckpointError: the folder is not empty or cannot be written; nothing is left half-written.
+        """
+        config = self.model.__dict__.get("_hf_elastic_config")
+        if config is None:
+            raise CheckpointError("this handle holds no ElasticConfig (the model was not made by make_elastic), so it cannot be saved")
+        with whole_folder(directory, overwrite=overwrite) as folder:
+            with self.activate(self.space.largest()):
+                self.model.save_pretrained(folder)
+            write_json(folder / SPACE_FILE, {
+                "format": FORMAT,
+                "class": type(self.model).__name__,
+                "elastic_config": config.to_dict(),
+                "layer_order": list(self.layer_order),
+                "active": dict(self.active),
+                "space_digest": self.space.digest,
+                "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
+            })
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Supernet:
+        """Restores a supernet that :meth:`save_pretrained` wrote: same weights, same space.
+
+        Args:
+            directory: the folder.
+            kwargs: passed to the model class's ``from_pretrained`` (``dtype``, ``attn_implementation``, ...).
+
+        Raises:
+            CheckpointError: a file is missing, truncated, or not the one that was saved.
+        """
+        from .conversion import ElasticConfig, make_elastic  # conversion builds on this module
+
+        folder = Path(directory)
+        record = read_json(folder / SPACE_FILE)
+        if record.get("format") != FORMAT:
+            raise CheckpointError(f"{folder / SPACE_FILE} has format {record.get('format')!r}, this version reads {FORMAT}")
+        for name, digest in record["weights"].items():
+            if Path(name).name != name or file_digest(folder / name) != digest:
+                raise CheckpointError(f"{folder / name} is truncated or is not the file this supernet was saved with; copy the folder again")
+        model_class = getattr(transformers, str(record["class"]), None)
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            raise CheckpointError(f"{folder / SPACE_FILE} names {record['class']!r}, which is no class of transformers")
+        config = ElasticConfig.from_dict({**record["elastic_config"], "layer_order": record["layer_order"]})
+        supernet = make_elastic(model_class.from_pretrained(folder, **{"dtype": "auto", **kwargs}), config)
+        if supernet.space.digest != record["space_digest"]:
+            raise CheckpointError(f"{folder / SPACE_FILE} was made for another space than its ElasticConfig gives; save it again")
+        return supernet
+
+    def __repr__(self) -> str:
+        return f"Supernet({type(self.model).__name__}, {len(self.space)} choices, {self.space.size:.3g} architectures)"
+
+    def __str__(self) -> str:
+        return costs.describe(self)
+
+
+def shapes_loadability(
+    shapes: tuple[LayerShape, ...], family: Family, *, hidden_size: int, parent: LayerShape
+) -> Loadability:
+    """Loadability of a list of layer shapes (:meth:`Supernet.loadability`); layers skipped as a whole are dropped."""
+    kept = [shape for shape in shapes if not shape.skipped]
+    if not kept:
+        return "remote-code"  # a stock model without layers cannot keep the length of its cache
+    partial = any(not (shape.attention and shape.mlp) for shape in kept)
+    widths = {shape.intermediate_size for shape in kept}
+    heads = {shape.num_attention_heads for shape in kept}
+    holds = {
+        "any": True,
+        "parent": heads == {parent.num_attention_heads},
+        "divides_hidden": all(hidden_size % count == 0 for count in heads),
+    }[family.stock_heads]
+    if not partial and len(widths) == 1 and len(heads) == 1 and holds:
+        return "stock"
+    return "stock-padded" if family.pre_norm or not partial else "remote-code"

@@ -1,0 +1,184 @@
+"""Subnet sampling for the stock Trainer, and the checks that every elastic training run starts with."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from hf_elastic.errors import TrainingError
+from hf_elastic.supernet import Supernet
+from hf_elastic.training.decay import ActiveSliceStep
+from hf_elastic.training.sampling import SamplingRule
+
+Period = Literal["step", "micro_batch"]
+
+
+class SubnetSamplingCallback(TrainerCallback):
+    """Train one subnet of a supernet per optimizer step (or per micro-batch) with the stock ``Trainer``.
+
+    Inside a step the drawn subnet is active; outside (evaluation, saving, logging) the largest is. Weight decay acts on
+    the slices that were active since the last step only, see :class:`~hf_elastic.training.decay.ActiveSliceStep`.
+
+    The stock Trainer tells callbacks nothing about an exception, so one that leaves ``train()`` inside a step leaves the
+    drawn subnet active. Use the callback as a context manager, or call :meth:`release`:
+
+        >>> sampling = hf_elastic.SubnetSamplingCallback(supernet, hf_elastic.RandomSubnet(seed=0))
+        >>> with sampling:
+        ...     Trainer(model=supernet.model, callbacks=[sampling], args=args, train_dataset=train).train()
+
+    A later ``train()`` with the same callback releases first. :class:`hf_elastic.ElasticTrainer` needs none of this.
+
+    Args:
+        supernet: whose ``model`` the Trainer trains.
+        rule: which subnet a step runs.
+        per: ``"step"``: one subnet for all micro-batches of an optimizer step; ``"micro_batch"``: one for each.
+        freeze_inactive: whether entries that no subnet of the step used keep their value; otherwise the optimizer's
+            momentum may still move those that were used earlier.
+
+    Raises:
+        TrainingError: The rule draws several subnets per step, or ``per`` is neither of the two.
+    """
+
+    def __init__(
+        self, supernet: Supernet, rule: SamplingRule, *, per: Period = "step", freeze_inactive: bool = False
+    ) -> None:
+        if rule.subnets != 1:
+            raise TrainingError(
+                f"{type(rule).__name__} runs {rule.subnets} subnets per step, the stock Trainer one; "
+                "use ElasticTrainer(supernet=..., sampling=...)"
+            )
+        self.supernet = supernet
+        self.rule = rule
+        self.per = checked_period(per)
+        self._slices = ActiveSliceStep(supernet, freeze_inactive=freeze_inactive)
+        self._active = ExitStack()
+        self._micro_step = 0
+
+    def release(self) -> None:
+        """Make active again what was active before the step, and undo what a step that did not end left behind."""
+        self._active.close()
+        self._slices.release()
+
+    def __enter__(self) -> SubnetSamplingCallback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the run.
+
+        Raises:
+            TrainingError: The run would break a promise.
+        """
+        self.release()
+        check_run(self.supernet, args, model=kwargs["model"])
+        self._slices.start(kwargs["optimizer"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Activate the subnet of this step."""
+        self._slices.forget()
+        self._micro_step = 0
+        self._switch(state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Activate the subnet of the next micro-batch."""
+        self._micro_step += 1
+        if self.per == "micro_batch":
+            self._switch(state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Apply weight decay to the active slices."""
+        self._slices.before_step(kwargs["optimizer"])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the optimizer's settings and the frozen slices."""
+        self._slices.after_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the largest subnet active again, before anything is evaluated or saved."""
+        self._active.close()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave nothing behind."""
+        self.release()
+
+    def _switch(self, state: TrainerState) -> None:
+        self._active.close()
+        (architecture,) = self.rule.draw(self.supernet.space, state.global_step, self._micro_step)
+        self._active.enter_context(self.supernet.activate(architecture))
+        self._slices.record()
+
+
+def checked_period(per: str) -> Period:
+    """Return ``per`` if it is a period.
+
+    Raises:
+        TrainingError: It is not.
+    """
+    if per == "step" or per == "micro_batch":
+        return per  # type: ignore[return-value]
+    raise TrainingError(f"per={per!r} is unknown; allowed: 'step', 'micro_batch'")
+
+
+def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module | None) -> None:
+    """Check that a Trainer can keep the promises of elastic training.
+
+    Raises:
+        TrainingError: It cannot; the message says why and what to do.
+    """
+    if model is None or not any(module is supernet.model for module in model.modules()):
+        raise TrainingError(
+            f"the Trainer trains a {type(model).__name__} that does not hold the supernet; pass model=supernet.model"
+        )
+    if supernet.active != supernet.space.largest():
+        raise TrainingError(
+            f"training starts while {supernet.active} is active; leave activate(...) first, so that the largest is"
+        )
+    if args.n_gpu > 1:
+        raise TrainingError(
+            f"nn.DataParallel over {args.n_gpu} GPUs runs the model in threads, where no subnet can be switched; "
+            "launch one process per GPU with torchrun"
+        )
+    if args.deepspeed or args.fsdp:
+        kind = "DeepSpeed" if args.deepspeed else "FSDP"
+        raise TrainingError(f"{kind} shards parameters, so that decay cannot follow active slices; use DDP")
+    if args.parallel_mode == ParallelMode.DISTRIBUTED:
+        _check_distributed(supernet, args, model=model)
+
+
+def _check_distributed(supernet: Supernet, args: TrainingArguments, *, model: nn.Module) -> None:
+    """Check that DDP does not wait for the gradients of skipped layers, which never come."""
+    find_unused = args.ddp_find_unused_parameters
+    if find_unused is None:  # then the Trainer looks for them unless activations are checkpointed
+        find_unused = not any(vars(module).get("gradient_checkpointing") for module in model.modules())
+    if find_unused:
+        return
+    with supernet.activate(supernet.space.smallest()):
+        skipped = [name for name, boxes in supernet.active_regions().items() if not boxes]
+    if skipped:
+        raise TrainingError(
+            f"the space skips layers, so DDP would wait for gradients of {skipped[0]!r}; "
+            "set TrainingArguments(ddp_find_unused_parameters=True)"
+        )

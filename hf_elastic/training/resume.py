@@ -1,0 +1,143 @@
+"""Which checkpoint of a Trainer is whole, and can be resumed.
+
+A Trainer that is killed while it saves leaves a ``checkpoint-N`` folder that its own
+``train(resume_from_checkpoint=True)`` picks, and fails on, although an older one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_elastic.errors import CheckpointError
+from hf_elastic.files import read_json, write_json
+
+MARKER = "elastic_complete.json"
+
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+_STATE = "trainer_state.json"
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format, in bytes
+
+
+class CompleteCheckpointCallback(TrainerCallback):
+    """Write a marker into every checkpoint once all its files are there.
+
+    The marker lists the files with their sizes. :func:`last_complete_checkpoint` also knows checkpoints without one, by
+    reading their files' headers; the marker adds that no file is missing or shorter than it was.
+    ``ElasticTrainer`` has this callback built in; add it to a stock Trainer.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the marker of an earlier run from the folder that is about to be written again."""
+        if control.should_save and state.is_world_process_zero:
+            (_folder(args, state) / MARKER).unlink(missing_ok=True)
+
+    on_epoch_end = on_step_end
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark the checkpoint that was just written."""
+        if args.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank writes a file of random states
+        folder = _folder(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+            sizes.pop(MARKER, None)
+            write_json(folder / MARKER, {"format": 1, "step": state.global_step, "files": sizes})
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the newest whole ``checkpoint-N`` folder of a Trainer's output folder, or ``None``.
+
+    Half-written checkpoints are passed over, see :func:`incompleteness`. Nothing is changed or deleted.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return None
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+    for _, path in sorted(numbered, reverse=True):
+        if path.is_dir() and incompleteness(path) is None:
+            return str(path)
+    return None
+
+
+def checked_checkpoint(checkpoint: str | Path) -> str:
+    """Return the path of a whole checkpoint.
+
+    Raises:
+        CheckpointError: It is not whole; the message says what is missing and which one is whole.
+    """
+    reason = incompleteness(checkpoint)
+    if reason is None:
+        return str(checkpoint)
+    other = last_complete_checkpoint(Path(checkpoint).parent)
+    cure = f"resume from {other}" if other else "there is no whole checkpoint beside it; start again"
+    raise CheckpointError(f"checkpoint {checkpoint} cannot be resumed: {reason}; {cure}")
+
+
+def incompleteness(checkpoint: str | Path) -> str | None:
+    """Return why a checkpoint is not whole, or ``None`` if it is.
+
+    It is whole if ``trainer_state.json`` (which the Trainer writes last) can be read, it has weights, all safetensors
+    files are as long as their headers say, all ``torch.save`` files have their directory at the end, all shards of an
+    index are there, and every file that the marker lists, if there is one, still has its size.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "it is not a folder"
+    try:
+        read_json(folder / _STATE)
+        sizes = read_json(folder / MARKER)["files"] if (folder / MARKER).is_file() else {}
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        needed = set(sizes).union(*(_shards(file) for file in files if file.name.endswith(".index.json")))
+    except (CheckpointError, AttributeError, KeyError, TypeError) as error:
+        return str(error)
+    if missing := sorted(needed - {file.name for file in files}):
+        return f"{missing[0]} is missing"
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        return "it has no weights"
+    for file in files:
+        wrong_size = file.name in sizes and file.stat().st_size != sizes[file.name]
+        if wrong_size or not _is_whole(file):
+            return f"{file.name} is truncated"
+    return None
+
+
+def _is_whole(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return is_whole_safetensors(file)
+    if file.suffix in (".pt", ".pth", ".bin") and file.name != "training_args.bin":
+        return zipfile.is_zipfile(file)
+    return True
+
+
+def is_whole_safetensors(file: Path) -> bool:
+    """Return whether a safetensors file has a readable header and the length that the header asks for."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                return False
+            header = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return size == 8 + length + int(max(ends, default=0))
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return False
+
+
+def _shards(index: Path) -> set[str]:
+    return set(read_json(index)["weight_map"].values())
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

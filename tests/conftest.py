@@ -1,0 +1,24 @@
+"""Settings and fixtures of all tests. The environment is set before a library reads it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Workers of pytest-xdist share the cores; a thread pool in each would make them wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = "1"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real data sets and checkpoints; tests that need one are skipped where there is none."""
+    beside_the_repository = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("HF_ELASTIC_DATA", beside_the_repository))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set HF_ELASTIC_DATA to a folder that has it")
+    return folder
