@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from hf_elastic.models import register_auto_classes
 
 __version__ = "0.1.0"
 
@@ -29,7 +30,7 @@ _HOMES = {
         "SandwichRule", "SubnetSamplingCallback", "last_complete_checkpoint",
     ),
     "checkpoint": ("ExportReport", "export", "extract"),
-    "pipeline": ("CompressOptions", "compress"),
+    "pipeline": ("CompressOptions", "CompressResult", "compress"),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("costs", "distillation", "objectives", "testing")
@@ -52,3 +53,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+register_auto_classes()

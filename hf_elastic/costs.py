@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .layers import ElasticConv1D, ElasticLinear
-from .parts import LayerPart, LayerShape
-from .space import Architecture
+from hf_elastic.layers import ElasticConv1D, ElasticLinear
+from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.space import Architecture
 
 if TYPE_CHECKING:
-    from .supernet import Supernet
+    from hf_elastic.supernet import Supernet
 
 LATENCY_TOKENS = 128
 _LOADABILITY_SAMPLES = 500
@@ -60,7 +60,12 @@ def macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_
 
 
 def kv_cache_bytes(
-    supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_size: int = 1, dtype: torch.dtype | None = None
+    supernet: Supernet,
+    architecture: Architecture,
+    *,
+    seq_len: int,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Bytes of the KV cache of the exported subnet after ``seq_len`` tokens; 0 for an encoder.
 
@@ -263,16 +268,18 @@ def describe(supernet: Supernet) -> str:
     shares = ", ".join(f"{name} {count / _LOADABILITY_SAMPLES:.0%}" for name, count in counts.most_common())
     small, large = parameters(supernet, low), parameters(supernet, high)
     small_macs, large_macs = macs(supernet, low, seq_len=tokens), macs(supernet, high, seq_len=tokens)
-    return "\n".join([
-        f"{type(supernet.model).__name__} supernet ({supernet.family.model_type})",
-        f"  architectures  {_count(space.size)} from {len(space)} choices",
-        f"  parameters     {_count(small)} to {_count(large)} without embeddings ({small / large:.0%} to 100%), "
-        f"plus {_count(embedding_parameters(supernet))} in embeddings",
-        f"  MACs           {_count(small_macs)} to {_count(large_macs)} at 1 x {tokens} tokens ({small_macs / large_macs:.0%} to 100%)",
-        f"  latency        {_latency_line(supernet, low, high)}",
-        f"  loadability    {shares} (of {_LOADABILITY_SAMPLES} sampled)",
-        f"  active         {'largest' if supernet.active == high else supernet.active!r}",
-    ])
+    return "\n".join(
+        [
+            f"{type(supernet.model).__name__} supernet ({supernet.family.model_type})",
+            f"  architectures  {_count(space.size)} from {len(space)} choices",
+            f"  parameters     {_count(small)} to {_count(large)} without embeddings ({small / large:.0%} to 100%), "
+            f"plus {_count(embedding_parameters(supernet))} in embeddings",
+            f"  MACs           {_count(small_macs)} to {_count(large_macs)} at 1 x {tokens} tokens ({small_macs / large_macs:.0%} to 100%)",
+            f"  latency        {_latency_line(supernet, low, high)}",
+            f"  loadability    {shares} (of {_LOADABILITY_SAMPLES} sampled)",
+            f"  active         {'largest' if supernet.active == high else supernet.active!r}",
+        ]
+    )
 
 
 def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> str:

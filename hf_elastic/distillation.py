@@ -1,8 +1,9 @@
 """Distillation losses: pure functions of a student's and a teacher's tensors.
 
-Every function returns a scalar in float32, computed in float32 whatever the inputs are, differentiable with respect
-to the student; the teacher is a constant. Unless it says otherwise a loss is a *mean over the positions that the mask
-keeps*, so it depends neither on the size of the batch nor on padding. Where a mask keeps nothing the loss is 0.
+Every function returns a scalar in float32, computed in float32 whatever the inputs are, differentiable with
+respect to the student; the teacher is a constant. Unless it says otherwise a loss is a *mean over the
+positions that the mask keeps*, so it depends neither on the size of the batch nor on padding. Where a mask
+keeps nothing the loss is 0.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ def logits_loss(
 ) -> Tensor:
     r"""Compute the divergence of a student's class distribution from a teacher's.
 
-    With :math:`p_\tau = \mathrm{softmax}(z / \tau)` over the last dimension and ``t``/``s`` for teacher/student:
+    With :math:`p_\tau = \mathrm{softmax}(z / \tau)` over the last dimension and ``t``/``s`` for
+    teacher/student:
 
-    * ``forward``: :math:`\tau^2 \, \mathrm{KL}(p^t_\tau \| p^s_\tau)` (Hinton et al. 2015, arXiv 1503.02531; the factor
-      :math:`\tau^2` keeps the size of gradients comparable between temperatures);
-    * ``reverse``: :math:`\tau^2 \, \mathrm{KL}(p^s_\tau \| p^t_\tau)`, mode-seeking (Gu et al. 2024, arXiv 2306.08543);
-    * ``mse``: :math:`\frac{1}{C} \sum_c (z^s_c - z^t_c)^2`, for regression heads; the temperature plays no part.
+    * ``forward``: :math:`\tau^2 \, \mathrm{KL}(p^t_\tau \| p^s_\tau)` (Hinton et al. 2015, arXiv 1503.02531;
+      the factor :math:`\tau^2` keeps the size of gradients comparable between temperatures);
+    * ``reverse``: :math:`\tau^2 \, \mathrm{KL}(p^s_\tau \| p^t_\tau)`, mode-seeking (Gu et al. 2024, arXiv
+      2306.08543);
+    * ``mse``: :math:`\frac{1}{C} \sum_c (z^s_c - z^t_c)^2`, for regression heads; the temperature plays no
+      part.
 
     Args:
         student: ``(..., C)``.
@@ -51,8 +55,8 @@ def logits_loss(
             micro-batches of an optimizer step, for instance).
 
     Raises:
-        TrainingError: The shapes differ, the temperature is not positive, or a divergence of distributions is asked
-            for over one class, where it is always 0.
+        TrainingError: The shapes differ, the temperature is not positive, or a divergence of distributions is
+            asked for over one class, where it is always 0.
     """
     _check_same_shape(student, teacher, what="logits")
     if not temperature > 0:
@@ -78,8 +82,8 @@ def label_mask(labels: Tensor, *, shifted: bool = False) -> Tensor:
 
     Args:
         labels: ``(B, T)`` token labels, or ``(B,)`` for one label per sequence; -100 leaves a position out.
-        shifted: whether the logits of position ``t`` are scored against label ``t + 1``, as in causal language models;
-            the last position then has no label.
+        shifted: whether the logits of position ``t`` are scored against label ``t + 1``, as in causal
+            language models; the last position then has no label.
 
     Returns:
         Booleans of the shape of ``labels``.
@@ -93,8 +97,8 @@ def label_mask(labels: Tensor, *, shifted: bool = False) -> Tensor:
 def pooled(hidden: Tensor, mask: Tensor | None = None, *, pooling: Pooling = "mean") -> Tensor:
     """Pool token states into one embedding per sequence.
 
-    ``mean`` averages the kept tokens (Reimers & Gurevych 2019, arXiv 1908.10084), ``cls`` takes the first position,
-    ``last`` the last kept token of each sequence (decoders), whichever side the padding is on.
+    ``mean`` averages the kept tokens (Reimers & Gurevych 2019, arXiv 1908.10084), ``cls`` takes the first
+    position, ``last`` the last kept token of each sequence (decoders), whichever side the padding is on.
 
     Args:
         hidden: ``(B, T, D)``.
@@ -140,9 +144,9 @@ def relational_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     With :math:`S_{ij} = \cos(e_i, e_j)`: :math:`\frac{1}{B (B-1)} \sum_{i \ne j} (S^s_{ij} - S^t_{ij})^2`.
 
-    This is similarity-preserving distillation (Tung & Mori 2019, arXiv 1907.09682, Eq. 4) with cosines instead of
-    row-normalised dot products, and without the diagonal, which is always 1. Student and teacher may have different
-    widths. A batch of one has no pairs: 0.
+    This is similarity-preserving distillation (Tung & Mori 2019, arXiv 1907.09682, Eq. 4) with cosines
+    instead of row-normalised dot products, and without the diagonal, which is always 1. Student and teacher
+    may have different widths. A batch of one has no pairs: 0.
 
     Args:
         student: ``(B, D)``.
@@ -153,7 +157,7 @@ def relational_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
         raise TrainingError(
-            f"a relational loss needs (B, D) and (B, E) embeddings, got {_shape(student)} and {_shape(teacher)}"
+            f"a relational loss needs embeddings (B, D) and (B, E), got {_shape(student)}, {_shape(teacher)}"
         )
     of_student = F.normalize(student.float(), dim=-1)
     of_teacher = F.normalize(teacher.detach().float(), dim=-1)
@@ -173,8 +177,9 @@ def hidden_state_loss(
 ) -> Tensor:
     r"""Compute the mean distance of hidden states over pairs of layers and kept tokens.
 
-    ``mse``: :math:`\frac{1}{D} \| h^s - h^t \|^2`; ``cosine``: :math:`1 - \cos(h^s, h^t)` (Jiao et al. 2020, arXiv
-    1909.10351, Eq. 9, without a learned projection: the residual stream of a subnet is as wide as its teacher's).
+    ``mse``: :math:`\frac{1}{D} \| h^s - h^t \|^2`; ``cosine``: :math:`1 - \cos(h^s, h^t)` (Jiao et al. 2020,
+    arXiv 1909.10351, Eq. 9, without a learned projection: the residual stream of a subnet is as wide as its
+    teacher's).
 
     Args:
         student: states ``(B, T, D)``; entry 0 is the embedding, entry ``i + 1`` the output of layer ``i``, as
@@ -191,7 +196,8 @@ def hidden_state_loss(
     if pairs is None:
         if len(student) != len(teacher):
             raise TrainingError(
-                f"the student has {len(student)} hidden states and the teacher {len(teacher)}; say which to compare: pairs="
+                f"the student has {len(student)} hidden states and the teacher {len(teacher)}; "
+                "say which to compare: pairs="
             )
         pairs = [(i, i) for i in range(len(student))]
     if not pairs:
@@ -201,7 +207,8 @@ def hidden_state_loss(
     for i, j in pairs:
         if not (0 <= i < len(student) and 0 <= j < len(teacher)):
             raise TrainingError(
-                f"pair ({i}, {j}) is outside the {len(student)} and {len(teacher)} hidden states of student and teacher"
+                f"pair ({i}, {j}) is outside the {len(student)} and {len(teacher)} hidden states "
+                "of student and teacher"
             )
         _check_same_shape(student[i], teacher[j], what="hidden states")
         terms.append(masked_mean(measure(student[i].float(), teacher[j].detach().float()), mask))
@@ -211,9 +218,9 @@ def hidden_state_loss(
 def layer_pairs(kept: Sequence[int], *, layers: int) -> tuple[tuple[int, int], ...]:
     """Pair the hidden states of a subnet that skips layers with those of the whole model.
 
-    The embedding with itself, the output of each kept layer with the teacher's output of the *last layer that it stands
-    for* (itself and the skipped layers that follow it), so that the next kept layer sees what it saw in the whole
-    model, and the final state with the final state.
+    The embedding with itself, the output of each kept layer with the teacher's output of the *last layer that
+    it stands for* (itself and the skipped layers that follow it), so that the next kept layer sees what it
+    saw in the whole model, and the final state with the final state.
 
     Args:
         kept: layers that the subnet runs, ascending.
@@ -228,8 +235,9 @@ def layer_pairs(kept: Sequence[int], *, layers: int) -> tuple[tuple[int, int], .
     bounds = [*kept, layers]
     if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)) or any(k < 0 for k in kept):
         raise TrainingError(f"kept layers must be ascending and within 0..{layers - 1}, got {list(kept)}")
-    # Entry k + 1 is the output of layer k, so the layer before bounds[n + 1] has entry bounds[n + 1]. The very last entry
-    # follows the final norm, in the student as in the teacher, whichever layer came before it.
+    # Entry k + 1 is the output of layer k, so the layer before bounds[n + 1] has entry bounds[n + 1]. The
+    # very last entry follows the final norm, in the student as in the teacher, whichever layer came before
+    # it.
     inner = [(k + 1, following) for k, following in zip(kept[:-1], bounds[1:], strict=False)]
     return ((0, 0), *inner, (layers, layers))
 

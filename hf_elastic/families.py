@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import UnsupportedModelError
-from .layers import Skip
+from hf_elastic.errors import UnsupportedModelError
+from hf_elastic.layers import Skip
 
 StockHeads = Literal["parent", "divides_hidden", "any"]
 
@@ -81,6 +81,32 @@ class Family:
         """Name of a common size in this family's config, e.g. ``intermediate_size`` is GPT-2's ``n_inner``."""
         return self.config_names.get(name, name)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dict; :meth:`from_dict` reads it."""
+        skips = {name: [vars(rule) for rule in getattr(self, name)] for name in _SKIP_FIELDS}
+        mappings = {name: dict(getattr(self, name)) for name in _MAPPING_FIELDS}
+        return {**vars(self), **mappings, **skips}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Family:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            UnsupportedModelError: a field is missing or unknown.
+        """
+        try:
+            skips = {name: tuple(Skip(**rule) for rule in data[name]) for name in _SKIP_FIELDS}
+            values = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+            return cls(**{**values, **skips})
+        except (KeyError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"not a family row: {error}; its fields are those of Family"
+            ) from error
+
+
+_SKIP_FIELDS = ("skip_attention", "skip_mlp")
+_MAPPING_FIELDS = ("attributes", "config_names")
+
 
 _BERT = Family(
     model_type="bert",
@@ -137,7 +163,11 @@ _GPT2 = Family(
     skip_mlp=(Skip("ln_2", "input"), Skip("mlp", "zero")),
     pre_norm=True,
     causal=True,
-    config_names={"intermediate_size": "n_inner", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+    config_names={
+        "intermediate_size": "n_inner",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     static_type="elastic_gpt2",
 )
 
@@ -148,8 +178,11 @@ def _like(row: Family, **changes: object) -> Family:
 
 FAMILIES: tuple[Family, ...] = (
     _BERT,
-    _like(_BERT, model_type="roberta", one_token_heads=("pooler.dense", "classifier", "classifier.dense",
-                                                       "classifier.out_proj")),
+    _like(
+        _BERT,
+        model_type="roberta",
+        one_token_heads=("pooler.dense", "classifier", "classifier.dense", "classifier.out_proj"),
+    ),
     _like(
         _BERT,
         model_type="distilbert",
@@ -164,7 +197,11 @@ FAMILIES: tuple[Family, ...] = (
         attributes={"n_heads": "heads", "dim": "width"},
         skip_attention=(Skip("attention", "zero", outputs=2), Skip("sa_layer_norm", "input")),
         skip_mlp=(Skip("ffn", "zero"), Skip("output_layer_norm", "input")),
-        config_names={"intermediate_size": "hidden_dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
+        config_names={
+            "intermediate_size": "hidden_dim",
+            "num_attention_heads": "n_heads",
+            "num_hidden_layers": "n_layers",
+        },
         one_token_heads=("pre_classifier", "classifier"),
     ),
     _LLAMA,
@@ -207,5 +244,7 @@ def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     """Returns the ``ModuleList`` of layers that the row names."""
     layers = submodule(model.base_model, family.layers, family=family)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise UnsupportedModelError(f"{family.layers!r} of {type(model).__name__} is not a non-empty list of layers")
+        raise UnsupportedModelError(
+            f"{family.layers!r} of {type(model).__name__} is not a non-empty list of layers"
+        )
     return layers

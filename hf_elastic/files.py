@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from hf_elastic.errors import CheckpointError
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

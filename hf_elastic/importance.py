@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import DataError, SpaceError
-from .layers import ElasticConv1D, ElasticLinear, ElasticProjection
-from .parts import LayerPart
-from .supernet import Supernet
+from hf_elastic.errors import DataError, SpaceError
+from hf_elastic.layers import ElasticLinear, ElasticProjection
+from hf_elastic.parts import LayerPart
+from hf_elastic.supernet import Supernet
 
 Method = Literal["activation", "weight", "taylor"]
 Batch = Mapping[str, Tensor]
@@ -119,7 +119,9 @@ class _Meter:
                 for path in (part.family.ffn_out, part.family.attention_out):
                     module = part.projections()[path]
                     stack.callback(module.register_forward_pre_hook(self._on_input(part, path)).remove)
-                stack.callback(part.layer.register_forward_hook(self._on_layer(index), with_kwargs=True).remove)
+                stack.callback(
+                    part.layer.register_forward_hook(self._on_layer(index), with_kwargs=True).remove
+                )
             for batch in data:
                 feed = {name: value.to(model.device) for name, value in batch.items()}
                 self.mask = feed["attention_mask"].bool() if "attention_mask" in feed else None
@@ -141,8 +143,12 @@ class _Meter:
             activations = inputs[0]  # (B, T, N)
             if self.method == "taylor":
                 if not activations.requires_grad:
-                    raise DataError("method='taylor' needs gradients, but the model's parameters are frozen (requires_grad=False)")
-                activations.register_hook(lambda gradient: self._add(part, path, activations.detach(), gradient))
+                    raise DataError(
+                        "method='taylor' needs gradients, but the model's parameters are frozen (requires_grad=False)"
+                    )
+                activations.register_hook(
+                    lambda gradient: self._add(part, path, activations.detach(), gradient)
+                )
             else:
                 self._add(part, path, activations, None)
 
@@ -287,10 +293,12 @@ def set_layer_order(supernet: Supernet, order: list[int]) -> None:
     Raises:
         SpaceError: a layer is missing or named twice.
     """
-    from .conversion import replan  # conversion builds the choices
+    from hf_elastic.conversion import replan  # conversion builds the choices
 
     if not any(part.names.depth for part in supernet.layer_parts):
         return
     if sorted(order) != list(range(len(supernet.layer_parts))):
-        raise SpaceError(f"layer order {order} must name each of the layers 0 to {len(supernet.layer_parts) - 1} once")
+        raise SpaceError(
+            f"layer order {order} must name each of the layers 0 to {len(supernet.layer_parts) - 1} once"
+        )
     replan(supernet, order)

@@ -7,16 +7,14 @@ the very same kernel runs on the very same tensors (bit-identical logits).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UnsupportedModelError
+from hf_elastic.errors import UnsupportedModelError
 
 Region = tuple[tuple[slice, ...], ...]
 """Active part of a parameter: disjoint index boxes; ``()`` means that nothing of it is active."""
@@ -91,29 +89,55 @@ def make_elastic_linear(module: nn.Module, *, name: str, fused: int = 1) -> Elas
         fused: how many projections of equal width the output holds side by side.
 
     Raises:
-        UnsupportedModelError: the module is of another class (quantised, wrapped by an adapter, already elastic), or
-            an offloading hook replaced its ``forward``, so that a class swap would silently have no effect.
+        UnsupportedModelError: see :func:`check_linear`.
+    """
+    check_linear(module, name=name, fused=fused)
+    swapped: ElasticProjection
+    if isinstance(module, nn.Linear):
+        module.__class__ = ElasticLinear
+        swapped = module  # type: ignore[assignment]
+        swapped.active_in_features, swapped.active_out_features = module.in_features, module.out_features
+    else:
+        module.__class__ = ElasticConv1D
+        swapped = module  # type: ignore[assignment]
+        swapped.active_in_features, swapped.active_out_features = swapped.nx, swapped.nf
+        swapped.fused = fused
+    return swapped
+
+
+def check_linear(module: nn.Module, *, name: str, fused: int = 1) -> None:
+    """Refuses what :func:`make_elastic_linear` cannot swap, without changing anything.
+
+    Raises:
+        UnsupportedModelError: the module is of another class (quantised, wrapped by an adapter, already elastic), its
+            weight is computed (pruned, parametrised), or its ``forward`` is its own.
+    """
+    check_forward(module, name=name)
+    kind = type(module)
+    if kind is not Conv1D and (kind is not nn.Linear or fused != 1):
+        what = "a fused nn.Linear" if kind is nn.Linear else f"a {kind.__module__}.{kind.__qualname__}"
+        raise UnsupportedModelError(
+            f"{name} is {what}, only nn.Linear and Conv1D (the latter also fused) can be made elastic; "
+            "call make_elastic on the model as from_pretrained returned it, before quantisation or adapters"
+        )
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        raise UnsupportedModelError(
+            f"{name} computes its weight from other tensors; make that permanent first "
+            "(torch.nn.utils.prune.remove or parametrize.remove_parametrizations)"
+        )
+
+
+def check_forward(module: nn.Module, *, name: str) -> None:
+    """Refuses a module whose object holds a ``forward``, by which a class swap would silently have no effect.
+
+    Raises:
+        UnsupportedModelError: accelerate hung an offloading or dispatch hook on the module.
     """
     if "forward" in vars(module):
         raise UnsupportedModelError(
             f"{name} has a forward of its own (an accelerate offloading or dispatch hook); call "
-            "accelerate.hooks.remove_hook_from_submodules(model) first, or load without device_map"
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first, or load without device_map"
         )
-    swapped: ElasticProjection
-    if type(module) is nn.Linear and fused == 1:
-        module.__class__ = ElasticLinear
-        swapped = module  # type: ignore[assignment]
-        swapped.active_in_features, swapped.active_out_features = module.in_features, module.out_features
-    elif type(module) is Conv1D:
-        module.__class__ = ElasticConv1D
-        swapped = module  # type: ignore[assignment]
-        swapped.active_in_features, swapped.active_out_features, swapped.fused = module.nx, module.nf, fused
-    else:
-        raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__}, only nn.Linear and Conv1D can be made elastic; "
-            "call make_elastic on the model as from_pretrained returned it, before quantisation or adapters"
-        )
-    return swapped
 
 
 @dataclass(frozen=True)
@@ -151,7 +175,7 @@ class SkippableModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle is told how to make it again.
-        return _rebuild, (self.__class__.__mro__[2],), self.__dict__
+        return _rebuild, (self.__class__.__mro__[2], SkippableModule), self.__getstate__()
 
 
 def write_cache_placeholder(module: nn.Module, hidden: Tensor, cache: Any) -> None:
@@ -162,17 +186,22 @@ def write_cache_placeholder(module: nn.Module, hidden: Tensor, cache: Any) -> No
     """
     if cache is None:
         return
-    placeholder = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)  # (B, 1, T, 1)
-    cache.update(placeholder, placeholder, module.layer_idx)
+    zeros = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)  # (B, 1, T, 1)
+    cache.update(zeros, zeros, module.layer_idx)
 
 
-@lru_cache(maxsize=None)
+_mixed: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _with_mixin(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
-    # The stock name is kept: FSDP and device maps look layer classes up by name.
-    return type(cls.__name__, (mixin, cls), {"__doc__": cls.__doc__, "__module__": cls.__module__})
+    if (cls, mixin) not in _mixed:
+        # The stock name is kept: FSDP and device maps look layer classes up by name.
+        members = {"__doc__": cls.__doc__, "__module__": cls.__module__}
+        _mixed[cls, mixin] = type(cls.__name__, (mixin, cls), members)
+    return _mixed[cls, mixin]
 
 
-def _rebuild(cls: type[nn.Module], mixin: type[nn.Module] = SkippableModule) -> nn.Module:
+def _rebuild(cls: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
     made = _with_mixin(cls, mixin)
     return made.__new__(made)
 
@@ -192,7 +221,7 @@ class PartHolder(nn.Module):
     elastic_parts: list[Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.__class__.__mro__[2], PartHolder), self.__dict__
+        return _rebuild, (self.__class__.__mro__[2], PartHolder), self.__getstate__()
 
 
 def make_part_holder(module: nn.Module, parts: list[Any]) -> PartHolder:
@@ -201,5 +230,3 @@ def make_part_holder(module: nn.Module, parts: list[Any]) -> PartHolder:
     module.elastic_parts = parts  # type: ignore[assignment]
     assert isinstance(module, PartHolder)
     return module
-
-

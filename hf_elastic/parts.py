@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from .errors import SpaceError
-from .families import Family, submodule
-from .layers import ElasticProjection, Region, SkippableModule, make_skippable
-from .space import Choice, Value
+from hf_elastic.errors import SpaceError
+from hf_elastic.families import Family, submodule
+from hf_elastic.layers import ElasticProjection, Region, SkippableModule, make_skippable
+from hf_elastic.space import Choice, Value
 
 SKIPS: Mapping[str, tuple[bool, bool]] = {
     "none": (True, True),
@@ -121,7 +121,9 @@ class LayerPart:
     def make_skippable(self) -> None:
         """Swaps the classes of the modules that a skip concerns; does nothing where that was done before."""
         row = self.family
-        rules = [(rule, "attention") for rule in row.skip_attention] + [(rule, "mlp") for rule in row.skip_mlp]
+        rules = [(rule, "attention") for rule in row.skip_attention] + [
+            (rule, "mlp") for rule in row.skip_mlp
+        ]
         modules = [(submodule(self.layer, rule.module, family=row), rule, kind) for rule, kind in rules]
         self._skips = tuple((make_skippable(module, rule), kind) for module, rule, kind in modules)
 
@@ -133,7 +135,11 @@ class LayerPart:
         attention, mlp = SKIPS[str(architecture[names.skip])] if names.skip else (True, True)
         if not present:
             return replace(full, attention=False, mlp=False)
-        width = int(architecture[names.intermediate_size]) if names.intermediate_size and mlp else full.intermediate_size
+        width = (
+            int(architecture[names.intermediate_size])
+            if names.intermediate_size and mlp
+            else full.intermediate_size
+        )
         heads, groups = full.num_attention_heads, full.num_key_value_heads
         if names.heads and attention:
             groups = int(architecture[names.heads])
@@ -182,7 +188,7 @@ class LayerPart:
         for projection in self.projections().values():
             parameters = dict(projection.named_parameters(recurse=False))
             found |= {id(parameters[name]): box for name, box in projection.active_region().items()}
-        for module, kind in self._skips:
+        for module, _ in self._skips:
             if module.skipped:
                 found |= {id(parameter): () for parameter in module.parameters()}
         return found
@@ -202,13 +208,17 @@ class LayerPart:
         seen = {mlp: 0, heads: 0}
 
         def record(name: str, unit: int) -> Any:
-            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                seen[name] = inputs[0].shape[-1] // unit
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                if not (isinstance(module, SkippableModule) and module.skipped):
+                    seen[name] = inputs[0].shape[-1] // unit
 
             return hook
 
         with ExitStack() as stack:
-            for name, path, unit in ((mlp, self.family.ffn_out, 1), (heads, self.family.attention_out, self.head_dim)):
+            for name, path, unit in (
+                (mlp, self.family.ffn_out, 1),
+                (heads, self.family.attention_out, self.head_dim),
+            ):
                 stack.callback(self._modules[path].register_forward_pre_hook(record(name, unit)).remove)
             yield seen
 
@@ -221,15 +231,15 @@ def _set_in(module: ElasticProjection, size: int) -> None:
     module.__dict__["active_in_features"] = size
 
 
-def join_choices(parts: Sequence[ElasticPart]) -> tuple[Choice, ...]:
-    """Joins the choices of parts into one list, in the order of the parts.
+def join_choices(declared: Iterable[Sequence[Choice]]) -> tuple[Choice, ...]:
+    """Joins the choices that each part declares into one list, in the order of the parts.
 
     Raises:
         SpaceError: two parts declare a choice of one name differently.
     """
     joined: dict[str, Choice] = {}
-    for part in parts:
-        for choice in part.choices:
+    for choices in declared:
+        for choice in choices:
             if joined.setdefault(choice.name, choice) != choice:
                 raise SpaceError(
                     f"two elastic parts declare {choice.name!r} differently: {joined[choice.name]} and {choice}"

@@ -12,13 +12,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from . import costs
-from .errors import ActivationError, CheckpointError, UnsupportedModelError
-from .families import Family
-from .files import file_digest, read_json, whole_folder, write_json
-from .layers import PartHolder, Region
-from .parts import ElasticPart, LayerPart, LayerShape, join_choices
-from .space import Architecture, SearchSpace, Value
+from hf_elastic import costs
+from hf_elastic.errors import ActivationError, CheckpointError, UnsupportedModelError
+from hf_elastic.families import Family
+from hf_elastic.files import file_digest, read_json, whole_folder, write_json
+from hf_elastic.layers import PartHolder, Region
+from hf_elastic.parts import ElasticPart, LayerPart, LayerShape, join_choices
+from hf_elastic.space import Architecture, SearchSpace, Value
 
 Loadability = Literal["stock", "stock-padded", "remote-code"]
 
@@ -60,7 +60,10 @@ class Supernet:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.parts: tuple[ElasticPart, ...] = tuple(
-            part for module in model.modules() if isinstance(module, PartHolder) for part in module.elastic_parts
+            part
+            for module in model.modules()
+            if isinstance(module, PartHolder)
+            for part in module.elastic_parts
         )
         if not self.parts:
             raise UnsupportedModelError(
@@ -76,7 +79,7 @@ class Supernet:
 
     def refresh_space(self) -> None:
         """Joins the choices of the parts again, after something changed their conditions (the order of layers)."""
-        self.space = SearchSpace(join_choices(self.parts))
+        self.space = SearchSpace(join_choices(part.choices for part in self.parts))
 
     @property
     def active(self) -> Architecture:
@@ -195,8 +198,17 @@ class Supernet:
             ArchitectureError: the architecture is not a point of this space.
         """
         self.space.validate(architecture)
-        return shapes_loadability(self.layer_shapes(architecture), self.family, hidden_size=self.layer_parts[0].hidden_size,
-                                  parent=self.layer_parts[0].full)
+        return shapes_loadability(
+            self.layer_shapes(architecture),
+            self.family,
+            hidden_size=self.layer_parts[0].hidden_size,
+            parent=self.layer_parts[0].full,
+        )
+
+    def to(self, device: str | torch.device) -> Supernet:
+        """Moves the model and returns the handle."""
+        self.model.to(device)
+        return self
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Saves the largest model as a stock checkpoint, with ``search_space.json`` beside it.
@@ -208,19 +220,24 @@ class Supernet:
         """
         config = self.model.__dict__.get("_hf_elastic_config")
         if config is None:
-            raise CheckpointError("this handle holds no ElasticConfig (the model was not made by make_elastic), so it cannot be saved")
+            raise CheckpointError(
+                "this handle holds no ElasticConfig (the model was not made by make_elastic), so it cannot be saved"
+            )
         with whole_folder(directory, overwrite=overwrite) as folder:
             with self.activate(self.space.largest()):
                 self.model.save_pretrained(folder)
-            write_json(folder / SPACE_FILE, {
-                "format": FORMAT,
-                "class": type(self.model).__name__,
-                "elastic_config": config.to_dict(),
-                "layer_order": list(self.layer_order),
-                "active": dict(self.active),
-                "space_digest": self.space.digest,
-                "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
-            })
+            write_json(
+                folder / SPACE_FILE,
+                {
+                    "format": FORMAT,
+                    "class": type(self.model).__name__,
+                    "elastic_config": config.to_dict(),
+                    "layer_order": list(self.layer_order),
+                    "active": dict(self.active),
+                    "space_digest": self.space.digest,
+                    "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
+                },
+            )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Supernet:
@@ -233,22 +250,30 @@ class Supernet:
         Raises:
             CheckpointError: a file is missing, truncated, or not the one that was saved.
         """
-        from .conversion import ElasticConfig, make_elastic  # conversion builds on this module
+        from hf_elastic.conversion import ElasticConfig, make_elastic  # conversion builds on this module
 
         folder = Path(directory)
         record = read_json(folder / SPACE_FILE)
         if record.get("format") != FORMAT:
-            raise CheckpointError(f"{folder / SPACE_FILE} has format {record.get('format')!r}, this version reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder / SPACE_FILE} has format {record.get('format')!r}, this version reads {FORMAT}"
+            )
         for name, digest in record["weights"].items():
             if Path(name).name != name or file_digest(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} is truncated or is not the file this supernet was saved with; copy the folder again")
+                raise CheckpointError(
+                    f"{folder / name} is truncated or is not the file this supernet was saved with; copy the folder again"
+                )
         model_class = getattr(transformers, str(record["class"]), None)
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            raise CheckpointError(f"{folder / SPACE_FILE} names {record['class']!r}, which is no class of transformers")
+            raise CheckpointError(
+                f"{folder / SPACE_FILE} names {record['class']!r}, which is no class of transformers"
+            )
         config = ElasticConfig.from_dict({**record["elastic_config"], "layer_order": record["layer_order"]})
         supernet = make_elastic(model_class.from_pretrained(folder, **{"dtype": "auto", **kwargs}), config)
         if supernet.space.digest != record["space_digest"]:
-            raise CheckpointError(f"{folder / SPACE_FILE} was made for another space than its ElasticConfig gives; save it again")
+            raise CheckpointError(
+                f"{folder / SPACE_FILE} was made for another space than its ElasticConfig gives; save it again"
+            )
         return supernet
 
     def __repr__(self) -> str:

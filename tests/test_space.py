@@ -184,7 +184,8 @@ def test_digests_are_equal_in_a_process_with_another_hash_seed():
     space = layered_space()
     code = (
         "import sys; from hf_elastic.space import SearchSpace; s = SearchSpace.from_json(sys.stdin.read());"
-        "a = s.midpoint(); print(s.digest, a.digest, hash(a), not {'torch', 'transformers'} & set(sys.modules))"
+        "a = s.midpoint(); light = not {'torch', 'transformers'} & set(sys.modules);"
+        "print(s.digest, a.digest, hash(a), light)"
     )
     root = str(Path(hf_elastic.__file__).parents[1])
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": root}

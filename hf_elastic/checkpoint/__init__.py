@@ -1,6 +1,6 @@
 """From a subnet to an ordinary Hugging Face checkpoint: extraction, export, and the files beside the weights."""
 
-from .exporting import ExportReport, export
-from .extraction import extract
+from hf_elastic.checkpoint.exporting import ExportReport, export
+from hf_elastic.checkpoint.extraction import extract
 
 __all__ = ["ExportReport", "export", "extract"]

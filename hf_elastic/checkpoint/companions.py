@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import CheckpointError
+from hf_elastic.errors import CheckpointError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
@@ -73,14 +73,18 @@ def _copy_modules(parent: Path, folder: Path) -> None:
         paths = [str(module["path"]) for module in modules]
         types = [str(module["type"]) for module in modules]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{parent / MODULES} is no list of sentence-transformers modules: {error!r}") from error
+        raise CheckpointError(
+            f"{parent / MODULES} is no list of sentence-transformers modules: {error!r}"
+        ) from error
     for module, path, kind in zip(modules, paths, types, strict=True):
         if kind.endswith(".Transformer"):
             module["path"] = ""
             continue
         source = (parent / path).resolve()
         if not path or not source.is_relative_to(parent.resolve()) or source == parent.resolve():
-            raise CheckpointError(f"{parent / MODULES} names the module folder {path!r}, which is not inside the checkpoint")
+            raise CheckpointError(
+                f"{parent / MODULES} names the module folder {path!r}, which is not inside the checkpoint"
+            )
         if source.is_dir():
             shutil.copytree(source, folder / path)
         # a Normalize module has no files, and git keeps no empty folders; the loader wants the folder

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import costs
-from ..errors import ExportError
-from ..files import whole_folder, write_json
-from ..models import source_files
-from ..space import Architecture, Value
-from ..supernet import Loadability, Supernet
-from .companions import copy_companions
-from .extraction import extract
+from hf_elastic import costs
+from hf_elastic.checkpoint.companions import copy_companions
+from hf_elastic.checkpoint.extraction import extract
+from hf_elastic.errors import ExportError
+from hf_elastic.files import whole_folder, write_json
+from hf_elastic.models import source_files
+from hf_elastic.space import Architecture, Value
+from hf_elastic.supernet import Loadability, Supernet
 
 ARCHITECTURE_FILE = "architecture.json"
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}

@@ -12,16 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..errors import ExportError
-from ..layers import Region
-from ..parts import LayerPart, LayerShape
-from ..space import Architecture, Value
-from ..supernet import Loadability, Supernet
-from .static_form import static_class, static_config, static_state_dict
+from hf_elastic.checkpoint.static_form import static_class, static_config, static_state_dict
+from hf_elastic.errors import ExportError
+from hf_elastic.layers import Region
+from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.space import Architecture, Value
+from hf_elastic.supernet import Loadability, Supernet
 
 
 def extract(
-    supernet: Supernet, architecture: Architecture | Mapping[str, Value], *, loadability: Loadability | None = None
+    supernet: Supernet,
+    architecture: Architecture | Mapping[str, Value],
+    *,
+    loadability: Loadability | None = None,
 ) -> PreTrainedModel:
     """Copies a subnet into a model of its own, compact: nothing of it is larger than the subnet.
 
@@ -178,7 +181,10 @@ def _static_model(supernet: Supernet, cut: _Cut) -> PreTrainedModel:
     setattr(source, row.config_name("num_hidden_layers"), len(cut.kept))
     per_layer: dict[int, dict[str, Any]] = {}
     for number, (part, shape) in enumerate(cut.kept):
-        entry: dict[str, Any] = {"intermediate_size": shape.intermediate_size, "num_attention_heads": shape.num_attention_heads}
+        entry: dict[str, Any] = {
+            "intermediate_size": shape.intermediate_size,
+            "num_attention_heads": shape.num_attention_heads,
+        }
         if row.grouped:
             entry["num_key_value_heads"] = shape.num_key_value_heads
         skipped = [kind for kind, there in (("attention", shape.attention), ("mlp", shape.mlp)) if not there]
@@ -188,7 +194,10 @@ def _static_model(supernet: Supernet, cut: _Cut) -> PreTrainedModel:
 
 
 def _build(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], parent: PreTrainedModel
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    parent: PreTrainedModel,
 ) -> PreTrainedModel:
     config._attn_implementation = parent.config._attn_implementation
     with no_init_weights():

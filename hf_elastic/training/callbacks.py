@@ -21,24 +21,27 @@ Period = Literal["step", "micro_batch"]
 class SubnetSamplingCallback(TrainerCallback):
     """Train one subnet of a supernet per optimizer step (or per micro-batch) with the stock ``Trainer``.
 
-    Inside a step the drawn subnet is active; outside (evaluation, saving, logging) the largest is. Weight decay acts on
-    the slices that were active since the last step only, see :class:`~hf_elastic.training.decay.ActiveSliceStep`.
+    Inside a step the drawn subnet is active; outside (evaluation, saving, logging) the largest is. Weight
+    decay acts on the slices that were active since the last step only, see
+    :class:`~hf_elastic.training.decay.ActiveSliceStep`.
 
-    The stock Trainer tells callbacks nothing about an exception, so one that leaves ``train()`` inside a step leaves the
-    drawn subnet active. Use the callback as a context manager, or call :meth:`release`:
+    The stock Trainer tells callbacks nothing about an exception, so one that leaves ``train()`` inside a step
+    leaves the drawn subnet active. Use the callback as a context manager, or call :meth:`release`:
 
         >>> sampling = hf_elastic.SubnetSamplingCallback(supernet, hf_elastic.RandomSubnet(seed=0))
         >>> with sampling:
         ...     Trainer(model=supernet.model, callbacks=[sampling], args=args, train_dataset=train).train()
 
-    A later ``train()`` with the same callback releases first. :class:`hf_elastic.ElasticTrainer` needs none of this.
+    A later ``train()`` with the same callback releases first. :class:`hf_elastic.ElasticTrainer` needs none
+    of this.
 
     Args:
         supernet: whose ``model`` the Trainer trains.
         rule: which subnet a step runs.
-        per: ``"step"``: one subnet for all micro-batches of an optimizer step; ``"micro_batch"``: one for each.
-        freeze_inactive: whether entries that no subnet of the step used keep their value; otherwise the optimizer's
-            momentum may still move those that were used earlier.
+        per: ``"step"``: one subnet for all micro-batches of an optimizer step; ``"micro_batch"``: one for
+            each.
+        freeze_inactive: whether entries that no subnet of the step used keep their value; otherwise the
+            optimizer's momentum may still move those that were used earlier.
 
     Raises:
         TrainingError: The rule draws several subnets per step, or ``per`` is neither of the two.
@@ -60,7 +63,7 @@ class SubnetSamplingCallback(TrainerCallback):
         self._micro_step = 0
 
     def release(self) -> None:
-        """Make active again what was active before the step, and undo what a step that did not end left behind."""
+        """Make active what was active before the step, and undo what a step that did not end left behind."""
         self._active.close()
         self._slices.release()
 
@@ -137,7 +140,7 @@ def checked_period(per: str) -> Period:
     Raises:
         TrainingError: It is not.
     """
-    if per == "step" or per == "micro_batch":
+    if per in ("step", "micro_batch"):
         return per  # type: ignore[return-value]
     raise TrainingError(f"per={per!r} is unknown; allowed: 'step', 'micro_batch'")
 
@@ -150,15 +153,17 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
     """
     if model is None or not any(module is supernet.model for module in model.modules()):
         raise TrainingError(
-            f"the Trainer trains a {type(model).__name__} that does not hold the supernet; pass model=supernet.model"
+            f"the Trainer trains a {type(model).__name__} that does not hold the supernet; "
+            "pass model=supernet.model"
         )
     if supernet.active != supernet.space.largest():
         raise TrainingError(
-            f"training starts while {supernet.active} is active; leave activate(...) first, so that the largest is"
+            f"training starts while {supernet.active} is active; leave activate(...) first, "
+            "so that the largest is active outside of steps"
         )
     if args.n_gpu > 1:
         raise TrainingError(
-            f"nn.DataParallel over {args.n_gpu} GPUs runs the model in threads, where no subnet can be switched; "
+            f"nn.DataParallel over {args.n_gpu} GPUs runs the model in threads, which no handle can switch; "
             "launch one process per GPU with torchrun"
         )
     if args.deepspeed or args.fsdp:

@@ -1,8 +1,8 @@
 """Optimizer steps that leave alone what no subnet of the step used.
 
-Gradients outside the active slices are exactly zero, but weight decay knows nothing of slices: a stock optimizer would
-shrink weights that have not been used since the last step. :class:`ActiveSliceStep` applies the decay to the active
-slices itself and hides it from the optimizer for the duration of its step.
+Gradients outside the active slices are exactly zero, but weight decay knows nothing of slices: a stock
+optimizer would shrink weights that have not been used since the last step. :class:`ActiveSliceStep` applies
+the decay to the active slices itself and hides it from the optimizer for the duration of its step.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hf_elastic.errors import TrainingError
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.regions import ActiveUnion, Boxes
 
-# Of these we know how they decay: coupled ones add wd·p to the gradient, decoupled ones (AdamW, and groups that set
-# "decoupled_weight_decay") multiply p by 1 - lr·wd first.
+# Of these we know how they decay: coupled ones add wd·p to the gradient, decoupled ones (AdamW, and groups
+# that set "decoupled_weight_decay") multiply p by 1 - lr·wd first.
 _KNOWN = (
     torch.optim.Adam,  # AdamW is a subclass
     torch.optim.NAdam,
@@ -43,21 +43,21 @@ class _Saved(NamedTuple):
 class ActiveSliceStep:
     r"""Restrict an optimizer step to the union of the slices that were active since the last one (promise 5).
 
-    For a parameter :math:`p` with a gradient and active entries :math:`A`, with learning rate :math:`\gamma` and decay
-    :math:`\lambda` of its group:
+    For a parameter :math:`p` with a gradient and active entries :math:`A`, with learning rate :math:`\gamma`
+    and decay :math:`\lambda` of its group:
 
     * decoupled (AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2):
       :math:`p_A \leftarrow (1 - \gamma \lambda) p_A` before the step;
     * coupled (SGD, Adam, ...): :math:`g_A \leftarrow g_A + \lambda p_A`.
 
-    A group of which everything is active is left to the optimizer, so that a step of the largest subnet *is* the stock
-    step, whichever kernel runs. The group's ``weight_decay`` is 0 only while the optimizer steps; what is saved and
-    resumed is a stock optimizer state.
+    A group of which everything is active is left to the optimizer, so that a step of the largest subnet *is*
+    the stock step, whichever kernel runs. The group's ``weight_decay`` is 0 only while the optimizer steps;
+    what is saved and resumed is a stock optimizer state.
 
     Args:
         supernet: whose slices.
-        freeze_inactive: whether entries outside the union keep their value even if momentum would move them. A slice
-            that was never active does not move in either case, since its moments are zero.
+        freeze_inactive: whether entries outside the union keep their value even if momentum would move them.
+            A slice that was never active does not move in either case, since its moments are zero.
     """
 
     def __init__(self, supernet: Supernet, *, freeze_inactive: bool = False) -> None:
@@ -73,18 +73,24 @@ class ActiveSliceStep:
         """Check that the optimizer's decay can be restricted, and forget what an earlier run left.
 
         Raises:
-            TrainingError: The optimizer does not hold the supernet's parameters, decays in a way we do not know, or
-                may skip steps (fp16 loss scaling).
+            TrainingError: The optimizer does not hold the supernet's parameters, decays in a way we do not
+                know, or may skip steps (fp16 loss scaling).
         """
         self.release()
         self._parameters = dict(self._supernet.model.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        elastic = self._supernet.active_regions().keys()
+        elastic = self._elastic_names()
         inner = _unwrapped(optimizer)
-        held = {self._names[id(p)] for group in inner.param_groups for p in group["params"] if id(p) in self._names}
+        held = {
+            self._names[id(p)]
+            for group in inner.param_groups
+            for p in group["params"]
+            if id(p) in self._names
+        }
         if not held:
             raise TrainingError(
-                f"the {type(inner).__name__} holds no parameter of the supernet; build it over supernet.model.parameters()"
+                f"the {type(inner).__name__} holds no parameter of the supernet; "
+                "build it over supernet.model.parameters()"
             )
         decayed = [
             group
@@ -101,8 +107,15 @@ class ActiveSliceStep:
             )
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer.scaler is not None:
             raise TrainingError(
-                "fp16 loss scaling skips steps after their weight decay was applied; use bf16=True or weight_decay=0"
+                "fp16 loss scaling may skip a step whose weight decay was applied already; "
+                "use bf16=True or weight_decay=0"
             )
+
+    def _elastic_names(self) -> set[str]:
+        """Return the parameters of which a subnet may leave something out."""
+        names = set(self._supernet.active_regions())
+        with self._supernet.activate(self._supernet.space.smallest()):
+            return names | set(self._supernet.active_regions())
 
     def record(self) -> None:
         """Add what the active subnet uses to the union."""
@@ -121,7 +134,9 @@ class ActiveSliceStep:
         for group in inner.param_groups:
             active = [(p, self._boxes(p)) for p in group["params"] if p.grad is not None]
             if self._freeze:
-                self._saved += [_Saved(p, p.detach().clone(), boxes) for p, boxes in active if boxes is not None]
+                self._saved += [
+                    _Saved(p, p.detach().clone(), boxes) for p, boxes in active if boxes is not None
+                ]
             if _decay(group) and any(boxes is not None for _, boxes in active):
                 self._apply(group, active)
 

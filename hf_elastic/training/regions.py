@@ -16,8 +16,8 @@ Boxes = tuple[tuple[slice, ...], ...]
 class ActiveUnion:
     """Collect what several architectures have active, and say it as disjoint boxes.
 
-    Boxes of different architectures overlap without being nested (one is wide in rows, the other in columns), so each
-    new box is cut by those already held: an update that runs over the boxes touches every entry once.
+    Boxes of different architectures overlap without being nested (one is wide in rows, the other in columns),
+    so each new box is cut by those already held: an update that runs over the boxes touches every entry once.
     """
 
     def __init__(self) -> None:
@@ -36,17 +36,21 @@ class ActiveUnion:
         """Add what one architecture has active.
 
         Args:
-            regions: boxes by name of the parameter, as :meth:`hf_elastic.Supernet.active_regions` returns them.
+            regions: boxes by name of the parameter, as :meth:`hf_elastic.Supernet.active_regions` returns
+                them. A parameter that is not named is wholly active (one of a layer that can be skipped is
+                named by some architectures and not by others).
             parameters: the parameters by name, for their shapes.
         """
+        if self._count == 0:
+            self._boxes = {name: [] for name in regions}
         self._count += 1
-        for name, boxes in regions.items():
-            held = self._boxes.setdefault(name, [])
-            for box in boxes:
+        self._boxes = {name: held for name, held in self._boxes.items() if name in regions}
+        for name, held in self._boxes.items():
+            for box in regions[name]:
                 held.extend(_cut(_bounds(box, parameters[name]), held))
 
     def boxes(self, name: str, parameter: Tensor) -> Boxes | None:
-        """Return the active entries of a parameter as disjoint boxes, or ``None`` where all of it is active."""
+        """Return the active entries of a parameter as disjoint boxes, ``None`` where all of it is active."""
         held = self._boxes.get(name)
         if held is None or sum(_volume(box) for box in held) == parameter.numel():
             return None

@@ -22,15 +22,16 @@ MARKER = "elastic_complete.json"
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
+_ARGUMENTS = "training_args.bin"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, in bytes
 
 
 class CompleteCheckpointCallback(TrainerCallback):
     """Write a marker into every checkpoint once all its files are there.
 
-    The marker lists the files with their sizes. :func:`last_complete_checkpoint` also knows checkpoints without one, by
-    reading their files' headers; the marker adds that no file is missing or shorter than it was.
-    ``ElasticTrainer`` has this callback built in; add it to a stock Trainer.
+    The marker lists the files with their sizes. :func:`last_complete_checkpoint` also knows checkpoints
+    without one, by reading their files' headers; the marker adds that no file is missing or shorter than it
+    was. ``ElasticTrainer`` has this callback built in; add it to a stock Trainer.
     """
 
     def on_step_end(
@@ -87,9 +88,10 @@ def checked_checkpoint(checkpoint: str | Path) -> str:
 def incompleteness(checkpoint: str | Path) -> str | None:
     """Return why a checkpoint is not whole, or ``None`` if it is.
 
-    It is whole if ``trainer_state.json`` (which the Trainer writes last) can be read, it has weights, all safetensors
-    files are as long as their headers say, all ``torch.save`` files have their directory at the end, all shards of an
-    index are there, and every file that the marker lists, if there is one, still has its size.
+    It is whole if ``trainer_state.json`` (which the Trainer writes last) can be read, it has weights, all
+    safetensors files are as long as their headers say, all ``torch.save`` files have their directory at the
+    end, all shards of an index are there, and every file that the marker lists, if there is one, still has
+    its size.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -103,7 +105,7 @@ def incompleteness(checkpoint: str | Path) -> str | None:
         return str(error)
     if missing := sorted(needed - {file.name for file in files}):
         return f"{missing[0]} is missing"
-    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+    if not any(file.suffix in (".safetensors", ".bin") and file.name != _ARGUMENTS for file in files):
         return "it has no weights"
     for file in files:
         wrong_size = file.name in sizes and file.stat().st_size != sizes[file.name]
@@ -115,7 +117,7 @@ def incompleteness(checkpoint: str | Path) -> str | None:
 def _is_whole(file: Path) -> bool:
     if file.suffix == ".safetensors":
         return is_whole_safetensors(file)
-    if file.suffix in (".pt", ".pth", ".bin") and file.name != "training_args.bin":
+    if file.suffix in (".pt", ".pth", ".bin"):
         return zipfile.is_zipfile(file)
     return True
 
@@ -140,4 +142,4 @@ def _shards(index: Path) -> set[str]:
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

@@ -1,7 +1,7 @@
 """Sampling rules: which subnets a training step runs, as a pure function of (seed, step, micro-step, draw).
 
-Nothing is drawn from a generator that is kept between calls. So the choice is the same on every rank, after a resume
-and in the recomputation of gradient checkpointing, and asking twice never changes what comes next.
+Nothing is drawn from a generator that is kept between calls. So the choice is the same on every rank, after a
+resume and in the recomputation of gradient checkpointing, and asking twice never changes what comes next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class SamplingRule(Protocol):
         Args:
             space: where they are drawn from.
             step: optimizer steps finished before.
-            micro_step: micro-batches of this step finished before (0 unless subnets change between micro-batches).
+            micro_step: micro-batches of this step finished before (0 unless subnets change between
+                micro-batches).
         """
 
 
@@ -56,11 +57,12 @@ class RandomSubnet:
 
 @dataclass(frozen=True)
 class SandwichRule:
-    """Draw the largest, some random ones, and the smallest (Yu & Huang 2019, arXiv 1903.05134; BigNAS, Yu et al. 2020,
-    arXiv 2003.11142, Algorithm 1), so that both bounds of the accuracy improve in every step.
+    """Draw the largest, some random ones, and the smallest (Yu & Huang 2019, arXiv 1903.05134; BigNAS, Yu et
+    al. 2020, arXiv 2003.11142, Algorithm 1), so that both bounds of the accuracy improve in every step.
 
-    The largest comes first: its outputs are what the others are distilled from. We average the losses of a step's
-    subnets where the papers sum them, so that a learning rate means what it means for the stock Trainer.
+    The largest comes first: its outputs are what the others are distilled from. We average the losses of a
+    step's subnets where the papers sum them, so that a learning rate means what it means for the stock
+    Trainer.
 
     Args:
         seed: Any integer.
@@ -94,18 +96,18 @@ class SandwichRule:
 
 @dataclass(frozen=True)
 class ProgressiveShrinking:
-    """Open the values of each choice one after another, from the largest down (Once-for-All: Cai et al. 2020, arXiv
-    1908.09791, section 3.2).
+    """Open the values of each choice one after another, from the largest down (Once-for-All: Cai et al. 2020,
+    arXiv 1908.09791, section 3.2).
 
-    In stage ``k`` a choice takes its ``k + 1`` largest values: stage 0 trains the largest subnet alone, and after the
-    last stage the whole space stays open. With ``order`` the kinds of choices open one kind after another, as in
-    the paper (kernel sizes, then depth, then width); without it all open together.
+    In stage ``k`` a choice takes its ``k + 1`` largest values: stage 0 trains the largest subnet alone, and
+    after the last stage the whole space stays open. With ``order`` the kinds of choices open one kind after
+    another, as in the paper (kernel sizes, then depth, then width); without it all open together.
 
     Args:
         seed: Any integer.
         steps_per_stage: Optimizer steps of a stage, at least 1.
-        order: Kinds of choices, that is last parts of their names (``("num_hidden_layers", "intermediate_size")``).
-            It must name every kind that the space has.
+        order: Kinds of choices, that is last parts of their names (``("num_hidden_layers",
+            "intermediate_size")``). It must name every kind that the space has.
         subnets: Architectures per step, at least 1 (the paper uses 2 to 4).
 
     Raises:
@@ -151,7 +153,8 @@ class ProgressiveShrinking:
         """Return random architectures of the values that are open."""
         opened = self.opened(space, step)
         return tuple(
-            _sample(space, opened, generator(self.seed, step, micro_step, draw=n)) for n in range(self.subnets)
+            _sample(space, opened, generator(self.seed, step, micro_step, draw=n))
+            for n in range(self.subnets)
         )
 
     def _kind(self, choice: Choice) -> str:
@@ -163,10 +166,12 @@ class ProgressiveShrinking:
         order = ("",) if self.order is None else tuple(self.order)
         if present != set(order):
             raise TrainingError(
-                f"ProgressiveShrinking's order is {list(order)}, but the space has choices of the kinds {sorted(present)}; "
-                "name each kind once"
+                f"ProgressiveShrinking's order is {list(order)}, but the kinds of choices in the space are "
+                f"{sorted(present)}; name each once"
             )
-        return {kind: max(len(c.values) for c in space.choices if self._kind(c) == kind) - 1 for kind in order}
+        return {
+            kind: max(len(c.values) for c in space.choices if self._kind(c) == kind) - 1 for kind in order
+        }
 
 
 @dataclass(frozen=True)
@@ -197,13 +202,14 @@ class FixedSubnet:
 def generator(seed: int, step: int, micro_step: int, *, draw: int = 0) -> random.Random:
     """Return a generator that depends on the four numbers and on nothing else.
 
-    SHA-256 rather than ``hash()``, which differs between processes, or arithmetic on the numbers, which collides.
+    SHA-256 rather than ``hash()``, which differs between processes, or arithmetic on the numbers, which
+    collides.
     """
     text = f"hf_elastic.training:{seed}:{step}:{micro_step}:{draw}"
     return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big"))
 
 
 def _sample(space: SearchSpace, opened: dict[str, tuple[Value, ...]], rng: random.Random) -> Architecture:
-    # random() is the one method whose sequence Python promises to keep between versions. Values of choices that turn out
-    # not to be in effect are drawn too, and canonical() drops them.
+    # random() is the one method whose sequence Python promises to keep between versions. Values of choices
+    # that turn out not to be in effect are drawn too, and canonical() drops them.
     return space.canonical({name: values[int(rng.random() * len(values))] for name, values in opened.items()})

@@ -27,8 +27,8 @@ from hf_elastic.supernet import Supernet
 
 Target = Literal["logits", "embeddings", "hidden_states"]
 Signal = Tensor | tuple[Tensor, ...]
-"""What is compared: logits ``(B, ..., C)``, embeddings ``(B, D)``, or one state ``(B, T, D)`` per layer; span models
-give one tensor of logits ``(B, T)`` for starts and one for ends."""
+"""What is compared: logits ``(B, ..., C)``, embeddings ``(B, D)``, or one state ``(B, T, D)`` per layer; span
+models give one tensor of logits ``(B, T)`` for starts and one for ends."""
 
 _SPAN_LOGITS = ("start_logits", "end_logits")
 
@@ -37,12 +37,14 @@ _SPAN_LOGITS = ("start_logits", "end_logits")
 class Distillation:
     """Say what the subnets of a supernet learn from, besides labels.
 
-    The teacher is, in this order: the dataset's column ``teacher_column`` (embeddings computed beforehand), the model
-    given as ``teacher``, or the largest subnet of the same step (in-place distillation: Yu & Huang 2019, arXiv
-    1903.05134). The last learns from labels alone, so it needs some; the other two work without labels.
+    The teacher is, in this order: the dataset's column ``teacher_column`` (embeddings computed beforehand),
+    the model given as ``teacher``, or the largest subnet of the same step (in-place distillation: Yu & Huang
+    2019, arXiv 1903.05134). The last learns from labels alone, so it needs some; the other two work without
+    labels.
 
-    The loss of a subnet is ``weight * distillation + label_weight * loss of the labels`` (if there are labels). BigNAS
-    trains all subnets but the largest without labels (``label_weight=0``), Once-for-All with both.
+    The loss of a subnet is ``weight * distillation + label_weight * loss of the labels`` (if there are
+    labels). BigNAS trains all subnets but the largest without labels (``label_weight=0``), Once-for-All with
+    both.
 
     Args:
         target: ``"logits"``; ``"embeddings"`` of sentences; ``"hidden_states"`` of all layers.
@@ -52,10 +54,10 @@ class Distillation:
         temperature: Of the softmax, for logits.
         divergence: For logits, see :func:`hf_elastic.distillation.logits_loss`.
         pooling: How token states become an embedding.
-        relational_weight: Factor of :func:`hf_elastic.distillation.relational_loss`, added to the cosine distance of
-            embeddings; 0 leaves it out.
-        state_distance: For hidden states, see :func:`hf_elastic.distillation.hidden_state_loss`. Layers that the subnet
-            skips are not compared, see :func:`hf_elastic.distillation.layer_pairs`.
+        relational_weight: Factor of :func:`hf_elastic.distillation.relational_loss`, added to the cosine
+            distance of embeddings; 0 leaves it out.
+        state_distance: For hidden states, see :func:`hf_elastic.distillation.hidden_state_loss`. Layers that
+            the subnet skips are not compared, see :func:`hf_elastic.distillation.layer_pairs`.
         teacher_column: Name of the column ``(B, D)`` with the teacher's embeddings.
 
     Raises:
@@ -82,11 +84,18 @@ class Distillation:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise TrainingError(f"Distillation({name}={getattr(self, name)!r}) is unknown; allowed: {', '.join(values)}")
-        if not self.weight > 0 or self.label_weight < 0 or self.relational_weight < 0 or not self.temperature > 0:
+                raise TrainingError(
+                    f"Distillation({name}={getattr(self, name)!r}) is unknown; allowed: {', '.join(values)}"
+                )
+        if (
+            not self.weight > 0
+            or self.label_weight < 0
+            or self.relational_weight < 0
+            or not self.temperature > 0
+        ):
             raise TrainingError(
-                "Distillation needs weight > 0, temperature > 0, label_weight >= 0 and relational_weight >= 0, got "
-                f"{self.weight}, {self.temperature}, {self.label_weight} and {self.relational_weight}"
+                "Distillation needs weight > 0, temperature > 0, label_weight >= 0, relational_weight >= 0, "
+                f"got {self.weight}, {self.temperature}, {self.label_weight}, {self.relational_weight}"
             )
 
     @property
@@ -111,53 +120,51 @@ class Distillation:
             if self.target == "hidden_states":
                 return states
             last = found.get("last_hidden_state")
-            return pooled(states[-1] if last is None else last, inputs.get("attention_mask"), pooling=self.pooling)
+            return pooled(
+                states[-1] if last is None else last, inputs.get("attention_mask"), pooling=self.pooling
+            )
         raise TrainingError(
             f"cannot distil {self.target}: the model returned {sorted(found) or type(outputs).__name__}; "
             "choose another Distillation(target=...)"
         )
 
-    def loss(self, student: Signal, teacher: Signal, *, where: Where) -> Tensor:
-        """Return the distillation loss, a scalar, without ``weight``.
+    def loss(self, student: Signal, teacher: Signal, *, context: LossContext) -> Tensor:
+        """Return the distillation loss of a micro-batch, a scalar, without ``weight``.
 
         Raises:
             TrainingError: The signals do not fit each other.
         """
+        inputs, count = context.inputs, None
         if self.target == "logits":
             pairs = list(zip(_as_tuple(student), _as_tuple(teacher), strict=True))
-            return torch.stack([self._logits_loss(s, t, where) for s, t in pairs]).mean()
-        if self.target == "hidden_states":
-            mask, distance = where.inputs.get("attention_mask"), self.state_distance
-            states, targets = _as_tuple(student), _as_tuple(teacher)
-            return hidden_state_loss(states, targets, mask=mask, pairs=where.pairs, distance=distance)
-        assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
-        loss = embedding_loss(student, teacher)
-        if self.relational_weight:
-            loss = loss + self.relational_weight * relational_loss(student, teacher)
-        return loss
+            mask, count = _scored(pairs[0][0], context)
+            loss = torch.stack([self._logits_loss(s, t, mask=mask, count=count) for s, t in pairs]).mean()
+        elif self.target == "hidden_states":
+            loss = hidden_state_loss(
+                _as_tuple(student),
+                _as_tuple(teacher),
+                mask=inputs.get("attention_mask"),
+                pairs=context.pairs,
+                distance=self.state_distance,
+            )
+        else:
+            assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+            loss = embedding_loss(student, teacher)
+            if self.relational_weight:
+                loss = loss + self.relational_weight * relational_loss(student, teacher)
+        return loss / context.steps if count is None else loss
 
-    def _logits_loss(self, student: Tensor, teacher: Tensor, where: Where) -> Tensor:
-        positions = student.shape[:-1]
-        labels, attention = where.inputs.get("labels"), where.inputs.get("attention_mask")
-        mask, count = None, None
-        if isinstance(labels, Tensor) and labels.shape == positions and not labels.is_floating_point():
-            mask, count = label_mask(labels, shifted=where.shifted), where.count
-        elif isinstance(attention, Tensor) and attention.shape == positions:
-            mask = attention
-        loss = logits_loss(
-            student,
-            teacher,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            mask=mask,
-            count=count,
+    def _logits_loss(
+        self, student: Tensor, teacher: Tensor, *, mask: Tensor | None, count: Tensor | float | None
+    ) -> Tensor:
+        return logits_loss(
+            student, teacher, temperature=self.temperature, divergence=self.divergence, mask=mask, count=count
         )
-        return loss if count is not None else loss / where.steps
 
 
 @dataclass(frozen=True)
-class Where:
-    """What a distillation loss must know about the batch and the subnet.
+class LossContext:
+    """What a distillation loss must know about the micro-batch and the subnet.
 
     Args:
         inputs: of the model.
@@ -172,6 +179,17 @@ class Where:
     shifted: bool = False
     count: Tensor | float | None = None
     steps: int = 1
+
+
+def _scored(logits: Tensor, context: LossContext) -> tuple[Tensor | None, Tensor | float | None]:
+    """Return which positions count, and what to divide their sum by (``None``: by their number)."""
+    positions = logits.shape[:-1]
+    labels, attention = context.inputs.get("labels"), context.inputs.get("attention_mask")
+    if isinstance(labels, Tensor) and labels.shape == positions and not labels.is_floating_point():
+        return label_mask(labels, shifted=context.shifted), context.count
+    if isinstance(attention, Tensor) and attention.shape == positions:
+        return attention, None
+    return None, None
 
 
 def state_pairs(supernet: Supernet, architecture: Architecture) -> tuple[tuple[int, int], ...] | None:

@@ -1,0 +1,73 @@
+"""Configuration of ``elastic_bert``: BERT, RoBERTa and DistilBERT whose layers may differ."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+
+from .elastic_layers import PerLayerShapes
+
+
+@strict
+class ElasticBertConfig(PerLayerShapes, BertConfig):
+    """A :class:`~transformers.BertConfig` with per-layer shapes, and with what RoBERTa and DistilBERT do differently.
+
+    Per layer (``per_layer_config``): ``intermediate_size``, ``num_attention_heads``, ``skip``.
+
+    Attributes:
+        head_dim: size of a head, whatever the number of heads; by default ``hidden_size // num_attention_heads``.
+        type_vocab_size: 0 leaves out the token type embeddings, as DistilBERT does.
+        positions_skip_padding: position ids count non-padding tokens from ``pad_token_id + 1``, as RoBERTa does.
+        add_pooling_layer: whether the base model has a pooler; a sequence classifier has one in any case, the other
+            heads have none.
+        pooler_activation: of the pooler: ``tanh`` for BERT and RoBERTa, ``relu`` for DistilBERT.
+        pooler_dropout: dropout before the pooler of a sequence classifier, as RoBERTa has it.
+        mlm_activation: of the masked-language head; by default ``hidden_act``.
+        attention_output_dropout_prob: dropout after the attention's output projection; by default
+            ``hidden_dropout_prob``.
+        token_classifier_dropout: dropout before a token classifier; by default as for a sequence classifier.
+        qa_dropout: dropout before the question answering head.
+    """
+
+    model_type = "elastic_bert"
+    per_layer_names: ClassVar[dict[str, str]] = {
+        "intermediate_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+    }
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_elastic_bert.ElasticBertConfig",
+        "AutoModel": "modeling_elastic_bert.ElasticBertModel",
+        "AutoModelForMaskedLM": "modeling_elastic_bert.ElasticBertForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_elastic_bert.ElasticBertForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_elastic_bert.ElasticBertForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_elastic_bert.ElasticBertForQuestionAnswering",
+    }
+
+    head_dim: int | None = None
+    positions_skip_padding: bool = False
+    add_pooling_layer: bool = True
+    pooler_activation: str = "tanh"
+    pooler_dropout: float | int = 0.0
+    mlm_activation: str | None = None
+    attention_output_dropout_prob: float | int | None = None
+    token_classifier_dropout: float | int | None = None
+    qa_dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_encoder(self) -> None:
+        """Checks that nothing asks for a decoder or for position ids that cannot be.
+
+        Raises:
+            ValueError: ``is_decoder`` or ``add_cross_attention`` is set, or RoBERTa's positions have no padding token.
+        """
+        if self.is_decoder or self.add_cross_attention:
+            raise ValueError("elastic_bert is an encoder: is_decoder and add_cross_attention must be False")
+        if self.positions_skip_padding and self.pad_token_id is None:
+            raise ValueError("positions_skip_padding=True needs a pad_token_id, got None")
+
+
+__all__ = ["ElasticBertConfig"]

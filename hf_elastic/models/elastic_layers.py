@@ -1,0 +1,88 @@
+"""What the three elastic model types share: per-layer shapes in a config, and the cache slot of a skipped attention.
+
+This file travels with a checkpoint as remote code: it imports nothing but transformers and files beside it.
+"""
+
+from typing import Any, ClassVar
+
+SUBLAYERS = ("attention", "mlp")
+
+
+class PerLayerShapes:
+    """Mixin for a config whose layers may differ in width, in heads, and in which sublayers they have.
+
+    The shapes sit in transformers' own ``per_layer_config``: a mapping from layer number to what differs from the
+    global config. ``skip`` lists sublayers that a layer does not have. The common names ``intermediate_size`` and
+    ``num_attention_heads`` are accepted whatever the family calls them.
+    """
+
+    # Field of this family for each size that may differ per layer.
+    per_layer_names: ClassVar[dict[str, str]]
+    # Auto class -> "file.Class", what a checkpoint lists for processes without hf_elastic.
+    auto_classes: ClassVar[dict[str, str]]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        shapes = kwargs.get("per_layer_config")
+        if shapes is not None:
+            names = self.per_layer_names
+            kwargs["per_layer_config"] = {
+                number: {names.get(name, name): value for name, value in layer.items()}
+                for number, layer in shapes.items()
+            }
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Checks every layer's shape; runs when a config is made and when it is saved.
+
+        Raises:
+            ValueError: a layer sets what may not differ per layer, skips what it does not have, or has an impossible
+                size.
+        """
+        if self.is_heterogeneous:
+            allowed = set(self.per_layer_names.values())
+            unknown = sorted(self.per_layer_attributes - allowed)
+            if unknown:
+                raise ValueError(
+                    f"per_layer_config sets {', '.join(unknown)}; only {', '.join(sorted(allowed))} and skip may differ per layer"
+                )
+            for layer in self.per_layer_config:
+                layer.validate_architecture()
+            return
+        unknown = sorted(set(skipped_sublayers(self)) - set(SUBLAYERS))
+        if unknown:
+            raise ValueError(f"a layer skips {', '.join(unknown)}; it can skip {' and '.join(SUBLAYERS)}")
+        for name in ("head_dim", *self.per_layer_names.values()):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; a sublayer is left out by skip")
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the config, naming the classes that load it where hf_elastic is not installed."""
+        self.auto_map = dict(self.auto_classes)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def skipped_sublayers(layer_config: Any) -> list[str]:
+    """Sublayers that a layer does not have, out of ``attention`` and ``mlp``."""
+    return getattr(layer_config, "skip", None) or []
+
+
+def write_cache_placeholder(cache: Any, hidden_states: Any, layer_idx: int) -> None:
+    """Keeps the length of a KV cache right where a layer has no attention.
+
+    transformers reads the length of a cache from its first layer, and counts an empty tensor as length 0; one zero per
+    token, ``(B, 1, T, 1)``, keeps it right whichever layers have no attention.
+    """
+    if cache is not None:
+        placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(placeholder, placeholder, layer_idx)
+
+
+def static_cache_shapes(config: Any) -> tuple[list[int], list[int]]:
+    """Heads and head sizes of a preallocated KV cache, per layer; (1, 1) where the placeholder goes."""
+    heads, sizes = [], []
+    for layer in config.per_layer_config:
+        present = "attention" not in skipped_sublayers(layer)
+        groups = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        heads.append(groups if present else 1)
+        sizes.append(layer.head_dim if present else 1)
+    return heads, sizes

@@ -1,0 +1,113 @@
+"""What ``compress`` can be asked for, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from hf_elastic.conversion import ElasticConfig, Loadability
+from hf_elastic.errors import DataError, SpaceError
+from hf_elastic.families import family_of, layers_of
+
+TaskName = Literal["auto", "embedding", "causal-lm", "masked-lm", "classification"]
+TASKS = ("auto", "embedding", "causal-lm", "masked-lm", "classification")
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Everything ``compress`` takes. Paths and names are strings, so that a run can be recorded and continued.
+
+    Attributes:
+        model: folder of a checkpoint, or its name on the Hub.
+        data: text (``.txt``), rows (``.jsonl``, ``.csv``) or the name of a data set on the Hub; several are joined.
+        output: folder of the found model. The work of the run is kept beside it, in ``<output>.run``.
+        within: limits by name of a cost (``parameters``, ``total_parameters``, ``macs``); up to 1 a fraction of the
+            parent's, above 1 an absolute number.
+        task: what the model is for; ``auto`` reads it off the checkpoint's class.
+        minutes: training time on this machine: supernet and found subnet together.
+        share: part of that time that trains the supernet; the rest trains the found subnet.
+        evaluations: how many architectures the search may evaluate.
+        loadability: ``stock`` keeps to what ordinary checkpoints hold; ``any`` may need ``trust_remote_code``.
+        space: which dimensions become choices; by default FFN widths and layers (and heads with ``any``).
+        sequence_length: longest sequence in tokens.
+        batch_size: sequences per step.
+        learning_rate: peak of the schedule.
+        text_column, label_column: columns of rows.
+        precision: ``fp32``, ``bf16``, or ``auto``: whichever a few training steps run faster in.
+        seed: of everything random.
+        device: ``auto`` takes a GPU if there is one.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    output: str
+    within: Mapping[str, float] = field(default_factory=lambda: {"parameters": 0.6})
+    task: TaskName = "auto"
+    minutes: float = 8.0
+    share: float = 0.4
+    evaluations: int = 120
+    loadability: Loadability = "stock"
+    space: ElasticConfig | None = None
+    sequence_length: int = 64
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    text_column: str = "text"
+    label_column: str = "label"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise DataError("data names nothing; pass a text file, a .jsonl or .csv file, or a data set's name")
+        if self.task not in TASKS:
+            raise DataError(f"task={self.task!r} is not one of {', '.join(TASKS)}")
+        if not self.within or any(not limit > 0 for limit in self.within.values()):
+            raise SpaceError(f"within={dict(self.within)} must name a cost and a limit above 0, such as parameters=0.6")
+        for name, low in (("minutes", 0.0), ("evaluations", 1), ("sequence_length", 4), ("batch_size", 1)):
+            if getattr(self, name) < low:
+                raise SpaceError(f"{name}={getattr(self, name)} must be at least {low}")
+        if not 0 <= self.share <= 1:
+            raise SpaceError(f"share={self.share} must be between 0 and 1")
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its work: ``<output>.run``."""
+        output = Path(self.output)
+        return output.with_name(output.name + ".run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what identifies the run, JSON-ready; ``output`` is where, not what."""
+        data = {**asdict(self), "data": list(self.data), "within": dict(self.within)}
+        data["space"] = self.space.to_dict() if self.space else None
+        del data["output"]
+        return data
+
+
+def default_space(model: PreTrainedModel, loadability: Loadability) -> ElasticConfig:
+    """A space for any supported model: FFN widths in eighths and whole layers; with ``any`` heads and sublayers too.
+
+    Args:
+        model: to read its family and sizes.
+        loadability: what may be chosen per layer.
+    """
+    family = family_of(model)
+    widths = [eighths / 8 for eighths in range(2, 9)]
+    layers = len(layers_of(model, family))
+    multiple = 32 if model.config.hidden_size >= 256 else 8
+    if loadability == "stock":
+        finer = [sixteenths / 16 for sixteenths in range(4, 17)]
+        return ElasticConfig(intermediate_size=finer, skip=["layer"], multiple_of=multiple, loadability="stock")
+    heads = [0.25, 0.5, 0.75, 1.0]
+    kinds = ["layer"] if loadability == "stock-padded" and not family.pre_norm else ["attention", "mlp"]
+    return ElasticConfig(
+        intermediate_size=widths,
+        **{family.heads_choice: heads},
+        skip=kinds if layers > 1 else None,
+        multiple_of=multiple,
+        loadability=loadability,
+    )

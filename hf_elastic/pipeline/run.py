@@ -1,0 +1,297 @@
+"""One run from a checkpoint to a smaller one: each stage is recorded, and a run that was interrupted goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from hf_elastic import costs, objectives
+from hf_elastic.checkpoint import ExportReport, export, extract
+from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
+from hf_elastic.conversion import make_elastic
+from hf_elastic.errors import CheckpointError, DataError
+from hf_elastic.files import write_json
+from hf_elastic.importance import sort_by_importance_
+from hf_elastic.pipeline.alternatives import alternatives
+from hf_elastic.pipeline.limits import AmongSubnets, feasibility, feasible_share, near_limit
+from hf_elastic.pipeline.options import CompressOptions, default_space
+from hf_elastic.pipeline.tasks import Task, TaskData, load_model, resolve_task
+from hf_elastic.pipeline.texts import digest, read_rows
+from hf_elastic.pipeline.training import (
+    attach_teacher, device_of, in_length_order, random_batches, step_seconds, train_phase,
+)  # fmt: skip
+from hf_elastic.report import comparison_table
+from hf_elastic.search import SearchResult, search_subnets
+from hf_elastic.space import Architecture
+from hf_elastic.supernet import Supernet
+from hf_elastic.training import FixedSubnet
+
+Say = Callable[[str], None]
+
+LATENCY_BATCH = 8
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What a run found.
+
+    Attributes:
+        architecture: the subnet.
+        report: how it was exported.
+        rows: the table, one dict a model, the parent first.
+        table: the same as text.
+        record: contents of ``result.json``.
+    """
+
+    architecture: Architecture
+    report: ExportReport
+    rows: tuple[Mapping[str, Any], ...]
+    table: str
+    record: Mapping[str, Any]
+
+
+class CompressRun:
+    """A run, opened or continued.
+
+    Args:
+        options: what to do.
+        say: where progress lines go.
+
+    Raises:
+        DataError, SpaceError, InfeasibleError, UnsupportedModelError, CheckpointError: the options cannot be met;
+            said before any training.
+    """
+
+    def __init__(self, options: CompressOptions, *, say: Say = print) -> None:
+        self.options, self.say = options, say
+        self.task: Task = resolve_task(options)
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        rows = read_rows(options.data, text_column=options.text_column)
+        self.data: TaskData = self.task.prepare(self.tokenizer, rows, options)
+        self.folder = options.run_folder
+        self._check_output()
+        self.text_digest = digest(row[options.text_column] for row in rows)
+
+    def _check_output(self) -> None:
+        output = Path(self.options.output)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (self.folder / RESULT_FILE).exists():
+            raise CheckpointError(f"{output} exists and no run made it; choose another output, or delete it")
+
+    def dry_run(self) -> str:
+        """Describes the space, what the limits leave, loadability and time, without training anything."""
+        supernet = self._new_supernet()
+        limits = feasibility(supernet, self.options.within)
+        pool = near_limit(supernet, limits, count=16, seed=self.options.seed)
+        seconds = self._seconds_per_step(supernet, pool, bf16=self._bf16(supernet, pool))
+        wanted = ", ".join(f"{name} <= {value:g}" for name, value in self.options.within.items())
+        return "\n".join([
+            str(supernet),
+            f"  task           {self.task.name}: {len(self.data.train)} training examples, quality: {', '.join(self.task.quality)}",
+            f"  limits         {wanted}: {feasible_share(supernet, limits):.1%} of the space as sampled, "
+            f"loading as {', '.join(sorted({supernet.loadability(a) for a in pool}))}",
+            f"  time           about {self.options.minutes:g} min of training ({self._steps(seconds)} steps of {seconds:.2f} s), "
+            f"plus a search of {self.options.evaluations} evaluations",
+        ])
+
+    def run(self) -> CompressResult:
+        """Runs the stages that are not finished and returns the result."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.record = RunRecord(self.folder, {**self.options.to_dict(), "text": self.text_digest})
+        supernet = self._stage("space", "sorted", self._build)
+        limits = feasibility(supernet, self.options.within)
+        self.validation_teacher = self._teacher(supernet)
+        self.parent = copy.deepcopy(supernet.model) if self.task.target == "logits" else None
+        pool = near_limit(supernet, limits, seed=self.options.seed)
+        self._plan_training(supernet, pool)
+        trained = self._stage("train", "supernet", lambda: self._train_supernet(supernet, pool))
+        found = self._search(trained)
+        final = self._stage("specialise", "found", lambda: self._specialise(trained, found.architecture))
+        return self._finish(final, found)
+
+    def _stage(self, name: str, folder: str, work: Callable[[], Supernet]) -> Supernet:
+        """Runs a stage whose result is a supernet, or restores it."""
+        target = self.folder / folder
+        if not self.record.finished(name):
+            with self.record.stage(name):
+                work().save_pretrained(target, overwrite=True)
+        return Supernet.from_pretrained(target, dtype=torch.float32).to(device_of(self.options))
+
+    def _new_supernet(self) -> Supernet:
+        model = load_model(self.task, self.options).to(device_of(self.options))
+        space = self.options.space or default_space(model, self.options.loadability)
+        return make_elastic(model, space)
+
+    def _build(self) -> Supernet:
+        supernet = self._new_supernet()
+        feasibility(supernet, self.options.within)
+        scores = sort_by_importance_(supernet, self.data.calibration)
+        order = scores["layers"].argsort(descending=True, stable=True).tolist()
+        self.record.note("space", layer_order=order, size=str(supernet.space.size))
+        self.say(str(supernet))
+        return supernet
+
+    def _teacher(self, supernet: Supernet) -> Tensor | None:
+        """Computes the parent's embeddings of all text once; attaches those of the training text to its features."""
+        if self.task.target != "embeddings":
+            return None
+        path = self.folder / "teacher.safetensors"
+        if not self.record.finished("teacher"):
+            self.say(f"embedding {len(self.data.train)} training sentences with the parent")
+            largest = supernet.space.largest()
+            with self.record.stage("teacher"):
+                train = in_length_order(
+                    self.data.train,
+                    lambda features: objectives.embeddings(
+                        supernet, largest, [self.data.collate(features)], pooling=self.task.pooling
+                    ),
+                )
+                validation = objectives.embeddings(supernet, largest, self.data.validation, pooling=self.task.pooling)
+                save_file({"train": train.contiguous(), "validation": validation.contiguous()}, path)
+        vectors = load_file(path)
+        if len(vectors["train"]) != len(self.data.train):
+            raise DataError(f"{path} holds {len(vectors['train'])} embeddings for {len(self.data.train)} sentences; delete {self.folder}")
+        attach_teacher(self.data.train, vectors["train"])
+        return vectors["validation"]
+
+    def _plan_training(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> None:
+        """Turns minutes into a number of steps, once; a continued run keeps the plan."""
+        if self.record.numbers("plan"):
+            return
+        bf16 = self._bf16(supernet, pool)
+        seconds = self._seconds_per_step(supernet, pool, bf16=bf16)
+        steps = self._steps(seconds)
+        first = round(steps * self.options.share)
+        self.record.note("plan", bf16=bf16, seconds_per_step=seconds, supernet_steps=first, found_steps=steps - first)
+        self.say(f"training: {first} steps for the supernet, {steps - first} for the subnet found, {seconds:.2f} s each")
+
+    def _bf16(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> bool:
+        if self.options.precision != "auto":
+            return self.options.precision == "bf16"
+        slow, fast = (self._seconds_per_step(supernet, pool, bf16=bf16) for bf16 in (False, True))
+        return fast < 0.95 * slow
+
+    def _seconds_per_step(self, supernet: Supernet, pool: tuple[Architecture, ...], *, bf16: bool) -> float:
+        batches = random_batches(self.data, size=self.options.batch_size)
+        return step_seconds(supernet, pool, batches=batches, bf16=bf16)
+
+    def _steps(self, seconds: float) -> int:
+        return max(1, round(60 * self.options.minutes / (1.1 * seconds)))  # a tenth for the optimizer and the Trainer
+
+    def _train(self, supernet: Supernet, rule: Any, *, phase: str) -> Supernet:
+        plan = self.record.numbers("plan")
+        if plan[f"{phase}_steps"]:
+            train_phase(
+                supernet, rule, task=self.task, data=self.data, options=self.options, folder=self.folder / f"training-{phase}",
+                steps=plan[f"{phase}_steps"], bf16=plan["bf16"], teacher=self._frozen_parent(),
+            )  # fmt: skip
+        return supernet
+
+    def _frozen_parent(self) -> nn.Module | None:
+        return None if self.parent is None else self.parent.eval().requires_grad_(False)
+
+    def _train_supernet(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> Supernet:
+        return self._train(supernet, AmongSubnets(pool, self.options.seed), phase="supernet")
+
+    def _specialise(self, supernet: Supernet, architecture: Architecture) -> Supernet:
+        return self._train(supernet, FixedSubnet(architecture), phase="found")
+
+    def _search(self, supernet: Supernet) -> _Found:
+        measures = self.task.measures(supernet, self.data.validation, teacher=self.validation_teacher)
+        cost = objectives.related_costs(supernet)[next(iter(self.options.within))]
+        with self.record.stage("search"):
+            result = search_subnets(
+                supernet.space, [measures[0], cost], evaluations=self.options.evaluations, within=self.options.within,
+                storage=f"sqlite:///{self.folder / 'search.db'}", seed=self.options.seed,
+            )  # fmt: skip
+            result.save(self.folder / "search.json")
+        best = result.best(measures[0].name, within=self.options.within)
+        self.record.note("search", evaluations=len(result.evaluations), best=dict(best.values), architecture=dict(best.architecture))
+        return _Found(best.architecture, result)
+
+    def _finish(self, final: Supernet, found: _Found) -> CompressResult:
+        with self.record.stage("compare"):
+            rows = self._compare(final, found.architecture)
+            self.record.note("compare", rows=rows)
+        with self.record.stage("export"):
+            report = export(
+                final, found.architecture, self.options.output, source=self.options.model, overwrite=True,
+            )  # fmt: skip
+            self.record.note("export", loadability=report.loadability, snippet=report.snippet, files=list(report.files))
+        write_json(Path(self.options.output) / RESULT_FILE, self.record.data)
+        table = comparison_table(rows, quality=self.task.quality, seq_len=costs.LATENCY_TOKENS)
+        self.say(table)
+        self.say(f"{self.options.output}: {report.note}\n  {report.snippet}")
+        return CompressResult(found.architecture, report, tuple(rows), table, self.record.data)
+
+    def _compare(self, final: Supernet, architecture: Architecture) -> list[dict[str, Any]]:
+        """Rows of the table; every model is measured on the same sentences, latencies interleaved."""
+        pristine = Supernet.from_pretrained(self.folder / "sorted", dtype=torch.float32).to(device_of(self.options))
+        trained = Supernet.from_pretrained(self.folder / "supernet", dtype=torch.float32).to(device_of(self.options))
+        plain = alternatives(
+            lambda: load_model(self.task, self.options, folder=self.folder / "sorted").to(pristine.model.device),
+            limit=costs.macs(final, architecture, seq_len=costs.LATENCY_TOKENS),
+            layer_order=self.record.numbers("space")["layer_order"],
+        )
+        candidates = [
+            ("parent", pristine, pristine.space.largest()),
+            ("found", final, architecture),
+            ("midpoint", trained, trained.space.midpoint()),
+            *plain,
+        ]
+        rows = [self._row(name, supernet, point) for name, supernet, point in candidates]
+        models = {name: extract(supernet, point) for name, supernet, point in candidates}
+        inputs = costs.default_inputs(pristine)
+        feed = {key: t.expand(LATENCY_BATCH, -1) for key, t in inputs.items()}
+
+        def timed(model: nn.Module) -> Callable[[], object]:
+            def call() -> object:
+                with torch.inference_mode():
+                    return model(**feed)
+
+            return call
+
+        latencies = costs.measure_latency({name: timed(model) for name, model in models.items()}, seconds=20.0)
+        for row in rows:
+            row["latency"] = latencies[row["name"]].median
+        return rows
+
+    def _row(self, name: str, supernet: Supernet, architecture: Architecture) -> dict[str, Any]:
+        measured = self.task.measures(supernet, self.data.validation, teacher=self.validation_teacher)
+        return {
+            "name": name,
+            "parameters": costs.parameters(supernet, architecture),
+            "total_parameters": costs.total_parameters(supernet, architecture),
+            "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS),
+            "loadability": supernet.loadability(architecture),
+            "architecture": dict(architecture),
+            **{measure.name: measure(architecture) for measure in measured},
+        }
+
+
+@dataclass(frozen=True)
+class _Found:
+    architecture: Architecture
+    result: SearchResult
+
+
+def compress(options: CompressOptions, *, say: Say = print) -> CompressResult:
+    """Makes a checkpoint smaller: supernet, training, search, export, and a table of what it gained and cost.
+
+    Interrupted, the same call goes on where it was.
+
+    Args:
+        options: the checkpoint, the text, the limits, the output and the time.
+        say: where progress lines go.
+
+    Raises:
+        ElasticError: the options cannot be met; said before any training.
+    """
+    return CompressRun(options, say=say).run()

@@ -1,0 +1,114 @@
+"""Reads what ``--data`` names: plain text, rows of JSON or CSV, or a data set."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_elastic.errors import DataError
+
+Row = dict[str, Any]
+
+_SHORTEST, _LONGEST = 20, 300  # characters of a sentence worth learning from
+_MOST_CHARACTERS = 2 * 10**9
+
+
+def read_rows(sources: Sequence[str], *, text_column: str) -> list[Row]:
+    """Reads all sources as rows with a text column.
+
+    Args:
+        sources: paths of ``.txt``, ``.jsonl`` or ``.csv`` files, or names of data sets on the Hub (``name`` or
+            ``name:split``).
+        text_column: the column that must be there; rows of text files have only that.
+
+    Raises:
+        DataError: a source is missing, empty, or has no such column.
+    """
+    rows = [row for source in sources for row in _read(source, text_column)]
+    if not rows:
+        raise DataError(f"{', '.join(sources)} holds no text")
+    return rows
+
+
+def _read(source: str, text_column: str) -> Iterable[Row]:
+    path = Path(source)
+    if not path.exists():
+        return _checked(_read_dataset(source), source, text_column)
+    if path.is_dir():
+        raise DataError(f"{source} is a folder; name its files")
+    if path.stat().st_size > _MOST_CHARACTERS:
+        raise DataError(f"{source} has {path.stat().st_size} bytes, more than fits in memory; pass a part of it")
+    try:
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return _checked([json.loads(line) for line in lines if line.strip()], source, text_column)
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                return _checked(list(csv.DictReader(file)), source, text_column)
+        return [{text_column: path.read_text(encoding="utf-8", errors="replace")}]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {source}: {error}") from error
+
+
+def _read_dataset(source: str) -> list[Row]:
+    import datasets  # takes a second, and only this branch needs it
+
+    name, _, split = source.partition(":")
+    try:
+        return [dict(row) for row in datasets.load_dataset(name, split=split or "train")]
+    except Exception as error:
+        raise DataError(
+            f"{source!r} is neither a file nor a data set that can be loaded ({type(error).__name__}); "
+            "check the path, or write name:split"
+        ) from error
+
+
+def _checked(rows: list[Row], source: str, text_column: str) -> list[Row]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+            columns = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise DataError(f"row {number} of {source} has no text in column {text_column!r}, only {columns}; set text_column")
+    return rows
+
+
+def split_sentences(texts: Iterable[str]) -> list[str]:
+    """Cuts texts into distinct sentences of 20 to 300 characters, in their order.
+
+    Long sentences are cut at commas and semicolons, so that short phrases are learnt from as well.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        for paragraph in re.split(r"\n\s*\n|\r", text):
+            flat = re.sub(r"\s+", " ", paragraph.replace("<|endoftext|>", " ")).strip()
+            for sentence in re.split(r"(?<=[.!?])[\"')\]]*\s+", flat):
+                for piece in _pieces(sentence.strip()):
+                    found[piece] = None
+    return list(found)
+
+
+def _pieces(sentence: str) -> Iterable[str]:
+    if len(sentence) <= _LONGEST:
+        return [sentence] if len(sentence) >= _SHORTEST and re.search(r"[A-Za-z]{3}", sentence) else []
+    parts = re.split(r"(?<=[,;:])\s+", sentence)
+    return [part for part in parts if _SHORTEST <= len(part) <= _LONGEST and re.search(r"[A-Za-z]{3}", part)]
+
+
+def shuffled(items: Sequence[Any], *, seed: int) -> list[Any]:
+    """Returns the items in an order that depends on the seed only."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 over texts, to notice that the data changed between two attempts of a run."""
+    sha = hashlib.sha256()
+    for text in texts:
+        sha.update(text.encode("utf-8", errors="replace") + b"\0")
+    return sha.hexdigest()

@@ -1,0 +1,227 @@
+"""The entry to a search: check what was asked, choose the engine, run it, gather the result."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+
+from hf_elastic.architecture import shown
+from hf_elastic.errors import SearchError
+from hf_elastic.search.journal import Journal, MemoryJournal
+from hf_elastic.search.limits import Feasibility, Limit, cost_of, resolve_limits
+from hf_elastic.search.loop import Fixed, ProposalSource, SearchLoop
+from hf_elastic.search.objective import Objective, check_objectives, known_objectives
+from hf_elastic.search.progress import SearchProgress
+from hf_elastic.search.proposals import (
+    LISTABLE,
+    Generator,
+    ListProposer,
+    Proposer,
+    RandomGenerator,
+    SamplerGenerator,
+    list_feasible,
+)
+from hf_elastic.search.results import Goal, SearchResult
+from hf_elastic.search.samplers import TrialEncoding, algorithm_name, sampler_factory
+from hf_elastic.search.storage import DatabaseJournal
+from hf_elastic.space import Architecture, SearchSpace
+
+Algorithm = str | BaseSampler | Callable[[int], BaseSampler]
+
+DEFAULT_EVALUATIONS = 200
+
+
+def search_subnets(
+    space: SearchSpace,
+    objectives: Sequence[Objective],
+    *,
+    algorithm: Algorithm = "nsga2",
+    evaluations: int | None = None,
+    within: Mapping[str, float] | None = None,
+    storage: str | None = None,
+    study_name: str | None = None,
+    seed: int = 0,
+    include: Sequence[Architecture] = (),
+    progress: bool = True,
+    lease_seconds: float = 600.0,
+) -> SearchResult:
+    """Search a space for architectures that are good in every objective within limits.
+
+    The midpoint architecture and those in ``include`` are always evaluated, the largest and the smallest
+    unless the limits exclude them. No architecture is evaluated twice. What is proposed is a function of
+    ``seed`` and the finished evaluations only: with a storage, a search that was killed and is started again
+    ends as if it had not been, and any number of processes started with the same arguments share the work and
+    return the same result.
+
+    Args:
+        space: The search space.
+        objectives: What to optimise; any number.
+        algorithm: ``"nsga2"``, ``"tpe"``, ``"random"``, ``"exhaustive"``, a function from a seed to an Optuna
+            sampler (preferred), or an Optuna sampler.
+        evaluations: How many distinct architectures may be evaluated, over all processes and restarts, failed
+            ones included; 200 unless given, for ``"exhaustive"`` all.
+        within: Limits by name of an objective or a related cost. A float in (0, 1] on a cost is a fraction of
+            the largest architecture's; any other number is absolute. Upper bounds, lower ones for what is
+            maximized. Limits on costs are hard: what exceeds them is shrunk or redrawn, not evaluated.
+        storage: None, or a database URL such as ``"sqlite:///search.db"``.
+        study_name: Which search in the storage.
+        seed: Seed of all proposals.
+        include: Architectures that are always evaluated.
+        progress: Whether to show a bar with the time left and the best so far.
+        lease_seconds: After this time without a sign of life from another host its claim is taken over.
+
+    Raises:
+        SearchError: An argument is not usable, or every evaluation fails.
+        InfeasibleError: The limits exclude everything (raised before anything is evaluated).
+        StorageError: The storage cannot be used, or holds another search.
+    """
+    goals = check_objectives(objectives)
+    _check_numbers(evaluations=evaluations, seed=seed, lease_seconds=lease_seconds)
+    known = known_objectives(goals)
+    limits = resolve_limits(within, known, space)
+    _check_measured(limits, goals)
+    feasibility = Feasibility(space, limits, known)
+    feasibility.require_some()
+    fixed = _always_evaluated(space, feasibility, include)
+    encoding = TrialEncoding(space)
+    with _quiet_optuna():
+        source, budget = _proposal_source(
+            algorithm, encoding, feasibility, goals=goals, fixed=fixed, evaluations=evaluations, seed=seed
+        )
+        journal = _journal(storage, encoding, goals, study_name=study_name, lease_seconds=lease_seconds)
+        bar = SearchProgress(goals, total=budget, shown=progress)
+        loop = SearchLoop(goals, source, journal, limits=limits, feasibility=feasibility, progress=bar)
+        try:
+            evaluated, failures = loop.run(fixed, budget)
+        finally:
+            bar.close()
+            journal.close()
+    return SearchResult(
+        space=space,
+        objectives=tuple(Goal(o.name, o.direction, o.unit, o.cost) for o in goals),
+        within=dict(within or {}),
+        limits=limits,
+        seed=seed,
+        algorithm=algorithm_name(algorithm),
+        evaluations=evaluated,
+        failures=failures,
+        references={o.name: cost_of(o, space.largest()) for o in known.values() if o.cost},
+        known=known,
+    )
+
+
+def _proposal_source(
+    algorithm: Algorithm,
+    encoding: TrialEncoding,
+    feasibility: Feasibility,
+    *,
+    goals: Sequence[Objective],
+    fixed: Sequence[Fixed],
+    evaluations: int | None,
+    seed: int,
+) -> tuple[ProposalSource, int]:
+    """Return where proposals come from, and how many architectures are evaluated in all.
+
+    Raises:
+        SearchError: The algorithm is unknown, or does not fit the space or the number of evaluations.
+    """
+    space = encoding.space
+    if algorithm == "exhaustive":
+        return _exhaustive(space, feasibility, fixed=fixed, evaluations=evaluations)
+    budget = min(DEFAULT_EVALUATIONS if evaluations is None else evaluations, space.size)
+    if len(fixed) > budget:
+        raise SearchError(
+            f"evaluations={evaluations} are fewer than the {len(fixed)} architectures that are always "
+            f"evaluated ({shown(one.label for one in fixed)}); give at least {len(fixed)}"
+        )
+    generator: Generator
+    if algorithm == "random":
+        generator = RandomGenerator(space)
+    else:
+        factory = sampler_factory(algorithm, encoding, evaluations=budget)
+        generator = SamplerGenerator(encoding, factory, goals)
+    return Proposer(space, feasibility, generator, seed=seed), budget
+
+
+def _exhaustive(
+    space: SearchSpace, feasibility: Feasibility, *, fixed: Sequence[Fixed], evaluations: int | None
+) -> tuple[ProposalSource, int]:
+    if space.size > LISTABLE:
+        raise SearchError(
+            f"algorithm='exhaustive' lists at most {LISTABLE} architectures, this space has {space.size}; "
+            "use algorithm='nsga2', or fewer values per choice"
+        )
+    listed = list_feasible(space, feasibility)
+    points = len({*(a.digest for a in listed), *(one.architecture.digest for one in fixed)})
+    if evaluations is not None and evaluations < points:
+        raise SearchError(
+            f"algorithm='exhaustive' evaluates all {points} architectures, evaluations={evaluations} are too "
+            "few; leave evaluations= out, or use algorithm='nsga2'"
+        )
+    return ListProposer(listed), points
+
+
+def _journal(
+    storage: str | None,
+    encoding: TrialEncoding,
+    goals: Sequence[Objective],
+    *,
+    study_name: str | None,
+    lease_seconds: float,
+) -> Journal:
+    if storage is None:
+        return MemoryJournal()
+    return DatabaseJournal(storage, encoding, goals, study_name=study_name, lease_seconds=lease_seconds)
+
+
+def _always_evaluated(
+    space: SearchSpace, feasibility: Feasibility, include: Sequence[Architecture]
+) -> tuple[Fixed, ...]:
+    """Return the midpoint, the extremes within the limits, and what the caller wants, each once."""
+    extremes = (Fixed("largest", space.largest()), Fixed("smallest", space.smallest()))
+    wanted = [Fixed("midpoint", space.midpoint())]
+    wanted += [extreme for extreme in extremes if feasibility.allows(extreme.architecture)]
+    for architecture in include:
+        space.validate(architecture)
+        wanted.append(Fixed("include", space.canonical(architecture)))
+    first: dict[str, Fixed] = {}
+    for one in wanted:
+        first.setdefault(one.architecture.digest, one)
+    return tuple(first.values())
+
+
+def _check_numbers(*, evaluations: int | None, seed: int, lease_seconds: float) -> None:
+    if evaluations is not None and (type(evaluations) is not int or evaluations < 1):
+        raise SearchError(f"evaluations={evaluations!r} is not a positive integer")
+    if type(seed) is not int:
+        raise SearchError(f"seed={seed!r} is not an integer")
+    if not isinstance(lease_seconds, int | float) or not 0 < lease_seconds < math.inf:
+        raise SearchError(f"lease_seconds={lease_seconds!r} is not a positive number of seconds")
+
+
+def _check_measured(limits: Sequence[Limit], goals: Sequence[Objective]) -> None:
+    names = {goal.name for goal in goals}
+    for limit in limits:
+        if not limit.cost and limit.name not in names:
+            raise SearchError(
+                f"within= limits {limit.name!r}, which is measured but no objective of this search; add it"
+            )
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Keep Optuna from logging each step, and from warning about what is experimental, while we search."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(level, optuna.logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

@@ -1,0 +1,293 @@
+"""The journal of a search in a database: an Optuna study of evaluated trials, and claims beside it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
+
+from hf_elastic.architecture import shown
+from hf_elastic.errors import ElasticError, StorageError
+from hf_elastic.search.claims import ClaimTable
+from hf_elastic.search.journal import Proposal, Record
+from hf_elastic.search.objective import Objective
+from hf_elastic.search.samplers import TrialEncoding
+
+DEFAULT_STUDY_NAME = "hf_elastic"
+_IDENTITY = "hf_elastic:identity"  # study attribute: what the study was made for
+_DIGEST = "hf_elastic:digest"  # trial attribute: digest of the architecture; other trials are not ours
+_FAILURE = "hf_elastic:failure"  # trial attribute: cause of a failed evaluation
+_STUDY_ATTRS = "hf_elastic:study_attrs"  # trial attribute: what the sampler changed at the study
+_SQLITE_TIMEOUT = 120.0  # seconds to wait for another process that is writing
+_RENEWALS_PER_LEASE = 4
+_MAX_FAILURE = 500  # characters
+_OPENINGS = 8
+_RACE_WORDS = ("already exists", "UNIQUE", "unique", "Duplicate", "locked")
+# Optuna says RuntimeError to tables of another version and ImportError to a missing database driver; the last
+# three come from contents that are not what we or Optuna wrote.
+_DATABASE_ERRORS = (
+    SQLAlchemyError,
+    StorageInternalError,
+    RuntimeError,
+    ImportError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+)
+
+
+class DatabaseJournal:
+    """Share a search among processes through a database.
+
+    Args:
+        url: SQLAlchemy URL, such as ``sqlite:///search.db``.
+        encoding: Translation of the space.
+        objectives: Objectives of the search.
+        study_name: Which of the searches in the database.
+        lease_seconds: How long a claim holds when its process on another host stops renewing it.
+
+    Raises:
+        StorageError: The database is unreachable, unreadable, or holds a search of another space or of other
+            objectives under this name.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        encoding: TrialEncoding,
+        objectives: Sequence[Objective],
+        *,
+        study_name: str | None,
+        lease_seconds: float,
+    ) -> None:
+        self._shown_url = _checked_url(url)
+        self._encoding = encoding
+        self._lease_seconds = lease_seconds
+        self._read: set[str] = set()
+        name = study_name or DEFAULT_STUDY_NAME
+        with self._errors("opened"):
+            self._storage = _open_database(url)
+            self._study = self._open_study(name, objectives)
+            study_id = self._storage.get_study_id_from_name(name)
+            self._claims = ClaimTable(self._storage.engine, study_id, lease_seconds=lease_seconds)
+
+    def read(self) -> list[Record]:
+        """Return the records that finished since the last call, by number."""
+        records = []
+        with self._errors("read"):
+            trials = self._study.get_trials(deepcopy=False)
+            for trial in trials:
+                digest = trial.user_attrs.get(_DIGEST)
+                # The same digest twice: an owner came back after it had been given up. The first one counts.
+                if digest is not None and digest not in self._read and trial.state.is_finished():
+                    self._read.add(digest)
+                    records.append(self._record(trial))
+        return records
+
+    def adopt(self) -> Proposal | None:
+        """Take over the claim of an owner that is gone; close claims whose outcome is already recorded."""
+        with self._errors("read"):
+            for claim in self._claims.open_claims():
+                if claim.digest in self._read:
+                    self._claims.mark_done(claim.digest)
+                elif self._claims.is_orphan(claim) and self._claims.take_over(claim):
+                    return self._proposal(claim.payload)
+        return None
+
+    def claim(self, proposal: Proposal, *, budget: int) -> bool:
+        """Claim an architecture; False when someone was faster or the budget is used up."""
+        payload = json.dumps(
+            {
+                "indices": self._encoding.space.encode(proposal.architecture),
+                "trial_attrs": proposal.trial_attrs,
+                "study_attrs": proposal.study_attrs,
+            }
+        )
+        with self._errors("written"):
+            return self._claims.insert(proposal.architecture.digest, payload, budget=budget)
+
+    def open_digests(self) -> frozenset[str]:
+        """Return the architectures claimed, by anyone, and not finished."""
+        with self._errors("read"):
+            return frozenset(claim.digest for claim in self._claims.open_claims()) - self._read
+
+    def is_full(self, budget: int) -> bool:
+        """Say whether the claims, finished ones included, use up the budget."""
+        with self._errors("read"):
+            return self._claims.count() >= budget
+
+    @contextmanager
+    def keep_claim(self, proposal: Proposal) -> Iterator[None]:
+        """Renew the claim from a thread while the context is open."""
+        over = threading.Event()
+        arguments = (over, proposal.architecture.digest)
+        thread = threading.Thread(target=self._renew_until, args=arguments, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def finish(self, proposal: Proposal, values: tuple[float, ...] | None, failure: str | None) -> None:
+        """Add the trial and close the claim; a claim that was taken over is left to its new owner."""
+        digest = proposal.architecture.digest
+        notes = {_DIGEST: digest} if failure is None else {_DIGEST: digest, _FAILURE: failure[:_MAX_FAILURE]}
+        trial = create_trial(
+            state=TrialState.FAIL if values is None else TrialState.COMPLETE,
+            values=values,
+            params=self._encoding.parameters(proposal.architecture),
+            distributions=self._encoding.distributions,
+            user_attrs=notes,
+            system_attrs={**proposal.trial_attrs, _STUDY_ATTRS: dict(proposal.study_attrs)},
+        )
+        with self._errors("written"):
+            if self._claims.is_mine(digest):
+                self._study.add_trial(trial)
+                self._claims.mark_done(digest)
+
+    def release(self, proposal: Proposal) -> None:
+        """Give up the claim without an outcome."""
+        with self._errors("written"):
+            self._claims.remove(proposal.architecture.digest)
+
+    def close(self) -> None:
+        """Free the connections."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _open_study(self, name: str, objectives: Sequence[Objective]) -> optuna.Study:
+        """Open or make the study, and make sure that it is one for these objectives on this space."""
+        study = optuna.create_study(
+            storage=self._storage,
+            study_name=name,
+            directions=[objective.direction for objective in objectives],
+            load_if_exists=True,
+        )
+        wanted = _identity(self._encoding, objectives)
+        found = study.user_attrs.get(_IDENTITY)
+        if found is None and not study.get_trials(deepcopy=False):
+            study.set_user_attr(_IDENTITY, wanted)
+        elif found != wanted:
+            raise StorageError(
+                f"storage {self._shown_url} holds {_described(found)} as {name!r}, not {_described(wanted)}; "
+                "pass another study_name= or storage="
+            )
+        return study
+
+    @contextmanager
+    def _errors(self, action: str) -> Iterator[None]:
+        """Raise what goes wrong in the database as a one-line :class:`StorageError`."""
+        try:
+            yield
+        except ElasticError:
+            raise
+        except _DATABASE_ERRORS as error:
+            raise StorageError(
+                f"storage {self._shown_url} cannot be {action}: {_reason(error)}; check the file or server, "
+                "or pass another storage="
+            ) from error
+
+    def _renew_until(self, over: threading.Event, digest: str) -> None:
+        while not over.wait(self._lease_seconds / _RENEWALS_PER_LEASE):
+            try:
+                self._claims.renew(digest)
+            except SQLAlchemyError:
+                continue  # the next renewal may come through; finish() asks whether the claim is ours
+
+    def _record(self, trial: FrozenTrial) -> Record:
+        attrs = {key: value for key, value in trial.system_attrs.items() if key != _STUDY_ATTRS}
+        architecture = self._encoding.architecture(trial.params)
+        proposal = Proposal(architecture, attrs, trial.system_attrs.get(_STUDY_ATTRS, {}))
+        values = tuple(trial.values) if trial.state == TrialState.COMPLETE else None
+        return Record(trial.number, proposal, values, trial.user_attrs.get(_FAILURE))
+
+    def _proposal(self, payload: str) -> Proposal:
+        data = json.loads(payload)
+        architecture = self._encoding.space.decode(data["indices"])
+        return Proposal(architecture, data["trial_attrs"], data["study_attrs"])
+
+
+def _open_database(url: str) -> RDBStorage:
+    arguments: dict[str, Any] = {}
+    if make_url(url).get_backend_name() == "sqlite":
+        arguments["connect_args"] = {"timeout": _SQLITE_TIMEOUT}
+    for attempt in range(1, _OPENINGS + 1):
+        try:
+            return RDBStorage(url, engine_kwargs=arguments)
+        except (IntegrityError, OperationalError, ProgrammingError, StorageInternalError) as error:
+            # Processes that start together race to make the tables; the loser finds them at its next look.
+            if attempt == _OPENINGS or not any(word in str(error) for word in _RACE_WORDS):
+                raise
+            time.sleep(0.1 * attempt)
+    raise AssertionError("unreachable")
+
+
+def _checked_url(url: object) -> str:
+    """Return the URL without its password.
+
+    Raises:
+        StorageError: It is no database URL, or one of a database that no other process could see.
+    """
+    try:
+        parsed = make_url(url) if isinstance(url, str) else None
+    except ArgumentError:
+        parsed = None
+    if parsed is None:
+        raise StorageError(
+            f"storage={shown([url])} is no database URL; write for example sqlite:///search.db"
+        )
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise StorageError(
+            f"storage={shown([url])} names no file; write sqlite:///search.db, or storage=None"
+        )
+    return parsed.render_as_string(hide_password=True)
+
+
+def _identity(encoding: TrialEncoding, objectives: Sequence[Objective]) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "space": encoding.space.digest,
+        "choices": len(encoding.space),
+        "objectives": [[o.name, o.direction, o.fingerprint] for o in objectives],
+    }
+
+
+def _described(identity: Mapping[str, Any] | None) -> str:
+    """Describe what a study was made for, for an error message."""
+    if identity is None:
+        return "a study that hf_elastic did not make"
+    try:
+        goals = [f"{d} {n}" + (f" [{f[:8]}]" if f else "") for n, d, f in identity["objectives"]]
+        return (
+            f"a search of space {identity['space'][:8]} ({identity['choices']} choices, {', '.join(goals)})"
+        )
+    except (KeyError, TypeError, ValueError):
+        return "a search of another version of hf_elastic"
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of the innermost message: the database's own words."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    return str(error).split("\n", 1)[0][:200] or type(error).__name__

@@ -1,0 +1,318 @@
+"""The promises of a supernet as contract checks, for our own families and for rows a user writes.
+
+Each ``check_*`` takes a :class:`Case` and raises ``AssertionError`` with the promise, the architecture and the numbers
+when it is broken. :func:`check_family` runs them all on a tiny random model.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_elastic.checkpoint import extract
+from hf_elastic.conversion import ElasticConfig, make_elastic
+from hf_elastic.errors import ActivationError
+from hf_elastic.families import Family
+from hf_elastic.space import Architecture
+from hf_elastic.supernet import Supernet
+from hf_elastic.training import FixedSubnet, RandomSubnet, SubnetSamplingCallback
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to make a small random model, and the space to check on it.
+
+    Attributes:
+        make_model: returns a new fp32 model; equal weights at every call are not needed.
+        config: the space; the richer, the more is checked.
+        family: the row under test, ``None`` for a built-in one.
+        sampled: how many random architectures are checked beside smallest, midpoint and largest.
+        tokens: length of the sequences.
+    """
+
+    make_model: Callable[[], PreTrainedModel]
+    config: ElasticConfig
+    family: Family | None = None
+    sampled: int = 8
+    tokens: int = 9
+    _seed: int = field(default=0)
+
+    def supernet(self) -> Supernet:
+        """Makes a new model elastic, in evaluation mode."""
+        torch.manual_seed(self._seed)
+        return make_elastic(self.make_model().eval(), self.config, family=self.family)
+
+    def architectures(self, supernet: Supernet) -> list[Architecture]:
+        """Largest, midpoint, smallest, and random ones."""
+        space, rng = supernet.space, random.Random(self._seed)
+        drawn = [space.sample(rng) for _ in range(self.sampled)]
+        return list(dict.fromkeys([space.largest(), space.midpoint(), space.smallest(), *drawn]))
+
+    def inputs(self, model: PreTrainedModel, *, batch_size: int = 2) -> dict[str, Tensor]:
+        """Random token ids ``(B, T)`` with the first row padded on the left by two tokens."""
+        generator = torch.Generator().manual_seed(self._seed)
+        ids = torch.randint(3, model.config.vocab_size, (batch_size, self.tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_family(case: Case) -> None:
+    """Runs every promise on a family.
+
+    Raises:
+        AssertionError: a promise is broken; the message says which, where, and by how much.
+    """
+    for check in PROMISES:
+        check(case)
+
+
+def check_largest_is_parent(case: Case) -> None:
+    """Promise 1: after conversion the largest architecture gives bit-identical outputs."""
+    torch.manual_seed(0)
+    model = case.make_model().eval()
+    inputs = case.inputs(model)
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        supernet = make_elastic(model, case.config, family=case.family)
+        with supernet.activate(supernet.space.largest()):
+            after = model(**inputs)[0]
+    assert torch.equal(before, after), f"promise 1: outputs moved by {_gap(before, after):.1e} when the model was converted"
+
+
+def check_activation_is_restored(case: Case) -> None:
+    """Promise 2: leaving ``activate`` restores, nested and after exceptions; a second thread is refused."""
+    supernet = case.supernet()
+    space = supernet.space
+    small, middle, largest = space.smallest(), space.midpoint(), space.largest()
+    assert supernet.active == largest, "promise 2: the largest is not active after conversion"
+    with supernet.activate(small):
+        with supernet.activate(middle):
+            assert supernet.active == middle, "promise 2: the inner architecture is not active"
+        assert supernet.active == small, "promise 2: leaving the inner block did not restore the outer one"
+        try:
+            with supernet.activate(middle):
+                raise KeyError("inside")
+        except KeyError:
+            pass
+        assert supernet.active == small, "promise 2: an exception left the wrong architecture active"
+    assert supernet.active == largest, "promise 2: leaving the outer block did not restore the largest"
+    assert _sizes(case, supernet) == supernet.expected(largest), "promise 2: the modules were not restored"
+    refused: list[BaseException] = []
+
+    def other_thread() -> None:
+        try:
+            with supernet.activate(small):
+                pass
+        except ActivationError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=other_thread)
+    thread.start()
+    thread.join()
+    assert refused, "promise 2: a second thread could activate an architecture"
+
+
+def check_state_dict_is_stock(case: Case) -> None:
+    """Promise 3: names and shapes of the state dict are those of the stock model, whatever is active."""
+    torch.manual_seed(0)
+    model = case.make_model()
+    before = {name: t.shape for name, t in model.state_dict().items()}
+    supernet = make_elastic(model, case.config, family=case.family)
+    with supernet.activate(supernet.space.smallest()):
+        after = {name: t.shape for name, t in model.state_dict().items()}
+    assert before == after, f"promise 3: state dict changed: {set(before.items()) ^ set(after.items())}"
+
+
+def check_extracted_equals_active(case: Case) -> None:
+    """Promise 4: an extracted subnet equals the supernet with it active, within 1e-5 · max|output| in fp32."""
+    supernet = case.supernet()
+    inputs = case.inputs(supernet.model)
+    for architecture in case.architectures(supernet):
+        with torch.no_grad(), supernet.activate(architecture):
+            wanted = supernet.model(**inputs)[0]
+        if supernet.family.static_type is None and supernet.loadability(architecture) == "remote-code":
+            continue  # a user's row without a static class refuses these at export
+        form = None if supernet.family.static_type else supernet.loadability(architecture)
+        with torch.no_grad():
+            got = extract(supernet, architecture, loadability=form)(**inputs)[0]
+        _close(got, wanted, f"promise 4: extracted model differs from {architecture!r}", mask=inputs["attention_mask"])
+
+
+def check_gradients_stay_inside(case: Case) -> None:
+    """Promise 5: gradients outside the active slices are exactly zero or None, and such slices do not move."""
+    supernet = case.supernet()
+    model = supernet.model.train()
+    inputs = case.inputs(model)
+    for architecture in case.architectures(supernet):
+        model.zero_grad(set_to_none=True)
+        with supernet.activate(architecture):
+            model(**inputs)[0].square().mean().backward()
+            regions = supernet.active_regions()
+        for name, parameter in model.named_parameters():
+            if name in regions and parameter.grad is not None:
+                outside = parameter.grad.clone()
+                for box in regions[name]:
+                    outside[box] = 0
+                assert not outside.any(), f"promise 5: {name} has a gradient outside {regions[name]} of {architecture!r}"
+    _check_decay(case)
+
+
+def _check_decay(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        largest = _train(case, folder, lambda supernet: supernet.space.largest())
+        stock = _train(case, folder, None)
+        for name, tensor in stock.items():
+            assert torch.equal(tensor, largest[name]), (
+                f"promise 5: {name} differs from stock AdamW by {_gap(tensor, largest[name]):.1e} at the largest architecture"
+            )
+        supernet = case.supernet()
+        start = {name: t.clone() for name, t in supernet.model.state_dict().items()}
+        small = supernet.space.smallest()
+        with supernet.activate(small):
+            regions = supernet.active_regions()
+        trained = _train(case, folder, lambda _: small)
+        for name, region in regions.items():
+            moved = trained[name] != start[name]
+            for box in region:
+                moved[box] = False
+            assert not moved.any(), f"promise 5: {name} moved outside the slices that were ever active"
+
+
+def _train(case: Case, folder: str, fixed: Callable[[Supernet], Architecture] | None) -> dict[str, Tensor]:
+    supernet = case.supernet()
+    model = supernet.model
+    rows = [{name: t[0] for name, t in case.inputs(model, batch_size=1).items()} for _ in range(6)]
+    args = TrainingArguments(
+        folder, max_steps=3, per_device_train_batch_size=2, weight_decay=0.3, learning_rate=1e-2, report_to="none",
+        disable_tqdm=True, save_strategy="no", use_cpu=True, seed=0, logging_strategy="no",
+    )  # fmt: skip
+    callbacks = []
+    if fixed is not None:
+        callbacks.append(SubnetSamplingCallback(supernet, FixedSubnet(fixed(supernet))))
+    trainer = _SquareTrainer(model=model, args=args, train_dataset=rows, callbacks=callbacks)
+    trainer.train()
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+class _SquareTrainer(Trainer):
+    """Trains on the mean square of the outputs, which every head has."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return model(**inputs)[0].square().mean()
+
+
+def check_sampling_is_pure(case: Case) -> None:
+    """Promise 6: draws depend on (seed, step, micro-step, draw) only; checkpointing recomputes the same subnet."""
+    supernet = case.supernet()
+    space, rule = supernet.space, RandomSubnet(seed=3)
+    first = [rule.draw(space, step, micro) for step in range(4) for micro in range(2)]
+    random.seed(99)
+    torch.manual_seed(99)
+    again = [RandomSubnet(seed=3).draw(space, step, micro) for step in range(4) for micro in range(2)]
+    assert first == again, "promise 6: a draw changed when it was repeated"
+    assert space.size < 50 or len(set(first)) > 1, "promise 6: every step drew the same subnet"
+    reads = [(supernet.active, supernet.space.digest, repr(supernet)) for _ in range(3)]
+    assert reads.count(reads[0]) == 3, "promise 6: reading an attribute changed something"
+    if supernet.model.supports_gradient_checkpointing:
+        _check_checkpointing(case, supernet)
+
+
+def _check_checkpointing(case: Case, supernet: Supernet) -> None:
+    architecture = case.architectures(supernet)[-1]
+    plain = _gradients(case, supernet, architecture)
+    supernet.model.gradient_checkpointing_enable()
+    recomputed = _gradients(case, supernet, architecture)
+    supernet.model.gradient_checkpointing_disable()
+    assert plain.keys() == recomputed.keys(), "promise 6: gradient checkpointing trained other parameters"
+    for name, gradient in plain.items():
+        gap, limit = _gap(gradient, recomputed[name]), TOLERANCE * float(gradient.abs().max())
+        assert gap <= limit, f"promise 6: gradient checkpointing changed the gradient of {name} by {gap:.1e}"
+
+
+def _gradients(case: Case, supernet: Supernet, architecture: Architecture) -> dict[str, Tensor]:
+    model = supernet.model.train()
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)  # dropout
+    with supernet.activate(architecture):
+        model(**case.inputs(model))[0].square().mean().backward()
+    model.eval()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_cache_is_exact(case: Case) -> None:
+    """Promise 7: step-by-step outputs with a cache equal those without, for every architecture, left padding included."""
+    supernet = case.supernet()
+    if not supernet.family.causal:
+        return
+    inputs = case.inputs(supernet.model)
+    for architecture in case.architectures(supernet):
+        with supernet.activate(architecture), torch.no_grad():
+            _check_steps(supernet.model, inputs, f"promise 7: {architecture!r}")
+
+
+def _check_steps(model: PreTrainedModel, inputs: dict[str, Tensor], label: str) -> None:
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+    base = model.base_model
+    whole = base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+    half = ids.shape[1] // 2
+    output = base(input_ids=ids[:, :half], attention_mask=mask[:, :half], position_ids=positions[:, :half], use_cache=True)
+    pieces, cache = [output[0]], output.past_key_values
+    for step in range(half, ids.shape[1]):  # each a further call on the returned cache
+        now = slice(step, step + 1)
+        assert cache.get_seq_length() == step, f"{label}: the cache says {cache.get_seq_length()} tokens, {step} were seen"
+        output = base(
+            input_ids=ids[:, now], attention_mask=mask[:, : step + 1], position_ids=positions[:, now],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        pieces, cache = [*pieces, output[0]], output.past_key_values
+    _close(torch.cat(pieces, dim=1), whole, label, mask=mask)
+
+
+def check_active_is_measurable(case: Case) -> None:
+    """Promise 8: what is active can be asked, and the shapes of real tensors agree with it."""
+    supernet = case.supernet()
+    for architecture in case.architectures(supernet):
+        with supernet.activate(architecture):
+            assert supernet.active == architecture, "promise 8: `active` does not say what was activated"
+            seen, wanted = _sizes(case, supernet), supernet.expected(architecture)
+        wrong = {name: (seen.get(name), size) for name, size in wanted.items() if seen.get(name) != size}
+        assert not wrong, f"promise 8: measured sizes differ from {architecture!r} (measured, expected): {wrong}"
+
+
+def _sizes(case: Case, supernet: Supernet) -> dict[str, int]:
+    return supernet.measured(**case.inputs(supernet.model))
+
+
+PROMISES: Sequence[Callable[[Case], None]] = (
+    check_largest_is_parent,
+    check_activation_is_restored,
+    check_state_dict_is_stock,
+    check_extracted_equals_active,
+    check_gradients_stay_inside,
+    check_sampling_is_pure,
+    check_cache_is_exact,
+    check_active_is_measurable,
+)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _close(got: Tensor, wanted: Tensor, label: str, *, mask: Tensor) -> None:
+    if got.ndim == 3 and got.shape[:2] == mask.shape:  # outputs at padding are arbitrary
+        got, wanted = got[mask.bool()], wanted[mask.bool()]
+    limit = TOLERANCE * float(wanted.abs().max())
+    assert _gap(got, wanted) <= limit, f"{label}: difference {_gap(got, wanted):.1e}, allowed {limit:.1e}"

@@ -1,0 +1,312 @@
+"""Searches in a database: killed and started again, shared by processes, foreign, corrupt."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+import hf_elastic
+from hf_elastic.errors import StorageError
+from hf_elastic.search import Objective, SearchResult, search_subnets
+from hf_elastic.search.claims import ClaimTable, is_gone, owner_name
+from hf_elastic.search.journal import Proposal
+from hf_elastic.search.samplers import TrialEncoding
+from hf_elastic.search.storage import DatabaseJournal
+from tests.search.toy import widths_problem
+
+ROOT = Path(hf_elastic.__file__).parents[1]
+
+
+def url_of(path):
+    return f"sqlite:///{path}"
+
+
+def start(tmp_path, **options):
+    options = {"log": str(tmp_path / "log"), "storage": url_of(tmp_path / "s.db"), **options}
+    options.setdefault("output", str(tmp_path / "output"))
+    command = [sys.executable, "-m", "tests.search.toy", json.dumps(options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def evaluated(tmp_path):
+    return [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
+
+
+def reference(algorithm, evaluations):
+    """The same search in memory, never interrupted."""
+    space, objectives = widths_problem(layers=5)
+    return search_subnets(
+        space,
+        objectives,
+        algorithm=algorithm,
+        evaluations=evaluations,
+        within={"parameters": 0.7},
+        seed=3,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["nsga2", "tpe", "random"])
+def test_a_search_killed_twice_and_restarted_ends_bit_equal(tmp_path, algorithm):
+    options = {"algorithm": algorithm, "evaluations": 32}
+    for death in ({"die_in": 3}, {"die_recording": 18}):
+        process = start(tmp_path, **options, **death)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path, **options)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "output").read_text() == reference(algorithm, 32).to_json()
+    digests = evaluated(tmp_path)
+    assert len(digests) == len(set(digests)) == 32
+
+
+def test_four_processes_share_the_work_and_evaluate_nothing_twice(tmp_path):
+    outputs = [tmp_path / f"output{i}" for i in range(4)]
+    processes = [start(tmp_path, evaluations=40, seconds=0.05, output=str(output)) for output in outputs]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    digests = evaluated(tmp_path)
+    assert len(digests) == len(set(digests)) == 40
+    assert len({output.read_text() for output in outputs}) == 1
+    assert len(SearchResult.load(outputs[0]).evaluations) == 40
+    workers = {line.split()[0] for line in (tmp_path / "log").read_text().splitlines()}
+    assert len(workers) > 1
+
+
+def journal(path, lease_seconds=600.0):
+    space, objectives = widths_problem(layers=5)
+    return DatabaseJournal(
+        url_of(path), TrialEncoding(space), objectives, study_name=None, lease_seconds=lease_seconds
+    )
+
+
+def test_a_claim_belongs_to_one_owner_and_the_budget_to_all(tmp_path):
+    one, other = journal(tmp_path / "s.db"), journal(tmp_path / "s.db")
+    space, _ = widths_problem(layers=5)
+    largest, smallest = Proposal(space.largest()), Proposal(space.smallest())
+    assert one.claim(largest, budget=2)
+    assert not other.claim(largest, budget=2)
+    assert other.open_digests() == {largest.architecture.digest}
+    assert other.adopt() is None
+    assert other.claim(smallest, budget=2)
+    assert not one.claim(Proposal(space.midpoint()), budget=2)
+    assert one.is_full(2) and not one.is_full(3)
+    one.release(largest)
+    assert not one.is_full(2)
+    assert one.claim(Proposal(space.midpoint()), budget=2)
+
+
+def test_an_expired_claim_is_taken_over_and_its_old_owner_records_nothing(tmp_path):
+    slow, other = journal(tmp_path / "s.db", lease_seconds=0.05), journal(tmp_path / "s.db")
+    space, _ = widths_problem(layers=5)
+    proposal = Proposal(space.largest(), {"generation": 1}, {"counter": [1, 2]})
+    assert slow.claim(proposal, budget=1)
+    time.sleep(0.1)
+    assert other.adopt() == proposal
+    slow.finish(proposal, (1.0, 2.0), None)
+    assert other.read() == []
+    other.finish(proposal, (3.0, 4.0), None)
+    (record,) = slow.read()
+    assert (record.values, record.proposal) == ((3.0, 4.0), proposal)
+    assert slow.read() == [] and slow.open_digests() == frozenset()
+
+
+def test_a_lease_is_renewed_while_the_evaluation_runs(tmp_path):
+    busy, other = journal(tmp_path / "s.db", lease_seconds=0.4), journal(tmp_path / "s.db")
+    space, _ = widths_problem(layers=5)
+    proposal = Proposal(space.largest())
+    assert busy.claim(proposal, budget=1)
+    with busy.keep_claim(proposal):
+        time.sleep(1.0)
+        assert other.adopt() is None
+    time.sleep(0.6)
+    assert other.adopt() == proposal
+
+
+def test_only_owners_whose_process_ended_are_gone():
+    code = "from hf_elastic.search.claims import owner_name; print(owner_name())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert is_gone(done.stdout.strip())
+    mine = owner_name()
+    assert not is_gone(mine)
+    host, process_id, started, nonce = mine.rsplit("|", 3)
+    assert is_gone(
+        f"{host}|{process_id}|{float(started) - 5:.2f}|{nonce}"
+    )  # the process id was given out again
+    assert not is_gone(f"elsewhere|{process_id}|1.00|{nonce}")
+
+
+def test_a_failed_evaluation_is_stored_with_its_cause_and_not_repeated(tmp_path):
+    space, (loss, cost) = widths_problem(layers=2, values=3)
+    calls = []
+
+    def fragile(architecture):
+        calls.append(architecture.digest)
+        if architecture["layers.0.intermediate_size"] == 192:
+            raise RuntimeError("out of memory\non this device")
+        return loss(architecture)
+
+    for _ in range(2):
+        result = search_subnets(
+            space,
+            [Objective("loss", fragile), cost],
+            algorithm="random",
+            evaluations=9,
+            storage=url_of(tmp_path / "s.db"),
+            progress=False,
+        )
+        assert len(calls) == len(set(calls)) == 9
+        assert {f.cause for f in result.failures} == {"loss: RuntimeError: out of memory"}
+        assert len(result.failures) == 3 and len(result.evaluations) == 6
+    study = optuna.load_study(study_name="hf_elastic", storage=url_of(tmp_path / "s.db"))
+    assert len(study.get_trials(states=[optuna.trial.TrialState.FAIL])) == 3
+
+
+def test_an_interrupted_search_goes_on_in_the_same_process(tmp_path):
+    space, (loss, cost) = widths_problem(layers=5)
+    calls = 0
+
+    def interrupted(architecture):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return loss(architecture)
+
+    options = {"evaluations": 20, "within": {"parameters": 0.7}, "seed": 3, "progress": False}
+    storage = url_of(tmp_path / "s.db")
+    with pytest.raises(KeyboardInterrupt):
+        search_subnets(space, [Objective("loss", interrupted), cost], storage=storage, **options)
+    result = search_subnets(space, [Objective("loss", interrupted), cost], storage=storage, **options)
+    assert result.to_json() == search_subnets(space, [loss, cost], **options).to_json()
+    assert calls == 21
+
+
+def test_more_evaluations_continue_a_finished_search(tmp_path):
+    space, objectives = widths_problem(layers=5)
+    storage = url_of(tmp_path / "s.db")
+    first = search_subnets(space, objectives, evaluations=10, storage=storage, progress=False)
+    more = search_subnets(space, objectives, evaluations=15, storage=storage, progress=False)
+    assert more.evaluations[:10] == first.evaluations and len(more.evaluations) == 15
+    fewer = search_subnets(space, objectives, evaluations=5, storage=storage, progress=False)
+    assert fewer.evaluations == more.evaluations
+
+
+@pytest.mark.parametrize(
+    ("make_other", "words"),
+    [
+        (lambda: widths_problem(layers=4), "(4 choices"),
+        (lambda: (widths_problem(layers=5)[0], widths_problem(layers=5)[1][:1]), "minimize loss)"),
+        (
+            lambda: (widths_problem(layers=5)[0], [Objective("loss", len, fingerprint="abcdef012345")]),
+            "minimize loss [abcdef01]",
+        ),
+    ],
+)
+def test_a_storage_of_another_search_is_refused_and_both_are_named(tmp_path, make_other, words):
+    space, objectives = widths_problem(layers=5)
+    storage = url_of(tmp_path / "s.db")
+    search_subnets(space, objectives, evaluations=3, storage=storage, progress=False)
+    other_space, other_objectives = make_other()
+    with pytest.raises(StorageError) as caught:
+        search_subnets(other_space, other_objectives, evaluations=3, storage=storage, progress=False)
+    message = str(caught.value)
+    assert words in message and "(5 choices, minimize loss, minimize parameters)" in message
+    assert "study_name=" in message and "\n" not in message
+    search_subnets(
+        other_space, other_objectives, evaluations=3, storage=storage, study_name="other", progress=False
+    )
+
+
+def corrupt(path):
+    path.write_bytes(b"this is no database" * 1000)
+    return url_of(path)
+
+
+def truncated(path):
+    space, objectives = widths_problem(layers=5)
+    search_subnets(space, objectives, evaluations=5, storage=url_of(path), progress=False)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    return url_of(path)
+
+
+def foreign(path):
+    optuna.create_study(study_name="hf_elastic", storage=url_of(path)).optimize(
+        lambda t: t.suggest_int("x", 0, 1), 1
+    )
+    return url_of(path)
+
+
+def other_tables(path):
+    with sqlite3.connect(path) as connection:
+        connection.execute("create table hf_elastic_claims (something integer)")
+    return url_of(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        corrupt,
+        truncated,
+        foreign,
+        other_tables,
+        lambda path: url_of(path.parent / "missing" / "s.db"),
+        lambda path: str(path),
+        lambda path: "sqlite://",
+        lambda path: "nosuchdatabase://host/name",
+        lambda path: "postgresql+nosuchdriver://user:secret@host/name",
+        lambda path: path,
+    ],
+)
+def test_an_unusable_storage_is_one_line_before_anything_is_evaluated(tmp_path, make):
+    space, objectives = widths_problem(layers=5)
+    storage = make(tmp_path / "s.db")
+
+    def never(architecture):
+        raise AssertionError("evaluated")
+
+    with pytest.raises(StorageError) as caught:
+        search_subnets(
+            space, [Objective("loss", never), objectives[1]], evaluations=5, storage=storage, progress=False
+        )
+    message = str(caught.value)
+    assert "\n" not in message and "secret" not in message and len(message) < 500
+
+
+def test_slots_freed_by_an_interruption_are_used_again(tmp_path):
+    storage = optuna.storages.RDBStorage(url_of(tmp_path / "s.db"))
+    claims = ClaimTable(storage.engine, 1, lease_seconds=60.0)
+    assert [claims.insert(str(i), "{}", budget=3) for i in range(4)] == [True, True, True, False]
+    claims.remove("1")
+    assert claims.insert("4", "{}", budget=3)
+    assert [claim.digest for claim in claims.open_claims()] == ["0", "4", "2"]
+    claims.mark_done("0")
+    assert claims.count() == 3 and not claims.insert("5", "{}", budget=3)
+
+
+def test_stored_values_and_parameters_are_readable_with_optuna(tmp_path):
+    space, objectives = widths_problem(layers=2)
+    result = search_subnets(
+        space, objectives, evaluations=6, storage=url_of(tmp_path / "s.db"), progress=False
+    )
+    study = optuna.load_study(study_name="hf_elastic", storage=url_of(tmp_path / "s.db"))
+    for trial, evaluation in zip(study.trials, result.evaluations, strict=True):
+        assert trial.values == [evaluation.values["loss"], evaluation.values["parameters"]]
+        indices = space.encode(evaluation.architecture)
+        assert trial.params == dict(zip(space.names, indices, strict=True))

@@ -1,0 +1,225 @@
+"""Distillation losses against formulas written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_elastic.distillation import (
+    embedding_loss,
+    hidden_state_loss,
+    label_mask,
+    layer_pairs,
+    logits_loss,
+    masked_mean,
+    pooled,
+    relational_loss,
+)
+from hf_elastic.errors import TrainingError
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kl_by_hand(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def softmax_by_hand(logits: list[float], temperature: float) -> list[float]:
+    weights = [math.exp(z / temperature) for z in logits]
+    return [w / sum(weights) for w in weights]
+
+
+STUDENT, TEACHER = [0.2, -1.0, 0.7], [1.5, 0.0, -0.5]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_forward_divergence_is_kl_of_teacher_from_student_times_squared_temperature(temperature: float) -> None:
+    s, t = softmax_by_hand(STUDENT, temperature), softmax_by_hand(TEACHER, temperature)
+    loss = logits_loss(torch.tensor([STUDENT]), torch.tensor([TEACHER]), temperature=temperature)
+    assert loss.item() == pytest.approx(temperature**2 * kl_by_hand(t, s), rel=1e-5)
+
+
+def test_reverse_divergence_swaps_the_two() -> None:
+    s, t = softmax_by_hand(STUDENT, 1.0), softmax_by_hand(TEACHER, 1.0)
+    loss = logits_loss(torch.tensor([STUDENT]), torch.tensor([TEACHER]), divergence="reverse")
+    assert loss.item() == pytest.approx(kl_by_hand(s, t), rel=1e-5)
+
+
+def test_squared_error_of_regression_logits() -> None:
+    loss = logits_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [1.0]]), divergence="mse")
+    assert loss.item() == pytest.approx((1 + 4) / 2)
+
+
+def test_divergence_over_one_class_is_refused_since_it_is_always_zero() -> None:
+    with pytest.raises(TrainingError, match="mse"):
+        logits_loss(drawn(4, 1), drawn(4, 1))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_divergence_of_equal_logits_is_zero_with_zero_gradient(divergence: str) -> None:
+    student = drawn(3, 5, 7).requires_grad_()
+    loss = logits_loss(student, student.detach().clone(), divergence=divergence)  # type: ignore[arg-type]
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None and student.grad.abs().max() < 1e-6
+
+
+def test_gradient_of_the_forward_divergence_is_student_minus_teacher_probabilities() -> None:
+    student, teacher = drawn(4, 6).requires_grad_(), drawn(4, 6, seed=1)
+    logits_loss(student, teacher).backward()
+    expected = (student.detach().softmax(-1) - teacher.softmax(-1)) / 4
+    torch.testing.assert_close(student.grad, expected)
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    student, teacher = drawn(2, 3, 4).requires_grad_(), drawn(2, 3, 4, seed=1).requires_grad_()
+    for loss in (logits_loss(student, teacher), embedding_loss(student[0], teacher[0])):
+        loss.backward()
+    relational_loss(student[:, 0], teacher[:, 0]).backward()
+    hidden_state_loss([student], [teacher]).backward()
+    assert teacher.grad is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 5), padding=st.integers(0, 4), seed=st.integers(0, 99))
+def test_padding_and_repetition_of_the_batch_leave_masked_losses_unchanged(
+    rows: int, padding: int, seed: int
+) -> None:
+    student, teacher = drawn(rows, 3, 5, seed=seed), drawn(rows, 3, 5, seed=seed + 1)
+    mask = torch.ones(rows, 3)
+    plain = logits_loss(student, teacher, mask=mask)
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, torch.full((rows, padding, 5), math.nan)], 1)
+
+    wide = torch.cat([mask, torch.zeros(rows, padding)], 1)
+    torch.testing.assert_close(logits_loss(padded(student), padded(teacher), mask=wide), plain)
+    twice = logits_loss(student.repeat(2, 1, 1), teacher.repeat(2, 1, 1), mask=mask.repeat(2, 1))
+    torch.testing.assert_close(twice, plain)
+
+
+def test_losses_of_micro_batches_with_a_common_count_add_up_to_the_loss_of_the_batch() -> None:
+    student, teacher = drawn(4, 3, 5), drawn(4, 3, 5, seed=1)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 1, 1]])
+    whole = logits_loss(student, teacher, mask=mask)
+    parts = [
+        logits_loss(student[part], teacher[part], mask=mask[part], count=mask.sum())
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_a_mask_that_keeps_nothing_gives_zero_and_can_be_differentiated() -> None:
+    student = drawn(2, 3, 4).requires_grad_()
+    loss = logits_loss(student, drawn(2, 3, 4, seed=1), mask=torch.zeros(2, 3))
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad is not None and not student.grad.any()
+
+
+def test_half_precision_is_computed_in_single_precision() -> None:
+    student, teacher = drawn(2, 8).bfloat16(), drawn(2, 8, seed=1).bfloat16()
+    assert logits_loss(student, teacher).dtype == torch.float32
+    torch.testing.assert_close(logits_loss(student, teacher), logits_loss(student.float(), teacher.float()))
+
+
+def test_labels_of_causal_models_are_scored_one_position_earlier() -> None:
+    labels = torch.tensor([[5, -100, 7, 8], [-100, -100, 3, -100]])
+    assert label_mask(labels).tolist() == [[True, False, True, True], [False, False, True, False]]
+    shifted = label_mask(labels, shifted=True)
+    assert shifted.tolist() == [[False, True, True, False], [False, True, False, False]]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_pooling_ignores_padding_on_either_side(left: bool) -> None:
+    tokens = drawn(1, 3, 4)
+    padding = torch.full((1, 2, 4), 9.0)
+    hidden = torch.cat([padding, tokens] if left else [tokens, padding], 1)
+    mask = torch.tensor([[0, 0, 1, 1, 1]] if left else [[1, 1, 1, 0, 0]])
+    torch.testing.assert_close(pooled(hidden, mask), tokens.mean(1))
+    torch.testing.assert_close(pooled(hidden, mask, pooling="last"), tokens[:, -1])
+    torch.testing.assert_close(pooled(hidden, mask, pooling="cls"), hidden[:, 0])
+
+
+def test_mean_pooling_of_a_sequence_without_tokens_is_zero() -> None:
+    assert not pooled(drawn(1, 3, 4), torch.zeros(1, 3)).any()
+
+
+def test_embedding_loss_is_one_minus_the_mean_cosine_and_ignores_length() -> None:
+    student, teacher = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    assert embedding_loss(student, teacher).item() == pytest.approx(((1 - 1) + (1 - math.sqrt(0.5))) / 2, abs=1e-6)
+    torch.testing.assert_close(embedding_loss(5 * student, teacher), embedding_loss(student, teacher))
+
+
+def test_relational_loss_is_the_mean_squared_difference_of_off_diagonal_cosines() -> None:
+    student, teacher = drawn(3, 4), drawn(3, 6, seed=1)
+    total = 0.0
+    for i in range(3):
+        for j in range(3):
+            if i != j:
+                s = torch.cosine_similarity(student[i], student[j], dim=0)
+                t = torch.cosine_similarity(teacher[i], teacher[j], dim=0)
+                total += float((s - t) ** 2)
+    assert relational_loss(student, teacher).item() == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_relational_loss_sees_no_rotation_and_a_single_sentence_has_none() -> None:
+    student = drawn(5, 4)
+    rotation = torch.linalg.qr(drawn(4, 4, seed=1))[0]
+    assert relational_loss(student @ rotation, student).item() == pytest.approx(0, abs=1e-10)
+    assert relational_loss(drawn(1, 4), drawn(1, 4, seed=1)).item() == 0
+
+
+def test_hidden_state_loss_averages_over_kept_tokens_and_pairs_of_layers() -> None:
+    student = [drawn(2, 3, 4, seed=n) for n in range(3)]
+    teacher = [drawn(2, 3, 4, seed=n + 9) for n in range(4)]
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    by_hand = [
+        ((student[i] - teacher[j]) ** 2).mean(-1)[mask.bool()].mean() for i, j in ((0, 1), (2, 3))
+    ]
+    loss = hidden_state_loss(student, teacher, mask=mask, pairs=[(0, 1), (2, 3)])
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+    cosine = hidden_state_loss(student[:1], teacher[:1], mask=mask, distance="cosine")
+    expected = 1 - torch.cosine_similarity(student[0], teacher[0], dim=-1)[mask.bool()].mean()
+    torch.testing.assert_close(cosine, expected)
+
+
+def test_a_kept_layer_stands_for_the_skipped_ones_after_it() -> None:
+    assert layer_pairs([0, 1, 2], layers=3) == ((0, 0), (1, 1), (2, 2), (3, 3))
+    assert layer_pairs([0, 1, 4, 5], layers=6) == ((0, 0), (1, 1), (2, 4), (5, 5), (6, 6))
+    assert layer_pairs([1, 2], layers=5) == ((0, 0), (2, 2), (5, 5))
+    assert layer_pairs([], layers=2) == ((0, 0), (2, 2))
+
+
+@pytest.mark.parametrize("kept", [[1, 0], [0, 3], [-1], [0, 0]])
+def test_layers_that_do_not_exist_or_are_not_in_order_are_refused(kept: list[int]) -> None:
+    with pytest.raises(TrainingError, match="ascending"):
+        layer_pairs(kept, layers=3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: logits_loss(drawn(2, 3), drawn(2, 4)),
+        lambda: logits_loss(drawn(2, 3), drawn(2, 3), temperature=0),
+        lambda: logits_loss(drawn(2, 3), drawn(2, 3), divergence="sideways"),  # type: ignore[arg-type]
+        lambda: embedding_loss(drawn(2, 3), drawn(2, 4)),
+        lambda: relational_loss(drawn(2, 3), drawn(3, 3)),
+        lambda: hidden_state_loss([drawn(1, 2, 3)] * 2, [drawn(1, 2, 3)]),
+        lambda: hidden_state_loss([drawn(1, 2, 3)], [drawn(1, 2, 3)], pairs=[(0, 1)]),
+        lambda: hidden_state_loss([drawn(1, 2, 3)], [drawn(1, 2, 3)], pairs=[]),
+        lambda: hidden_state_loss([drawn(1, 2, 3)], [drawn(1, 2, 3)], distance="far"),  # type: ignore[arg-type]
+        lambda: pooled(drawn(1, 2, 3), pooling="max"),  # type: ignore[arg-type]
+        lambda: masked_mean(drawn(2, 3), torch.ones(3)),
+    ],
+)
+def test_what_does_not_fit_raises_one_line(call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(TrainingError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
