@@ -7,27 +7,94 @@ classes; everything else is imported when it is first used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_elastic.models import register_auto_classes
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ imports on first use
+    from hf_elastic import costs as costs
+    from hf_elastic import distillation as distillation
+    from hf_elastic import objectives as objectives
+    from hf_elastic import testing as testing
+    from hf_elastic.checkpoint import ExportReport as ExportReport
+    from hf_elastic.checkpoint import export as export
+    from hf_elastic.checkpoint import extract as extract
+    from hf_elastic.conversion import make_elastic as make_elastic
+    from hf_elastic.declaration import ElasticConfig as ElasticConfig
+    from hf_elastic.errors import ActivationError as ActivationError
+    from hf_elastic.errors import ArchitectureError as ArchitectureError
+    from hf_elastic.errors import CheckpointError as CheckpointError
+    from hf_elastic.errors import DataError as DataError
+    from hf_elastic.errors import ElasticError as ElasticError
+    from hf_elastic.errors import ExportError as ExportError
+    from hf_elastic.errors import InfeasibleError as InfeasibleError
+    from hf_elastic.errors import SearchError as SearchError
+    from hf_elastic.errors import SpaceError as SpaceError
+    from hf_elastic.errors import StorageError as StorageError
+    from hf_elastic.errors import TrainingError as TrainingError
+    from hf_elastic.errors import UnsupportedModelError as UnsupportedModelError
+    from hf_elastic.families import FAMILIES as FAMILIES
+    from hf_elastic.families import Family as Family
+    from hf_elastic.importance import set_layer_order as set_layer_order
+    from hf_elastic.importance import sort_by_importance_ as sort_by_importance_
+    from hf_elastic.layers import Skip as Skip
+    from hf_elastic.pipeline import CompressOptions as CompressOptions
+    from hf_elastic.pipeline import CompressResult as CompressResult
+    from hf_elastic.pipeline import compress as compress
+    from hf_elastic.search import Evaluation as Evaluation
+    from hf_elastic.search import Objective as Objective
+    from hf_elastic.search import SearchResult as SearchResult
+    from hf_elastic.search import search_subnets as search_subnets
+    from hf_elastic.space import Architecture as Architecture
+    from hf_elastic.space import Choice as Choice
+    from hf_elastic.space import Condition as Condition
+    from hf_elastic.space import SearchSpace as SearchSpace
+    from hf_elastic.supernet import Supernet as Supernet
+    from hf_elastic.training import Distillation as Distillation
+    from hf_elastic.training import ElasticTrainer as ElasticTrainer
+    from hf_elastic.training import ElasticTrainerMixin as ElasticTrainerMixin
+    from hf_elastic.training import FixedSubnet as FixedSubnet
+    from hf_elastic.training import ProgressiveShrinking as ProgressiveShrinking
+    from hf_elastic.training import RandomSubnet as RandomSubnet
+    from hf_elastic.training import SandwichRule as SandwichRule
+    from hf_elastic.training import SubnetSamplingCallback as SubnetSamplingCallback
+    from hf_elastic.training import last_complete_checkpoint as last_complete_checkpoint
+
 _HOMES = {
     "errors": (
-        "ActivationError", "ArchitectureError", "CheckpointError", "DataError", "ElasticError", "ExportError",
-        "InfeasibleError", "SearchError", "SpaceError", "StorageError", "TrainingError", "UnsupportedModelError",
+        "ActivationError",
+        "ArchitectureError",
+        "CheckpointError",
+        "DataError",
+        "ElasticError",
+        "ExportError",
+        "InfeasibleError",
+        "SearchError",
+        "SpaceError",
+        "StorageError",
+        "TrainingError",
+        "UnsupportedModelError",
     ),
     "space": ("Architecture", "Choice", "Condition", "SearchSpace"),
     "search": ("Evaluation", "Objective", "SearchResult", "search_subnets"),
     "families": ("FAMILIES", "Family"),
     "layers": ("Skip",),
-    "conversion": ("ElasticConfig", "make_elastic"),
+    "conversion": ("make_elastic",),
+    "declaration": ("ElasticConfig",),
     "supernet": ("Supernet",),
     "importance": ("set_layer_order", "sort_by_importance_"),
     "training": (
-        "Distillation", "ElasticTrainer", "ElasticTrainerMixin", "FixedSubnet", "ProgressiveShrinking", "RandomSubnet",
-        "SandwichRule", "SubnetSamplingCallback", "last_complete_checkpoint",
+        "Distillation",
+        "ElasticTrainer",
+        "ElasticTrainerMixin",
+        "FixedSubnet",
+        "ProgressiveShrinking",
+        "RandomSubnet",
+        "SandwichRule",
+        "SubnetSamplingCallback",
+        "last_complete_checkpoint",
     ),
     "checkpoint": ("ExportReport", "export", "extract"),
     "pipeline": ("CompressOptions", "CompressResult", "compress"),
@@ -35,7 +102,56 @@ _HOMES = {
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("costs", "distillation", "objectives", "testing")
 
-__all__ = [*sorted(_SOURCE), *_MODULES, "__version__"]
+__all__ = [
+    "ActivationError",
+    "Architecture",
+    "ArchitectureError",
+    "CheckpointError",
+    "Choice",
+    "CompressOptions",
+    "CompressResult",
+    "Condition",
+    "DataError",
+    "Distillation",
+    "ElasticConfig",
+    "ElasticError",
+    "ElasticTrainer",
+    "ElasticTrainerMixin",
+    "Evaluation",
+    "ExportError",
+    "ExportReport",
+    "FAMILIES",
+    "Family",
+    "FixedSubnet",
+    "InfeasibleError",
+    "Objective",
+    "ProgressiveShrinking",
+    "RandomSubnet",
+    "SandwichRule",
+    "SearchError",
+    "SearchResult",
+    "SearchSpace",
+    "Skip",
+    "SpaceError",
+    "StorageError",
+    "SubnetSamplingCallback",
+    "Supernet",
+    "TrainingError",
+    "UnsupportedModelError",
+    "compress",
+    "export",
+    "extract",
+    "last_complete_checkpoint",
+    "make_elastic",
+    "search_subnets",
+    "set_layer_order",
+    "sort_by_importance_",
+    "costs",
+    "distillation",
+    "objectives",
+    "testing",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

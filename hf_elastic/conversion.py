@@ -22,8 +22,8 @@ DEPTH = "num_hidden_layers"
 def make_elastic(model: PreTrainedModel, config: ElasticConfig, *, family: Family | None = None) -> Supernet:
     """Makes dimensions of a stock model switchable, in place, and returns the handle.
 
-    No weight changes and no parameter is renamed; the largest architecture, active afterwards, gives bit-identical
-    logits.
+    No weight changes and no parameter is renamed; the largest architecture, active afterwards, gives
+    bit-identical logits.
 
     Args:
         model: a BERT, RoBERTa, DistilBERT, LLaMA, Qwen2, Qwen3, Mistral or GPT-2 model as ``from_pretrained``
@@ -32,15 +32,13 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig, *, family: Famil
         family: a row for a model type we lack; prove it with ``hf_elastic.testing.check_family``.
 
     Raises:
-        UnsupportedModelError: the model is of an unknown type, quantised, wrapped, already elastic, or a decoder with
-            cross-attention.
+        UnsupportedModelError: the model is of an unknown type, quantised, wrapped, already elastic, or a
+            decoder with cross-attention.
         SpaceError: a size is larger than the model, heads do not divide, or nothing is left to choose.
     """
     _check_model(model)
     if not isinstance(config, ElasticConfig):
-        raise SpaceError(
-            f"config is a {type(config).__name__}, expected ElasticConfig(intermediate_size=[...], ...)"
-        )
+        raise SpaceError(f"config is a {type(config).__name__}, expected ElasticConfig(intermediate_size=[...], ...)")
     row = family_of(model, family)
     _check_family_limits(model, config, row)
     builder = _Builder(model, config, row)
@@ -67,26 +65,18 @@ def _check_model(model: PreTrainedModel) -> None:
             "quantization_config"
         )
     if any(isinstance(module, PartHolder) for module in model.modules()):
-        raise UnsupportedModelError(
-            "the model is elastic already; use hf_elastic.Supernet(model) for its handle"
-        )
+        raise UnsupportedModelError("the model is elastic already; use hf_elastic.Supernet(model) for its handle")
     if compiled := next((name for name, _ in model.named_modules() if "_orig_mod" in name), None):
-        raise UnsupportedModelError(
-            f"{compiled} is compiled; call torch.compile after make_elastic, not before"
-        )
+        raise UnsupportedModelError(f"{compiled} is compiled; call torch.compile after make_elastic, not before")
     for flag in ("is_encoder_decoder", "add_cross_attention", "is_decoder"):
         if getattr(model.config, flag, False) is True:
-            raise UnsupportedModelError(
-                f"config.{flag}=True is not supported; only encoders and causal decoders are"
-            )
+            raise UnsupportedModelError(f"config.{flag}=True is not supported; only encoders and causal decoders are")
 
 
 def _check_family_limits(model: PreTrainedModel, config: ElasticConfig, row: Family) -> None:
     wrong = "num_attention_heads" if row.grouped else "num_key_value_heads"
     if getattr(config, wrong) is not None:
-        raise SpaceError(
-            f"{row.model_type} models choose {row.heads_choice}, not {wrong}; set {row.heads_choice}=..."
-        )
+        raise SpaceError(f"{row.model_type} models choose {row.heads_choice}, not {wrong}; set {row.heads_choice}=...")
     kinds = skip_kinds(config.skip)
     skips = bool(kinds) or config.num_hidden_layers is not None
     if skips and getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
@@ -110,8 +100,8 @@ def _check_family_limits(model: PreTrainedModel, config: ElasticConfig, row: Fam
         )
     if config.loadability == "stock" and row.stock_heads == "parent" and getattr(config, row.heads_choice):
         raise SpaceError(
-            f"a stock {row.model_type} config derives the size of a head from their number, so it cannot hold "
-            f"fewer; drop {row.heads_choice}= or use loadability='stock-padded' or 'any'"
+            f"a stock {row.model_type} config derives the size of a head from their number, so it cannot "
+            f"hold fewer; drop {row.heads_choice}= or use loadability='stock-padded' or 'any'"
         )
 
 
@@ -145,9 +135,7 @@ class _Builder:
         if not isinstance(value, Mapping):
             return
         if self.uniform and name != "skip":
-            raise SpaceError(
-                f"{name} by layer cannot be held by a stock config; give one list for all layers"
-            )
+            raise SpaceError(f"{name} by layer cannot be held by a stock config; give one list for all layers")
         numbers = range(len(self.layers))
         if bad := [key for key in value if type(key) is not int or key not in numbers]:
             raise SpaceError(f"{name} names layers {bad}, the model has layers 0 to {len(self.layers) - 1}")
@@ -172,9 +160,7 @@ class _Builder:
         """Layer that stays where an architecture without any layer could not be exported, else ``None``."""
         if self.config.loadability == "any" and self.row.static_type is not None:
             return None
-        stays = [
-            i for i in self.order if not self._presence(self.order.index(i)) and "layer" not in self._kinds(i)
-        ]
+        stays = [i for i in self.order if not self._presence(self.order.index(i)) and "layer" not in self._kinds(i)]
         return None if stays else self.order[0]
 
     def _kinds(self, index: int) -> set[str]:
@@ -188,14 +174,12 @@ class _Builder:
         choices = join_choices(plan.choices for plan in plans)
         if not choices:
             raise SpaceError(
-                "ElasticConfig leaves nothing to choose: declare intermediate_size, a number of heads, skip or "
-                "num_hidden_layers, with sizes below the model's own"
+                "ElasticConfig leaves nothing to choose: declare intermediate_size, a number of heads, skip "
+                "or num_hidden_layers, with sizes below the model's own"
             )
         SearchSpace(choices)
         if len({id(layer) for layer in self.layers}) < len(self.layers):
-            raise UnsupportedModelError(
-                f"{self.row.model_type} layers that share one module cannot differ in shape"
-            )
+            raise UnsupportedModelError(f"{self.row.model_type} layers that share one module cannot differ in shape")
         for plan in plans:
             self._check_layer(plan)
 
@@ -212,8 +196,8 @@ class _Builder:
             wanted = heads if meaning == "heads" else heads * plan.head_dim
             if (value := getattr(attention, attribute, None)) != wanted:
                 raise UnsupportedModelError(
-                    f"{prefix}{row.attention}.{attribute} is {value!r}, but the family row of {row.model_type!r} "
-                    f"says that it follows the {meaning} of the active heads, {wanted} here"
+                    f"{prefix}{row.attention}.{attribute} is {value!r}, but the family row of "
+                    f"{row.model_type!r} says that it follows the {meaning} of the active heads, {wanted} here"
                 )
 
     def _linears(self) -> dict[str, int]:
@@ -236,8 +220,8 @@ class _Builder:
         keys = _out_features(submodule(layer, row.key, family=row)) if row.grouped else queries
         if queries % head_dim or keys % head_dim or queries % keys:
             raise SpaceError(
-                f"layer {index} has projections of {queries} (queries) and {keys} (keys), which do not divide into "
-                f"heads of {head_dim} in groups of equal size"
+                f"layer {index} has projections of {queries} (queries) and {keys} (keys), which do not divide "
+                f"into heads of {head_dim} in groups of equal size"
             )
         return LayerShape(width, queries // head_dim, keys // head_dim), head_dim
 
@@ -251,12 +235,8 @@ class _Builder:
         skip = self._skip_choice(index, present)
         if skip is not None:
             choices.append(skip)
-        width = self._size_choice(
-            index, "intermediate_size", full.intermediate_size, when=_where(1, skip, present)
-        )
-        heads = self._size_choice(
-            index, self.row.heads_choice, full.num_key_value_heads, when=_where(0, skip, present)
-        )
+        width = self._size_choice(index, "intermediate_size", full.intermediate_size, when=_where(1, skip, present))
+        heads = self._size_choice(index, self.row.heads_choice, full.num_key_value_heads, when=_where(0, skip, present))
         self._check_stock_heads(heads, full)
         choices += [c for c in (heads, width) if c is not None]
         names = ChoiceNames(
@@ -322,7 +302,7 @@ class _Builder:
         return _out_features(submodule(self.layers[0], self.row.ffn_out, family=self.row))
 
     def convert(self, plan: _Plan) -> None:
-        """Swaps the classes of one layer's modules and hangs its part on it; :meth:`check` has looked before."""
+        """Swaps the classes of one layer's modules and hangs its part on it, after :meth:`check`."""
         layer, row = self.layers[plan.index], self.row
         for path, fused in self._linears().items():
             name = f"{row.layers}.{plan.index}.{path}"

@@ -1,7 +1,8 @@
 """What an architecture costs: parameters, MACs and KV-cache bytes in closed form, latency by measurement.
 
-MACs are multiply-accumulates; one MAC is two FLOPs. They equal ``FlopCounterMode / 2`` on an eager forward (with SDPA
-on a CPU that counter misses attention itself). Nothing here runs the model except :func:`measure_latency`.
+MACs are multiply-accumulates; one MAC is two FLOPs. They equal ``FlopCounterMode / 2`` on an eager forward
+(with SDPA on a CPU that counter misses attention itself). Nothing here runs the model except
+:func:`measure_latency`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,21 @@ _PRINT_LATENCY_LIMIT = 500_000_000  # parameters: above, one CPU forward takes s
 
 
 def parameters(supernet: Supernet, architecture: Architecture) -> int:
-    """Parameters of the exported subnet without its embeddings (an untied output head counts)."""
+    """Parameters of the exported subnet without its embeddings (an untied output head counts).
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
+    """
     return total_parameters(supernet, architecture) - embedding_parameters(supernet)
 
 
 def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
-    """Parameters of the exported subnet, each tied tensor once; skipped sublayers are gone with their norms."""
+    """Parameters of the exported subnet, each tied tensor once; skipped sublayers are gone with their norms.
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
+    """
+    supernet.space.validate(architecture)
     largest = sum(parameter.numel() for parameter in supernet.model.parameters())
     parts = supernet.layer_parts
     return largest + sum(
@@ -50,11 +60,15 @@ def embedding_parameters(supernet: Supernet) -> int:
 
 
 def macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_size: int = 1) -> int:
-    """MACs of one forward over ``(batch_size, seq_len)`` tokens, attention products and output heads included.
+    """MACs of one forward over ``(batch_size, seq_len)`` tokens, attention and output heads included.
 
-    Per layer with ``T`` tokens: ``T·Σ in·out`` over its projections ``+ 2·H·d·T²`` for ``QKᵀ`` and ``AV``
-    (a causal model computes the full square, as eager attention does).
+    Per layer with ``T`` tokens: ``T·Σ in·out`` over its projections ``+ 2·H·d·T²`` for ``QKᵀ`` and
+    ``AV`` (a causal model computes the full square, as eager attention does).
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
     """
+    supernet.space.validate(architecture)
     layers = sum(layer_macs(p, p.shape(architecture), seq_len=seq_len) for p in supernet.layer_parts)
     return batch_size * (layers + fixed_macs(supernet, seq_len=seq_len))
 
@@ -69,12 +83,21 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of the KV cache of the exported subnet after ``seq_len`` tokens; 0 for an encoder.
 
-    Per layer ``2·K·d·T`` values; a layer that keeps its FFN but not its attention writes one value per token as
-    placeholder, a layer skipped as a whole writes nothing. Sliding windows hold ``window - 1`` tokens.
+    Per layer ``2·K·d·T`` values; a layer that keeps its FFN but not its attention writes one zero per
+    token as key and as value, a layer skipped as a whole writes nothing. Sliding windows hold ``window - 1``
+    tokens.
 
     Args:
+        supernet: the handle.
+        architecture: of its space.
+        seq_len: tokens seen so far.
+        batch_size: sequences.
         dtype: of the cache, by default the model's.
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
     """
+    supernet.space.validate(architecture)
     if not supernet.family.causal:
         return 0
     size = (dtype or supernet.model.dtype).itemsize
@@ -186,7 +209,7 @@ class Latency:
 def measure_latency(
     runs: Mapping[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 2, seconds: float = 60.0
 ) -> dict[str, Latency]:
-    """Times calls against each other: warm-up, then rounds in which each runs once, so that drift hits all alike.
+    """Times calls against each other: warm-up, then rounds in which each runs once: drift hits all alike.
 
     Args:
         runs: what to time, by name; each call must run the model to its end (CUDA is synchronised here).
@@ -213,7 +236,7 @@ def measure_latency(
 
 
 def _synchronise() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 
@@ -241,7 +264,7 @@ def architecture_latency(
 
         return call
 
-    model.eval()
+    model.train(False)
     try:
         return measure_latency({name: run(arch) for name, arch in architectures.items()}, repeats=repeats)
     finally:
@@ -249,20 +272,22 @@ def architecture_latency(
 
 
 def default_inputs(supernet: Supernet, *, seq_len: int = LATENCY_TOKENS) -> dict[str, torch.Tensor]:
-    """Token ids ``(1, T)`` for timing, ``T`` capped by the model's positions."""
+    """Token ids ``(1, T)`` for timing, ``T`` capped by the model's positions; multiple choice: ``(1, 1, T)``."""
     config = supernet.model.config
-    tokens = min(seq_len, int(getattr(config, "max_position_embeddings", seq_len)) - 2)
+    tokens = max(1, min(seq_len, int(getattr(config, "max_position_embeddings", seq_len)) - 2))
     ids = torch.arange(tokens).remainder(min(int(config.vocab_size), 100) - 3).add(3).unsqueeze(0)  # (1, T)
+    if type(supernet.model).__name__.endswith("MultipleChoice"):
+        ids = ids.unsqueeze(1)  # (1, 1, T)
     return {"input_ids": ids.to(supernet.model.device)}
 
 
 def describe(supernet: Supernet) -> str:
-    """What ``print(supernet)`` shows: size of the space, ranges of the costs, latency, shares of each loadability."""
+    """What ``print(supernet)`` shows: size of the space, costs, latency, shares of each loadability."""
     space = supernet.space
     if not supernet.layer_parts:
         return f"{supernet!r}\n  {len(space)} choices"
     low, high = space.smallest(), space.largest()
-    tokens = default_inputs(supernet)["input_ids"].shape[1]
+    tokens = default_inputs(supernet)["input_ids"].shape[-1]
     rng = random.Random(0)
     counts = Counter(supernet.loadability(space.sample(rng)) for _ in range(_LOADABILITY_SAMPLES))
     shares = ", ".join(f"{name} {count / _LOADABILITY_SAMPLES:.0%}" for name, count in counts.most_common())
@@ -272,9 +297,10 @@ def describe(supernet: Supernet) -> str:
         [
             f"{type(supernet.model).__name__} supernet ({supernet.family.model_type})",
             f"  architectures  {_count(space.size)} from {len(space)} choices",
-            f"  parameters     {_count(small)} to {_count(large)} without embeddings ({small / large:.0%} to 100%), "
-            f"plus {_count(embedding_parameters(supernet))} in embeddings",
-            f"  MACs           {_count(small_macs)} to {_count(large_macs)} at 1 x {tokens} tokens ({small_macs / large_macs:.0%} to 100%)",
+            f"  parameters     {_count(small)} to {_count(large)} without embeddings "
+            f"({small / large:.0%} to 100%), plus {_count(embedding_parameters(supernet))} in embeddings",
+            f"  MACs           {_count(small_macs)} to {_count(large_macs)} at 1 x {tokens} tokens "
+            f"({small_macs / large_macs:.0%} to 100%)",
             f"  latency        {_latency_line(supernet, low, high)}",
             f"  loadability    {shares} (of {_LOADABILITY_SAMPLES} sampled)",
             f"  active         {'largest' if supernet.active == high else supernet.active!r}",
@@ -287,13 +313,15 @@ def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> 
         return "not measured for a model of this size on a CPU; call hf_elastic.costs.architecture_latency"
     timed = architecture_latency(supernet, {"low": low, "high": high}, repeats=5)
     fast, slow = timed["low"].median, timed["high"].median
-    return f"{fast * 1e3:.1f} to {slow * 1e3:.1f} ms measured on {supernet.model.device} ({slow / fast:.2f}x faster at the smallest)"
+    span = f"{fast * 1e3:.1f} to {slow * 1e3:.1f} ms measured on {supernet.model.device}"
+    return f"{span} ({slow / fast:.2f}x faster at the smallest)"
 
 
-def _count(number: float) -> str:
-    if number >= 1e15:
-        return f"{number:.2e}"
+def _count(number: int) -> str:
+    if number >= 10**15:
+        exponent = len(str(number)) - 1  # a space may hold more points than a float can say
+        return f"{number // 10 ** (exponent - 2) / 100:.2f}e+{exponent}"
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.2f} {unit}"
-    return str(int(number))
+    return str(number)

@@ -17,9 +17,9 @@ PerLayer = Sequence[int | float] | Mapping[int, Sequence[int | float]]
 class ElasticConfig:
     """Declares which dimensions of a model become choices.
 
-    A size is a fraction of the model's own (``float`` in (0, 1]) or absolute (``int``); a sequence holds for all
-    layers, a dict ``{layer: sizes}`` for the layers it names. The model's own size is always a value as well, so that
-    the largest architecture is the model itself.
+    A size is a fraction of the model's own (``float`` in (0, 1]) or absolute (``int``); a sequence holds for
+    all layers, a dict ``{layer: sizes}`` for the layers it names. The model's own size is always a value as
+    well, so that the largest architecture is the model itself.
 
     Attributes:
         intermediate_size: FFN widths.
@@ -30,8 +30,8 @@ class ElasticConfig:
         layer_order: layers from the most to the least important. By default first, last, then ascending;
             ``sort_by_importance_`` replaces it by a measured one.
         multiple_of: FFN widths are rounded to multiples of it (hardware-friendly sizes).
-        loadability: restricts the space to architectures that stock classes hold (``"stock"``: one width and one head
-            count for all layers, whole layers dropped) or hold after padding (``"stock-padded"``).
+        loadability: restricts the space to architectures that stock classes hold (``"stock"``: one width and
+            one head count for all layers, whole layers dropped) or hold after padding (``"stock-padded"``).
     """
 
     intermediate_size: PerLayer | None = None
@@ -109,9 +109,7 @@ def _resolve(size: int | float, full: int, *, name: str, multiple_of: int) -> in
     if isinstance(size, bool) or not isinstance(size, (int, float)):
         raise SpaceError(f"{name}={size!r} is neither a fraction nor a size")
     if isinstance(size, float) and not 0 < size <= 1:
-        raise SpaceError(
-            f"{name}={size} is no fraction in (0, 1]; an absolute size is an integer from 1 to {full}"
-        )
+        raise SpaceError(f"{name}={size} is no fraction in (0, 1]; an absolute size is an integer from 1 to {full}")
     if isinstance(size, int) and not 1 <= size <= full:
         raise SpaceError(f"{name}={size} is not between 1 and the model's own {full}")
     wanted = size * full if isinstance(size, float) else size

@@ -1,8 +1,8 @@
-"""Model families as table rows: which projections shrink together, what a skip means, what a stock config can hold.
+"""Model families as table rows: what shrinks together, what a skip means, what a stock config can hold.
 
-A row is all that hf_elastic knows of a family; nothing else in the package names a module path. A user passes a row for
-a family we lack (``make_elastic(model, config, family=Family(...))``) and has :func:`hf_elastic.testing.check_family`
-prove the promises on a tiny random model of it.
+A row is all that hf_elastic knows of a family; nothing else in the package names a module path. A user passes
+a row for a family we lack (``make_elastic(model, config, family=Family(...))``) and has
+:func:`hf_elastic.testing.check_family` prove the promises on a tiny random model of it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ class Family:
         attention_out: projection whose inputs are the concatenated heads.
         attention: module that computes attention (its ``layer_idx`` addresses the KV cache).
         head_size: attribute of ``attention`` that holds the size of a head.
-        attributes: attributes of ``attention`` that follow the active heads: ``"heads"`` (count) or ``"width"``.
+        attributes: attributes of ``attention`` that follow the active heads: ``"heads"`` (count) or
+            ``"width"``.
         skip_attention, skip_mlp: what each module returns while the sublayer is skipped.
-        pre_norm: the residual stream passes a skipped sublayer unchanged *and* zero weights do the same, so that
-            a skip can be written as a padded stock checkpoint.
+        pre_norm: the residual stream passes a skipped sublayer unchanged *and* zero weights do the same, so
+            that a skip can be written as a padded stock checkpoint.
         causal: the model decodes left to right and fills a KV cache.
         grouped: heads are chosen as key/value groups (``num_key_value_heads``).
         config_names: names of sizes in this family's config where they differ from the common ones.
-        stock_heads: which head counts the stock config holds with the size of a head kept: only the parent's, those
-            that divide ``hidden_size``, or any.
+        stock_heads: which head counts the stock config holds with the size of a head kept: only the parent's,
+            those that divide ``hidden_size``, or any.
         one_token_heads: linears outside the layers that see one token of a sequence (a pooler, a classifier).
-        static_type: ``model_type`` of the static class that holds per-layer shapes, ``None`` when there is none.
+        static_type: ``model_type`` of the static class that holds per-layer shapes, ``None`` when there is
+            none.
     """
 
     model_type: str
@@ -78,7 +80,7 @@ class Family:
         return "num_key_value_heads" if self.grouped else "num_attention_heads"
 
     def config_name(self, name: str) -> str:
-        """Name of a common size in this family's config, e.g. ``intermediate_size`` is GPT-2's ``n_inner``."""
+        """Name of a common size in this family's config: ``intermediate_size`` is GPT-2's ``n_inner``."""
         return self.config_names.get(name, name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,12 +98,10 @@ class Family:
         """
         try:
             skips = {name: tuple(Skip(**rule) for rule in data[name]) for name in _SKIP_FIELDS}
-            values = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
             return cls(**{**values, **skips})
         except (KeyError, TypeError) as error:
-            raise UnsupportedModelError(
-                f"not a family row: {error}; its fields are those of Family"
-            ) from error
+            raise UnsupportedModelError(f"not a family row: {error}; its fields are those of Family") from error
 
 
 _SKIP_FIELDS = ("skip_attention", "skip_mlp")
@@ -244,7 +244,5 @@ def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     """Returns the ``ModuleList`` of layers that the row names."""
     layers = submodule(model.base_model, family.layers, family=family)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise UnsupportedModelError(
-            f"{family.layers!r} of {type(model).__name__} is not a non-empty list of layers"
-        )
+        raise UnsupportedModelError(f"{family.layers!r} of {type(model).__name__} is not a non-empty list of layers")
     return layers

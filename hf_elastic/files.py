@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     try:
+        os.chmod(aside, 0o644)  # mkstemp makes it private
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=2, allow_nan=False)
             file.write("\n")
@@ -49,8 +50,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON file: {error}; it is truncated or foreign") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
@@ -58,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside ``target`` that becomes ``target`` only when the block ends without an error.
+    """Yields an empty folder beside ``target`` that becomes ``target`` when the block ends without an error.
 
     Args:
         target: the folder to make. It may exist if it is empty.
@@ -67,15 +70,11 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     Raises:
         CheckpointError: ``target`` is a file, holds something, or cannot be written; nothing is left behind.
     """
-    final = Path(target).expanduser().absolute()
-    if final.exists() and not final.is_dir():
-        raise CheckpointError(f"{final} is a file, expected a folder to write to")
-    if final.is_dir() and any(final.iterdir()) and not overwrite:
-        raise CheckpointError(f"{final} is not empty; give another folder or overwrite=True")
+    final, made = _prepared(target, overwrite=overwrite)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     except OSError as error:
+        _remove_empty(made)
         raise CheckpointError(f"cannot write to {final.parent}: {error.strerror or error}") from error
     try:
         yield aside
@@ -83,25 +82,59 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     except OSError as error:
         raise error if isinstance(error, CheckpointError) else _cannot_write(final, error) from error
     except Exception as error:
-        # safetensors reports a full disk by an exception of its own
-        raise _cannot_write(final, error) if "SafetensorError" in type(error).__name__ else error from None
+        if type(error).__name__ == "SafetensorError":  # a full disk, by an exception of its own
+            raise _cannot_write(final, error) from error
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _prepared(target: str | Path, *, overwrite: bool) -> tuple[Path, list[Path]]:
+    """Checks the target and makes the folders above it; returns it and what was made, innermost first."""
+    made: list[Path] = []
+    try:
+        final = Path(target).expanduser().resolve()  # behind a link: the folder is replaced, the link stays
+        if final.exists() and not final.is_dir():
+            raise CheckpointError(f"{final} is a file, expected a folder to write to")
+        if final.is_dir() and any(final.iterdir()) and not overwrite:
+            raise CheckpointError(f"{final} is not empty; give another folder or overwrite=True")
+        made = [folder for folder in final.parents if not folder.exists()]
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home for ~, or links in a circle
+        _remove_empty(made)
+        raise CheckpointError(f"cannot write to {target}: {getattr(error, 'strerror', None) or error}") from error
+    return final, made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty: the write succeeded
+            folder.rmdir()
 
 
 def _cannot_write(final: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"cannot write {final}: {getattr(error, 'strerror', None) or error}")
+    reason = getattr(error, "strerror", None) or str(error)
+    return CheckpointError(f"cannot write {final}: {' '.join(reason.split())}; free space or give another folder")
 
 
 def _swap(aside: Path, final: Path) -> None:
     os.chmod(aside, 0o755)  # mkdtemp makes it private
-    if final.is_dir():
-        old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+    if not final.is_dir():
+        os.replace(aside, final)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+    try:
         os.replace(final, old / "replaced")
         os.replace(aside, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(aside, final)
+    except BaseException:
+        if (old / "replaced").exists():
+            os.replace(old / "replaced", final)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:
@@ -110,8 +143,11 @@ def file_digest(path: Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(2**20):
+                digest.update(block)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()

@@ -1,7 +1,8 @@
 """Sorts FFN neurons, heads and layers by importance, so that every prefix holds the most important units.
 
-A permutation of FFN neurons (rows of the input projections, columns of the output projection) or of heads leaves the
-function of a layer unchanged up to float rounding; afterwards the active prefix of a smaller subnet is its best part.
+A permutation of FFN neurons (rows of the input projections, columns of the output projection) or of heads
+leaves the function of a layer unchanged up to float rounding; afterwards the active prefix of a smaller
+subnet is its best part.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ def sort_by_importance_(
 ) -> dict[str, Tensor]:
     """Permutes neurons and heads in place so that every prefix holds the most important ones.
 
-    With ``a`` the activations that enter an output projection ``W`` and ``g = ∂L/∂a``, the score of unit ``u`` is
+    With ``a`` the activations that enter an output projection ``W`` and ``g = ∂L/∂a``, the score of unit
+    ``u`` is
 
     * ``activation``: ``E[‖W_u a_u‖²]``, the energy the unit adds to the residual stream (for a neuron
       ``E[a_u²]·‖W_u‖²``; FLAP, An et al. 2024, without its mean subtraction);
-    * ``taylor``: ``E[|Σ_{i∈u} a_i g_i|]``, the first-order change of the loss when the unit is removed (Molchanov et
-      al. 2017, eq. 6; per token, as Kwon et al. 2022 need the gradient of the mask);
-    * ``weight``: ``‖W_u‖_F · Π ‖V_u‖_F`` over the unit's rows ``V_u`` in its input projections; needs no data.
+    * ``taylor``: ``E[|Σ_{i∈u} a_i g_i|]``, the first-order change of the loss when the unit is removed
+      (Molchanov et al. 2017, eq. 6; per token, as Kwon et al. 2022 need the gradient of the mask);
+    * ``weight``: ``‖W_u‖_F · Π ‖V_u‖_F`` over the unit's rows ``V_u`` in its input projections; no
+      data.
 
     With data, the order in which ``num_hidden_layers`` keeps layers is replaced by their block influence
-    ``1 - E[cos(h_in, h_out)]`` (Men et al. 2024, ShortGPT, eq. 1), so call this before sampling architectures: the
-    space changes when it has a depth choice. Padding (``attention_mask`` 0) never counts.
+    ``1 - E[cos(h_in, h_out)]`` (Men et al. 2024, ShortGPT, eq. 1), so call this before sampling
+    architectures: the space changes when it has a depth choice. Padding (``attention_mask`` 0) never counts.
 
     Args:
         supernet: a supernet; its largest architecture is measured and sorted.
@@ -51,14 +54,15 @@ def sort_by_importance_(
         loss_function: ``(model, batch) -> scalar`` for ``taylor``; by default ``model(**batch).loss``.
 
     Returns:
-        The scores of ``layers.i.intermediate_size`` and ``layers.i.<heads>`` before sorting, and ``layers`` (block
-        influence) when there is data.
+        The scores of ``layers.i.intermediate_size`` and ``layers.i.<heads>`` before sorting, and ``layers``
+        (block influence) when there is data.
 
     Raises:
-        DataError: the method needs data and got none, or the batches give no loss.
+        DataError: the method needs data and got none, a batch is no dict of tensors, or the batches give no
+            loss.
         SpaceError: the method is unknown.
     """
-    data = None if batches is None else list(batches)
+    data = None if batches is None else _checked(batches)
     chosen = method or ("weight" if data is None else "activation")
     if chosen not in ("activation", "weight", "taylor"):
         raise SpaceError(f"method={chosen!r} is not one of 'activation', 'weight', 'taylor'")
@@ -78,8 +82,20 @@ def sort_by_importance_(
     return scores
 
 
+def _checked(batches: Iterable[Batch]) -> list[Batch]:
+    data = [batches] if isinstance(batches, Mapping) else list(batches)
+    for batch in data:
+        wrong = {"the batch": batch} if not isinstance(batch, Mapping) else batch
+        if bad := [name for name, value in wrong.items() if not isinstance(value, Tensor)]:
+            raise DataError(
+                f"a calibration batch must be a dict of tensors such as input_ids, got a "
+                f"{type(wrong[bad[0]]).__name__} for {bad[0]}"
+            )
+    return data
+
+
 def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    loss = model(**batch).loss
+    loss = getattr(model(**batch), "loss", None)  # a base model has none
     if not isinstance(loss, Tensor):
         raise DataError("method='taylor' needs a loss: put labels into the batches or pass loss_function=")
     return loss
@@ -102,6 +118,11 @@ def _unit_columns(part: LayerPart, path: str) -> Tensor:
     return weight.t() if isinstance(projection, ElasticLinear) else weight
 
 
+def _unit_size(part: LayerPart, path: str) -> int:
+    """Inputs of an output projection that make one unit: a neuron, or a head."""
+    return 1 if path == part.family.ffn_out else part.head_dim
+
+
 class _Meter:
     """Accumulates scores over batches, by hooks on the output projections and on the layers."""
 
@@ -119,12 +140,10 @@ class _Meter:
                 for path in (part.family.ffn_out, part.family.attention_out):
                     module = part.projections()[path]
                     stack.callback(module.register_forward_pre_hook(self._on_input(part, path)).remove)
-                stack.callback(
-                    part.layer.register_forward_hook(self._on_layer(index), with_kwargs=True).remove
-                )
+                stack.callback(part.layer.register_forward_hook(self._on_layer(index), with_kwargs=True).remove)
             for batch in data:
                 feed = {name: value.to(model.device) for name, value in batch.items()}
-                self.mask = feed["attention_mask"].bool() if "attention_mask" in feed else None
+                self.mask = feed["attention_mask"].bool().flatten(0, -2) if "attention_mask" in feed else None
                 if self.method == "taylor":
                     model.zero_grad(set_to_none=True)
                     loss_function(model, feed).backward()
@@ -134,8 +153,13 @@ class _Meter:
 
     def _kept(self, values: Tensor) -> Tensor:
         """Values (B, T, N) of real tokens as (tokens, N)."""
-        if self.mask is None or values.shape[:2] != self.mask.shape:
+        if self.mask is None or self.mask.all():
             return values.flatten(0, -2)
+        if values.shape[:2] != self.mask.shape:
+            raise DataError(
+                f"activations of {tuple(values.shape[:2])} tokens do not fit an attention_mask of "
+                f"{tuple(self.mask.shape)}; pass batches without padding, and no chunk_size_feed_forward"
+            )
         return values[self.mask]
 
     def _on_input(self, part: LayerPart, path: str) -> Any:
@@ -144,29 +168,31 @@ class _Meter:
             if self.method == "taylor":
                 if not activations.requires_grad:
                     raise DataError(
-                        "method='taylor' needs gradients, but the model's parameters are frozen (requires_grad=False)"
+                        "method='taylor' needs gradients, but the model's parameters are frozen; call "
+                        "model.requires_grad_(True), or use method='activation'"
                     )
                 activations.register_hook(
-                    lambda gradient: self._add(part, path, activations.detach(), gradient)
+                    lambda gradient: self._add(part, path, self._taylor(part, path, activations.detach() * gradient))
                 )
             else:
-                self._add(part, path, activations, None)
+                self._add(part, path, self._energy(part, path, activations))
 
         return hook
 
-    def _add(self, part: LayerPart, path: str, activations: Tensor, gradient: Tensor | None) -> None:
-        unit = 1 if path == part.family.ffn_out else part.head_dim
-        if gradient is not None:
-            product = self._kept(activations * gradient).double()  # (tokens, N)
-            score = product.unflatten(-1, (-1, unit)).sum(-1).abs().sum(0)  # (units,)
-        else:
-            score = self._energy(part, path, self._kept(activations), unit)
+    def _add(self, part: LayerPart, path: str, score: Tensor) -> None:
         key = (part.index, path)
         self.totals[key] = self.totals[key] + score if key in self.totals else score
 
-    @staticmethod
-    def _energy(part: LayerPart, path: str, rows: Tensor, unit: int) -> Tensor:
-        columns = _unit_columns(part, path)  # (N, D)
+    def _taylor(self, part: LayerPart, path: str, product: Tensor) -> Tensor:
+        rows = self._kept(product).double()  # (tokens, N)
+        return rows.unflatten(-1, (-1, _unit_size(part, path))).sum(-1).abs().sum(0)  # (units,)
+
+    def _energy(self, part: LayerPart, path: str, activations: Tensor) -> Tensor:
+        columns, rows, unit = (
+            _unit_columns(part, path),
+            self._kept(activations),
+            _unit_size(part, path),
+        )  # (N, D)
         if unit == 1:
             return rows.double().square().sum(0) * columns.double().square().sum(1)  # (N,)
         per_unit = rows.float().unflatten(-1, (-1, unit))  # (tokens, U, d)
@@ -175,7 +201,8 @@ class _Meter:
         return torch.einsum("ude,udf,uef->u", grams, blocks, blocks)
 
     def _on_layer(self, index: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            kwargs, output = rest
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             rows_in, rows_out = self._kept(before.detach()).float(), self._kept(after.detach()).float()
@@ -186,6 +213,8 @@ class _Meter:
         return hook
 
     def scores(self) -> dict[str, Tensor]:
+        if not self.tokens:
+            raise DataError("the calibration batches hold no token that attention_mask does not hide")
         found = {"layers": self.influence / self.tokens}
         parts = {part.index: part for part in self.supernet.layer_parts}
         for (index, path), total in self.totals.items():
@@ -200,21 +229,21 @@ def _score_name(supernet: Supernet, index: int, path: str) -> str:
     return f"layers.{index}." + ("intermediate_size" if path == row.ffn_out else row.heads_choice)
 
 
+@torch.no_grad()
 def _weight_scores(supernet: Supernet) -> dict[str, Tensor]:
     scores: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for part in supernet.layer_parts:
-            row, heads = part.family, part.full.num_attention_heads
-            neurons = _norm(_unit_columns(part, row.ffn_out), 1)  # (F,)
-            for path in row.ffn_in:
-                neurons = neurons * _norm(_input_rows(part, path)[0], 1)
-            units = _norm(_unit_columns(part, row.attention_out), part.head_dim)  # (H,)
-            for path in (row.query,) if row.fused else (row.query, row.key, row.value):
-                for rows in _input_rows(part, path):
-                    norms = _norm(rows, part.head_dim)  # (H,) or (K,)
-                    units = units * norms.repeat_interleave(heads // len(norms))
-            scores[_score_name(supernet, part.index, row.ffn_out)] = neurons
-            scores[_score_name(supernet, part.index, row.attention_out)] = _per_group(part, units)
+    for part in supernet.layer_parts:
+        row, heads = part.family, part.full.num_attention_heads
+        neurons = _norm(_unit_columns(part, row.ffn_out), 1)  # (F,)
+        for path in row.ffn_in:
+            neurons = neurons * _norm(_input_rows(part, path)[0], 1)
+        units = _norm(_unit_columns(part, row.attention_out), part.head_dim)  # (H,)
+        paths = (row.query,) if row.fused else (row.query, row.key, row.value)
+        for rows in (rows for path in paths for rows in _input_rows(part, path)):
+            norms = _norm(rows, part.head_dim)  # (H,) or (K,)
+            units = units * norms.repeat_interleave(heads // len(norms))
+        scores[_score_name(supernet, part.index, row.ffn_out)] = neurons
+        scores[_score_name(supernet, part.index, row.attention_out)] = _per_group(part, units)
     return scores
 
 
@@ -295,10 +324,7 @@ def set_layer_order(supernet: Supernet, order: list[int]) -> None:
     """
     from hf_elastic.conversion import replan  # conversion builds the choices
 
-    if not any(part.names.depth for part in supernet.layer_parts):
-        return
-    if sorted(order) != list(range(len(supernet.layer_parts))):
-        raise SpaceError(
-            f"layer order {order} must name each of the layers 0 to {len(supernet.layer_parts) - 1} once"
-        )
-    replan(supernet, order)
+    if sorted(map(repr, order)) != sorted(map(repr, range(len(supernet.layer_parts)))):
+        raise SpaceError(f"layer order {order} must name each of the layers 0 to {len(supernet.layer_parts) - 1} once")
+    if any(part.names.depth for part in supernet.layer_parts):
+        replan(supernet, order)

@@ -1,8 +1,8 @@
 """Elastic modules: stock linears that use an active prefix of their weights, and modules that can be skipped.
 
-A stock module becomes elastic by *class swap*: the object, its parameters and their names stay, only its class
-becomes a subclass with a few integer attributes. Hence ``state_dict`` is that of the stock model, and at full width
-the very same kernel runs on the very same tensors (bit-identical logits).
+A stock module becomes elastic by *class swap*: the object, its parameters and their names stay, only its
+class becomes a subclass with a few integer attributes. Hence ``state_dict`` is that of the stock model, and
+at full width the very same kernel runs on the very same tensors (bit-identical logits).
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class ElasticLinear(nn.Linear):
 
 
 class ElasticConv1D(Conv1D):
-    """GPT-2's transposed linear (weight ``(in, out)``) with an active prefix, optionally several fused outputs.
+    """GPT-2's transposed linear (weight ``(in, out)``) with an active prefix, maybe several fused outputs.
 
-    ``fused=3`` is GPT-2's ``c_attn``: the output is query, key and value side by side, and the prefix is taken within
-    each third, ``y = x W.view(in, 3, out/3)[:i, :, :o/3]``. ``active_out_features`` counts all fused outputs.
+    ``fused=3`` is GPT-2's ``c_attn``: the output is query, key and value side by side, and the prefix is
+    taken within each third, ``y = x W.view(in, 3, out/3)[:i, :, :o/3]``. ``active_out_features`` counts all
+    fused outputs.
     """
 
     active_in_features: int
@@ -92,16 +93,14 @@ def make_elastic_linear(module: nn.Module, *, name: str, fused: int = 1) -> Elas
         UnsupportedModelError: see :func:`check_linear`.
     """
     check_linear(module, name=name, fused=fused)
-    swapped: ElasticProjection
+    swapped: Any = module
     if isinstance(module, nn.Linear):
-        module.__class__ = ElasticLinear
-        swapped = module  # type: ignore[assignment]
+        swapped.__class__ = ElasticLinear
         swapped.active_in_features, swapped.active_out_features = module.in_features, module.out_features
     else:
-        module.__class__ = ElasticConv1D
-        swapped = module  # type: ignore[assignment]
-        swapped.active_in_features, swapped.active_out_features = swapped.nx, swapped.nf
-        swapped.fused = fused
+        swapped.__class__ = ElasticConv1D
+        swapped.active_in_features, swapped.active_out_features, swapped.fused = module.nx, module.nf, fused
+    assert isinstance(swapped, ElasticProjection)
     return swapped
 
 
@@ -109,8 +108,8 @@ def check_linear(module: nn.Module, *, name: str, fused: int = 1) -> None:
     """Refuses what :func:`make_elastic_linear` cannot swap, without changing anything.
 
     Raises:
-        UnsupportedModelError: the module is of another class (quantised, wrapped by an adapter, already elastic), its
-            weight is computed (pruned, parametrised), or its ``forward`` is its own.
+        UnsupportedModelError: the module is of another class (quantised, wrapped by an adapter, already
+            elastic), its weight is computed (pruned, parametrised), or its ``forward`` is its own.
     """
     check_forward(module, name=name)
     kind = type(module)
@@ -146,8 +145,8 @@ class Skip:
 
     Attributes:
         module: path of the module inside its layer.
-        returns: ``zero`` (a scalar 0, for a branch that is added to the residual), ``input`` (its first argument) or
-            ``residual`` (its last positional argument).
+        returns: ``zero`` (a scalar 0, for a branch that is added to the residual), ``input`` (its first
+            argument) or ``residual`` (its last positional argument).
         outputs: 1 for a tensor, 2 for ``(tensor, None)``.
     """
 
@@ -157,7 +156,7 @@ class Skip:
 
 
 class SkippableModule(nn.Module):
-    """Mixin put before a stock class by :func:`make_skippable`: ``forward`` does no work while ``skipped`` is set."""
+    """Mixin that :func:`make_skippable` puts before a stock class: ``forward`` does nothing while ``skipped``."""
 
     skipped: bool
     skip_rule: Skip
@@ -181,8 +180,8 @@ class SkippableModule(nn.Module):
 def write_cache_placeholder(module: nn.Module, hidden: Tensor, cache: Any) -> None:
     """Keeps the length of a KV cache right when a layer's attention is skipped.
 
-    transformers reads the length of a cache from its first layer, and counts an empty tensor as length 0; one zero per
-    token, ``(B, 1, T, 1)``, keeps it right whichever layers are skipped.
+    transformers reads the length of a cache from its first layer, and counts an empty tensor as length 0; one
+    zero per token, ``(B, 1, T, 1)``, keeps it right whichever layers are skipped.
     """
     if cache is None:
         return
@@ -216,7 +215,7 @@ def make_skippable(module: nn.Module, rule: Skip) -> SkippableModule:
 
 
 class PartHolder(nn.Module):
-    """Mixin for a module that carries elastic parts; a :class:`~hf_elastic.supernet.Supernet` finds them here."""
+    """Mixin for a module that carries elastic parts; :class:`~hf_elastic.supernet.Supernet` finds them here."""
 
     elastic_parts: list[Any]
 

@@ -82,7 +82,11 @@ def accuracy(supernet: Supernet, validation: Iterable[Batch]) -> Objective:
 
 
 def embedding_cosine(
-    supernet: Supernet, validation: Iterable[Batch], *, teacher: Tensor | None = None, pooling: Pooling = "mean"
+    supernet: Supernet,
+    validation: Iterable[Batch],
+    *,
+    teacher: Tensor | None = None,
+    pooling: Pooling = "mean",
 ) -> Objective:
     """Mean cosine between a subnet's sentence embeddings and the parent's; larger is better, 1 at the parent.
 
@@ -103,7 +107,11 @@ def embedding_cosine(
 
 
 def similarity_structure(
-    supernet: Supernet, validation: Iterable[Batch], *, teacher: Tensor | None = None, pooling: Pooling = "mean"
+    supernet: Supernet,
+    validation: Iterable[Batch],
+    *,
+    teacher: Tensor | None = None,
+    pooling: Pooling = "mean",
 ) -> Objective:
     """Spearman correlation between a subnet's and the parent's similarities of all pairs of sentences.
 
@@ -175,7 +183,9 @@ def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size:
 def kv_cache_bytes(supernet: Supernet, *, seq_len: int, batch_size: int = 1) -> Objective:
     """Bytes of the KV cache after ``seq_len`` tokens, see :func:`hf_elastic.costs.kv_cache_bytes`."""
     return _cost(
-        supernet, "kv_cache_bytes", lambda a: costs.kv_cache_bytes(supernet, a, seq_len=seq_len, batch_size=batch_size)
+        supernet,
+        "kv_cache_bytes",
+        lambda a: costs.kv_cache_bytes(supernet, a, seq_len=seq_len, batch_size=batch_size),
     )
 
 

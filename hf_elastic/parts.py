@@ -1,4 +1,4 @@
-"""Elastic parts: what a module that declares choices must be able to do, and the part that is one transformer layer."""
+"""Elastic parts: what a module that declares choices must do, and the part that is one transformer layer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SKIPS: Mapping[str, tuple[bool, bool]] = {
 class ElasticPart(Protocol):
     """A module, or a group of modules, that declares choices and can be set.
 
-    :class:`~hf_elastic.supernet.Supernet` finds parts on every :class:`~hf_elastic.layers.PartHolder` of a model and
-    joins their choices into one space. Parts that share a choice by name must declare it equally.
+    :class:`~hf_elastic.supernet.Supernet` finds parts on every :class:`~hf_elastic.layers.PartHolder` of a
+    model and joins their choices into one space. Parts that share a choice by name must declare it equally.
     """
 
     @property
@@ -121,9 +121,7 @@ class LayerPart:
     def make_skippable(self) -> None:
         """Swaps the classes of the modules that a skip concerns; does nothing where that was done before."""
         row = self.family
-        rules = [(rule, "attention") for rule in row.skip_attention] + [
-            (rule, "mlp") for rule in row.skip_mlp
-        ]
+        rules = [(rule, "attention") for rule in row.skip_attention] + [(rule, "mlp") for rule in row.skip_mlp]
         modules = [(submodule(self.layer, rule.module, family=row), rule, kind) for rule, kind in rules]
         self._skips = tuple((make_skippable(module, rule), kind) for module, rule, kind in modules)
 
@@ -136,9 +134,7 @@ class LayerPart:
         if not present:
             return replace(full, attention=False, mlp=False)
         width = (
-            int(architecture[names.intermediate_size])
-            if names.intermediate_size and mlp
-            else full.intermediate_size
+            int(architecture[names.intermediate_size]) if names.intermediate_size and mlp else full.intermediate_size
         )
         heads, groups = full.num_attention_heads, full.num_key_value_heads
         if names.heads and attention:
@@ -242,6 +238,7 @@ def join_choices(declared: Iterable[Sequence[Choice]]) -> tuple[Choice, ...]:
         for choice in choices:
             if joined.setdefault(choice.name, choice) != choice:
                 raise SpaceError(
-                    f"two elastic parts declare {choice.name!r} differently: {joined[choice.name]} and {choice}"
+                    f"two elastic parts declare {choice.name!r} differently: {joined[choice.name]} and {choice}; "
+                    "rename one"
                 )
     return tuple(joined.values())

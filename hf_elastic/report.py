@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-Row = Mapping[str, Any]
+from safetensors import SafetensorError, safe_open
 
+from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
+from hf_elastic.checkpoint.run_record import RESULT_FILE
+from hf_elastic.costs import LATENCY_TOKENS
+from hf_elastic.errors import CheckpointError
+from hf_elastic.families import FAMILIES
+from hf_elastic.files import read_json
+from hf_elastic.supernet import SPACE_FILE, Supernet
+
+Row = Mapping[str, Any]
 
 
 def comparison_table(rows: Sequence[Row], *, quality: Sequence[str], seq_len: int) -> str:
@@ -19,26 +30,40 @@ def comparison_table(rows: Sequence[Row], *, quality: Sequence[str], seq_len: in
         seq_len: the length for which MACs are counted.
     """
     parent = rows[0]
-    header = ["", "parameters", "with embeddings", f"MACs at {seq_len}", "latency", "speed-up", *quality, "loads as"]
+    header = [
+        "",
+        "parameters",
+        "with embeddings",
+        f"MACs at {seq_len}",
+        "latency",
+        "speed-up",
+        *quality,
+        "loads as",
+    ]
     lines = [header]
     for row in rows:
-        lines.append([
-            str(row["name"]),
-            _share(row["parameters"], parent["parameters"]),
-            _share(row["total_parameters"], parent["total_parameters"]),
-            _share(row["macs"], parent["macs"]),
-            "-" if row["latency"] is None else f"{row['latency'] * 1e3:.1f} ms",
-            "-" if row["latency"] is None else f"{parent['latency'] / row['latency']:.2f}x",
-            *(f"{row[name]:.4f}" for name in quality),
-            str(row["loadability"]),
-        ])
+        lines.append(
+            [
+                str(row["name"]),
+                _share(row["parameters"], parent["parameters"]),
+                _share(row["total_parameters"], parent["total_parameters"]),
+                _share(row["macs"], parent["macs"]),
+                "-" if row["latency"] is None else f"{row['latency'] * 1e3:.1f} ms",
+                "-" if row["latency"] is None else f"{parent['latency'] / row['latency']:.2f}x",
+                *(f"{row[name]:.4f}" for name in quality),
+                str(row["loadability"]),
+            ]
+        )
     return aligned(lines)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Columns padded to equal width, the first to the left and the others to the right, a rule below the header."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    shown = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    shown = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
     return "\n".join([shown[0].rstrip(), "-" * len(shown[0]), *(line.rstrip() for line in shown[1:])])
 
 
@@ -57,5 +82,105 @@ def count(number: float) -> str:
 def stage_times(record: Mapping[str, Any]) -> str:
     """How long each stage of a run took."""
     stages = record.get("stages", {})
-    lines = [["stage", "seconds"], *([name, f"{stage.get('seconds', 0.0):.1f}"] for name, stage in stages.items())]
+    lines = [
+        ["stage", "seconds"],
+        *([name, f"{stage.get('seconds', 0.0):.1f}"] for name, stage in stages.items()),
+    ]
     return aligned(lines)
+
+
+def describe_folder(folder: Path) -> str:
+    """Says what a folder is (run, supernet, export, checkpoint) and what it holds, in a few lines.
+
+    Raises:
+        CheckpointError: it is none of these, or a file in it is broken.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give one that holds a checkpoint, a supernet or a run")
+    if (folder / SPACE_FILE).is_file():
+        return str(Supernet.from_pretrained(folder))
+    if (folder / RESULT_FILE).is_file() and not (folder / "config.json").is_file():
+        return _describe_run(read_json(folder / RESULT_FILE))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json, {SPACE_FILE} or {RESULT_FILE}, so it is no checkpoint, supernet or run"
+        )
+    lines = [_describe_checkpoint(folder)]
+    if (folder / ARCHITECTURE_FILE).is_file():
+        lines.append(_describe_export(read_json(folder / ARCHITECTURE_FILE)))
+    if (folder / RESULT_FILE).is_file():
+        lines.append(_describe_run(read_json(folder / RESULT_FILE)))
+    return "\n".join(lines)
+
+
+def _describe_checkpoint(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    tensors = checkpoint_shapes(folder)
+    total = sum(math.prod(shape) for shape in tensors.values())
+    known = {family.model_type: family for family in FAMILIES}
+    model_type = str(config.get("model_type"))
+    if model_type in known:
+        choices = f"intermediate_size, {known[model_type].heads_choice}, skip, num_hidden_layers"
+        elastic = f"can be made elastic in {choices}"
+    else:
+        elastic = (
+            "a static model of hf_elastic"
+            if model_type.startswith("elastic_")
+            else "of no family hf_elastic has a row for"
+        )
+    return "\n".join(
+        [
+            f"{(config.get('architectures') or ['model'])[0]} checkpoint ({model_type}), {elastic}",
+            f"  parameters     {count(total)} in {len(tensors)} tensors",
+        ]
+    )
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a checkpoint, read from the safetensors headers without loading weights.
+
+    Raises:
+        CheckpointError: there is no safetensors file, or one is truncated or no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); copy it again") from error
+    return shapes
+
+
+def _describe_export(record: Mapping[str, Any]) -> str:
+    layers = record["layers"]
+    there = [layer for layer in layers if layer["attention"] or layer["mlp"]]
+    widths = sorted({layer["intermediate_size"] for layer in there})
+    heads = sorted({layer["num_attention_heads"] for layer in there})
+    cost = f"{count(record['parameters'])} parameters without embeddings, {count(record['macs'])} MACs"
+    lines = [
+        f"  exported       {record['loadability']} from {record['parent'] or 'a model in memory'}",
+        f"  layers         {len(there)} of {len(layers)}: FFN {widths}, heads {heads}",
+        f"  cost           {cost} at {record['macs_seq_len']} tokens",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_run(record: Mapping[str, Any]) -> str:
+    options, stages = record["options"], record["stages"]
+    lines = [
+        f"run: {options['model']} within {options['within']}, seed {options['seed']}",
+        stage_times(record),
+    ]
+    rows = stages.get("compare", {}).get("rows")
+    if rows:
+        fixed = {"name", "parameters", "total_parameters", "macs", "latency", "loadability", "architecture"}
+        lines.append(
+            comparison_table(rows, quality=[name for name in rows[0] if name not in fixed], seq_len=LATENCY_TOKENS)
+        )
+    if not stages.get("export", {}).get("finished"):
+        lines.append("not finished: the same compress command goes on")
+    return "\n".join(lines)

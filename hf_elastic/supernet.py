@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_elastic import costs
-from hf_elastic.errors import ActivationError, CheckpointError, UnsupportedModelError
-from hf_elastic.families import Family
+from hf_elastic.errors import ActivationError, ArchitectureError, CheckpointError, UnsupportedModelError
+from hf_elastic.families import FAMILIES, Family
 from hf_elastic.files import file_digest, read_json, whole_folder, write_json
 from hf_elastic.layers import PartHolder, Region
 from hf_elastic.parts import ElasticPart, LayerPart, LayerShape, join_choices
@@ -41,7 +42,7 @@ class _State:
 
 
 class Supernet:
-    """Handle on a model with elastic parts: its space, what is active, and what an architecture needs to load.
+    """Handle on a model with elastic parts: its space, what is active, what an architecture needs to load.
 
     Making a handle changes nothing in the model. Several handles on one model share what is active.
 
@@ -60,14 +61,12 @@ class Supernet:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.parts: tuple[ElasticPart, ...] = tuple(
-            part
-            for module in model.modules()
-            if isinstance(module, PartHolder)
-            for part in module.elastic_parts
+            part for module in model.modules() if isinstance(module, PartHolder) for part in module.elastic_parts
         )
         if not self.parts:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no elastic part; call hf_elastic.make_elastic(model, ElasticConfig(...)) first"
+                f"{type(model).__name__} has no elastic part; "
+                "call hf_elastic.make_elastic(model, ElasticConfig(...)) first"
             )
         self.space: SearchSpace
         self.refresh_space()
@@ -78,7 +77,7 @@ class Supernet:
         self._state: _State = state
 
     def refresh_space(self) -> None:
-        """Joins the choices of the parts again, after something changed their conditions (the order of layers)."""
+        """Joins the choices of the parts again, after the order of layers changed their conditions."""
         self.space = SearchSpace(join_choices(part.choices for part in self.parts))
 
     @property
@@ -114,6 +113,11 @@ class Supernet:
 
     def _checked(self, architecture: Architecture | Mapping[str, Value]) -> Architecture:
         self._own_thread()
+        if not isinstance(architecture, Mapping):
+            raise ArchitectureError(
+                f"a {type(architecture).__name__} is no architecture; use a point of supernet.space "
+                "or a dict of its choices"
+            )
         if isinstance(architecture, Architecture):
             self.space.validate(architecture)
             return architecture
@@ -135,11 +139,16 @@ class Supernet:
         self.model.__dict__["_hf_elastic_state"].active = architecture
 
     def expected(self, architecture: Architecture) -> dict[str, int]:
-        """Sizes that a forward must show while ``architecture`` is active, 0 for what is skipped."""
+        """Sizes that a forward must show while ``architecture`` is active, 0 for what is skipped.
+
+        Raises:
+            ArchitectureError: the architecture is not a point of this space.
+        """
+        self.space.validate(architecture)
         return {name: size for part in self.parts for name, size in part.expected(architecture).items()}
 
     def measured(self, **inputs: Any) -> dict[str, int]:
-        """Runs one forward and returns the sizes really seen in its tensors, to compare with :meth:`expected`.
+        """Runs one forward and returns the sizes seen in its tensors, to compare with :meth:`expected`.
 
         Args:
             inputs: passed to the model.
@@ -152,7 +161,8 @@ class Supernet:
     def active_regions(self) -> dict[str, tuple[tuple[slice, ...], ...]]:
         """Active boxes of every elastic parameter, by its name in ``model.named_parameters()``.
 
-        ``()`` means that nothing of it is active (its sublayer is skipped). A parameter that is not named is not
+        ``()`` means that nothing of it is active (its sublayer is skipped). A parameter that is not named is
+        not
         elastic: all of it is always active.
         """
         by_id: dict[int, Region] = {}
@@ -183,21 +193,25 @@ class Supernet:
         return self.layer_parts[0].family
 
     def layer_shapes(self, architecture: Architecture) -> tuple[LayerShape, ...]:
-        """Static shape of every layer in an architecture."""
+        """Static shape of every layer in an architecture.
+
+        Raises:
+            ArchitectureError: the architecture is not a point of this space.
+        """
+        self.space.validate(architecture)
         return tuple(part.shape(architecture) for part in self.layer_parts)
 
     def loadability(self, architecture: Architecture) -> Loadability:
         """What the architecture needs to load once exported; known before any search or training.
 
         * ``stock``: an ordinary checkpoint of the stock class, smaller and faster;
-        * ``stock-padded``: the stock class holds it only after padding with zeros to a uniform shape: same logits, no
-          speed gain (``export(..., loadability="remote-code")`` writes the compact one);
+        * ``stock-padded``: the stock class holds it only after padding with zeros to a uniform shape: same
+          logits, no speed gain (``export(..., loadability="remote-code")`` writes the compact one);
         * ``remote-code``: needs ``trust_remote_code=True`` (or ``import hf_elastic``).
 
         Raises:
             ArchitectureError: the architecture is not a point of this space.
         """
-        self.space.validate(architecture)
         return shapes_loadability(
             self.layer_shapes(architecture),
             self.family,
@@ -207,7 +221,8 @@ class Supernet:
 
     def to(self, device: str | torch.device) -> Supernet:
         """Moves the model and returns the handle."""
-        self.model.to(device)
+        module: nn.Module = self.model  # transformers types `to` so that mypy cannot read it
+        module.to(device)
         return self
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -215,36 +230,42 @@ class Supernet:
 
         Anyone loads the folder with the stock class; :meth:`from_pretrained` restores the supernet bit-equal.
 
+        Args:
+            directory: a folder that does not exist or is empty.
+            overwrite: whether a non-empty folder may be replaced.
+
         Raises:
             CheckpointError: the folder is not empty or cannot be written; nothing is left half-written.
         """
         config = self.model.__dict__.get("_hf_elastic_config")
         if config is None:
             raise CheckpointError(
-                "this handle holds no ElasticConfig (the model was not made by make_elastic), so it cannot be saved"
+                f"this handle on a {type(self.model).__name__} holds no ElasticConfig, so it cannot be "
+                "saved; save the supernet that make_elastic returned"
             )
         with whole_folder(directory, overwrite=overwrite) as folder:
             with self.activate(self.space.largest()):
                 self.model.save_pretrained(folder)
-            write_json(
-                folder / SPACE_FILE,
-                {
-                    "format": FORMAT,
-                    "class": type(self.model).__name__,
-                    "elastic_config": config.to_dict(),
-                    "layer_order": list(self.layer_order),
-                    "active": dict(self.active),
-                    "space_digest": self.space.digest,
-                    "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
-                },
-            )
+            record = {
+                "format": FORMAT,
+                "class": type(self.model).__name__,
+                "elastic_config": config.to_dict(),
+                "family": None if self.family in FAMILIES else self.family.to_dict(),
+                "layer_order": list(self.layer_order),
+                "space_digest": self.space.digest,
+                "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
+            }
+            write_json(folder / SPACE_FILE, record)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Supernet:
-        """Restores a supernet that :meth:`save_pretrained` wrote: same weights, same space.
+    def from_pretrained(
+        cls, directory: str | Path, *, model_class: type[PreTrainedModel] | None = None, **kwargs: Any
+    ) -> Supernet:
+        """Restores a supernet that :meth:`save_pretrained` wrote: same weights, same space, same family row.
 
         Args:
             directory: the folder.
+            model_class: class of the model, where it is none of transformers.
             kwargs: passed to the model class's ``from_pretrained`` (``dtype``, ``attn_implementation``, ...).
 
         Raises:
@@ -253,23 +274,11 @@ class Supernet:
         from hf_elastic.conversion import ElasticConfig, make_elastic  # conversion builds on this module
 
         folder = Path(directory)
-        record = read_json(folder / SPACE_FILE)
-        if record.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder / SPACE_FILE} has format {record.get('format')!r}, this version reads {FORMAT}"
-            )
-        for name, digest in record["weights"].items():
-            if Path(name).name != name or file_digest(folder / name) != digest:
-                raise CheckpointError(
-                    f"{folder / name} is truncated or is not the file this supernet was saved with; copy the folder again"
-                )
-        model_class = getattr(transformers, str(record["class"]), None)
-        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            raise CheckpointError(
-                f"{folder / SPACE_FILE} names {record['class']!r}, which is no class of transformers"
-            )
+        record = _read_record(folder)
         config = ElasticConfig.from_dict({**record["elastic_config"], "layer_order": record["layer_order"]})
-        supernet = make_elastic(model_class.from_pretrained(folder, **{"dtype": "auto", **kwargs}), config)
+        row = None if record.get("family") is None else Family.from_dict(record["family"])
+        model = _load_model(folder, model_class or _class_named(record["class"]), kwargs)
+        supernet = make_elastic(model, config, family=row)
         if supernet.space.digest != record["space_digest"]:
             raise CheckpointError(
                 f"{folder / SPACE_FILE} was made for another space than its ElasticConfig gives; save it again"
@@ -277,16 +286,61 @@ class Supernet:
         return supernet
 
     def __repr__(self) -> str:
-        return f"Supernet({type(self.model).__name__}, {len(self.space)} choices, {self.space.size:.3g} architectures)"
+        return f"Supernet({type(self.model).__name__}, {self.space!r})"
 
     def __str__(self) -> str:
         return costs.describe(self)
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Reads ``search_space.json`` and checks the weights against it."""
+    file = folder / SPACE_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is no saved supernet, it has no {SPACE_FILE}; write one with "
+            "Supernet.save_pretrained, or load an exported model by from_pretrained of its own class"
+        )
+    record = read_json(file)
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{file} has format {record.get('format')!r}, this version reads {FORMAT}")
+    kinds = {"class": str, "elastic_config": dict, "layer_order": list, "space_digest": str, "weights": dict}
+    if bad := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind) or not record[name]]:
+        raise CheckpointError(f"{file} says nothing usable about {', '.join(bad)}; copy the folder again")
+    for name, digest in record["weights"].items():
+        if Path(name).name != name or file_digest(folder / name) != digest:
+            raise CheckpointError(
+                f"{folder / name} is truncated or is not the file this supernet was saved with; copy the folder again"
+            )
+    return record
+
+
+def _class_named(name: str) -> type[PreTrainedModel]:
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise CheckpointError(f"{SPACE_FILE} names {name!r}, which is no model of transformers; pass model_class=")
+    return found
+
+
+def _load_model(folder: Path, model_class: type[PreTrainedModel], kwargs: dict[str, Any]) -> PreTrainedModel:
+    options = {"dtype": "auto", **kwargs, "output_loading_info": True}
+    try:
+        loaded: Any = model_class.from_pretrained(folder, **options)
+        model, report = loaded
+    except Exception as error:  # transformers raises whatever its parts raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"cannot load {folder} as {model_class.__name__}: {lines[0]}") from error
+    if wrong := sorted(str(key) for keys in report.values() for key in keys):
+        raise CheckpointError(
+            f"the weights in {folder} do not fit its config.json ({len(wrong)} tensors, e.g. {wrong[0]}); "
+            "copy the folder again"
+        )
+    return model
+
+
 def shapes_loadability(
     shapes: tuple[LayerShape, ...], family: Family, *, hidden_size: int, parent: LayerShape
 ) -> Loadability:
-    """Loadability of a list of layer shapes (:meth:`Supernet.loadability`); layers skipped as a whole are dropped."""
+    """Loadability of layer shapes (:meth:`Supernet.loadability`); layers skipped as a whole are dropped."""
     kept = [shape for shape in shapes if not shape.skipped]
     if not kept:
         return "remote-code"  # a stock model without layers cannot keep the length of its cache

@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests. The environment is set before a library reads it."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"
+
+
+# Test files import `tiny_models` by its name, also where pytest-xdist starts them.
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,9 @@ STUDENT, TEACHER = [0.2, -1.0, 0.7], [1.5, 0.0, -0.5]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_forward_divergence_is_kl_of_teacher_from_student_times_squared_temperature(temperature: float) -> None:
+def test_forward_divergence_is_kl_of_teacher_from_student_times_squared_temperature(
+    temperature: float,
+) -> None:
     s, t = softmax_by_hand(STUDENT, temperature), softmax_by_hand(TEACHER, temperature)
     loss = logits_loss(torch.tensor([STUDENT]), torch.tensor([TEACHER]), temperature=temperature)
     assert loss.item() == pytest.approx(temperature**2 * kl_by_hand(t, s), rel=1e-5)
@@ -153,7 +155,9 @@ def test_mean_pooling_of_a_sequence_without_tokens_is_zero() -> None:
 
 def test_embedding_loss_is_one_minus_the_mean_cosine_and_ignores_length() -> None:
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
-    assert embedding_loss(student, teacher).item() == pytest.approx(((1 - 1) + (1 - math.sqrt(0.5))) / 2, abs=1e-6)
+    assert embedding_loss(student, teacher).item() == pytest.approx(
+        ((1 - 1) + (1 - math.sqrt(0.5))) / 2, abs=1e-6
+    )
     torch.testing.assert_close(embedding_loss(5 * student, teacher), embedding_loss(student, teacher))
 
 
@@ -180,9 +184,7 @@ def test_hidden_state_loss_averages_over_kept_tokens_and_pairs_of_layers() -> No
     student = [drawn(2, 3, 4, seed=n) for n in range(3)]
     teacher = [drawn(2, 3, 4, seed=n + 9) for n in range(4)]
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    by_hand = [
-        ((student[i] - teacher[j]) ** 2).mean(-1)[mask.bool()].mean() for i, j in ((0, 1), (2, 3))
-    ]
+    by_hand = [((student[i] - teacher[j]) ** 2).mean(-1)[mask.bool()].mean() for i, j in ((0, 1), (2, 3))]
     loss = hidden_state_loss(student, teacher, mask=mask, pairs=[(0, 1), (2, 3)])
     torch.testing.assert_close(loss, torch.stack(by_hand).mean())
     cosine = hidden_state_loss(student[:1], teacher[:1], mask=mask, distance="cosine")

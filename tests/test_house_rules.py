@@ -22,12 +22,12 @@ STRANGERS = {
     "checkpoint",
 }  # nor from one another
 LAYERS = (
-    {"errors"},
+    {"errors", "files"},
     {"architecture", "counting"},
     {"space"},
     {"search"},
     {"layers", "quantgrid", "distillation", "models"},
-    {"families", "parts", "supernet", "conversion", "importance", "refit", "costs"},
+    {"families", "parts", "supernet", "declaration", "conversion", "importance", "refit", "costs"},
     STRANGERS,
     {"objectives"},
     {"report", "pipeline", "cli", "testing"},

@@ -42,8 +42,7 @@ def spaces(draw):
         count = draw(st.integers(1, 3))
         earlier = draw(st.lists(st.sampled_from(choices), max_size=2)) if choices else []
         when = tuple(
-            Condition(c.name, tuple(draw(st.lists(st.sampled_from(c.values), min_size=1, max_size=2))))
-            for c in earlier
+            Condition(c.name, tuple(draw(st.lists(st.sampled_from(c.values), min_size=1, max_size=2)))) for c in earlier
         )
         if draw(st.booleans()):
             values = tuple(sorted(draw(st.sets(st.integers(-9, 9), min_size=count, max_size=count))))
@@ -159,9 +158,7 @@ def test_parameter_counts_order_categorical_values_and_ties_go_by_position():
 
 
 def test_size_of_spaces_too_big_to_list_is_exact():
-    free = SearchSpace(
-        [Choice(f"w{i}", (1, 2, 3)) for i in range(25)] + [Choice(f"s{i}", (0, 1)) for i in range(11)]
-    )
+    free = SearchSpace([Choice(f"w{i}", (1, 2, 3)) for i in range(25)] + [Choice(f"s{i}", (0, 1)) for i in range(11)])
     assert free.size == 3**25 * 2**11
     layers = 32
     assert layered_space(layers).size == sum((3 * 2 + 3 + 2 + 1) ** depth for depth in range(1, layers + 1))
@@ -183,16 +180,18 @@ def test_size_of_a_long_chain_of_conditions_is_exact():
 def test_digests_are_equal_in_a_process_with_another_hash_seed():
     space = layered_space()
     code = (
-        "import sys; from hf_elastic.space import SearchSpace; s = SearchSpace.from_json(sys.stdin.read());"
+        # The bare package: `import hf_elastic` itself registers models with transformers.
+        "import sys, types; package = types.ModuleType('hf_elastic'); package.__path__ = ['hf_elastic'];"
+        "sys.modules['hf_elastic'] = package;"
+        "from hf_elastic.space import SearchSpace; s = SearchSpace.from_json(sys.stdin.read());"
         "a = s.midpoint(); light = not {'torch', 'transformers'} & set(sys.modules);"
         "print(s.digest, a.digest, hash(a), light)"
     )
-    root = str(Path(hf_elastic.__file__).parents[1])
-    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": root}
     done = subprocess.run(
         [sys.executable, "-c", code],
         input=space.to_json(),
-        env=environment,
+        cwd=Path(hf_elastic.__file__).parents[1],
+        env={**os.environ, "PYTHONHASHSEED": "77"},
         capture_output=True,
         text=True,
         check=True,

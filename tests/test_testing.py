@@ -10,9 +10,25 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-    LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config,
-    Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, RobertaConfig, RobertaForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )  # fmt: skip
 
 from hf_elastic import ElasticConfig, Family, Skip, Supernet, UnsupportedModelError, make_elastic, testing
@@ -45,7 +61,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=4, **GROUPED)),
 }
 CASES = {
-    name: Case(make, GROUPS if name in ("llama", "qwen2", "qwen3", "mistral") else HEADS) for name, make in MODELS.items()
+    name: Case(make, GROUPS if name in ("llama", "qwen2", "qwen3", "mistral") else HEADS)
+    for name, make in MODELS.items()
 }
 
 
@@ -87,10 +104,18 @@ def test_a_users_row_for_a_family_we_lack_keeps_every_promise() -> None:
         causal=True,
         config_names={"intermediate_size": "ffn_dim"},
     )  # fmt: skip
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 101,
+    }
     config = ElasticConfig(intermediate_size=[0.25, 0.5], num_attention_heads=[1, 3], num_hidden_layers=[2, 3])
     case = Case(
-        lambda: OPTForCausalLM(OPTConfig(max_position_embeddings=64, word_embed_proj_dim=32, **sizes)), config, family=row
+        lambda: OPTForCausalLM(OPTConfig(max_position_embeddings=64, word_embed_proj_dim=32, **sizes)),
+        config,
+        family=row,
     )
     testing.check_family(case)
 
@@ -109,7 +134,7 @@ def _break_restore(monkeypatch: pytest.MonkeyPatch) -> None:
         def __enter__(self) -> None: ...
         def __exit__(self, *exc: object) -> None: ...
 
-    monkeypatch.setattr(Supernet, "activate", lambda self, arch: Sticky(self, arch))
+    monkeypatch.setattr(Supernet, "activate", lambda self, arch: Sticky(self, arch))  # noqa: PLW0108 - binds self
 
 
 def _break_skip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +161,9 @@ BREAKS = [
 
 @pytest.mark.parametrize(("damage", "check"), BREAKS, ids=lambda f: f.__name__)
 def test_a_broken_promise_is_found(
-    damage: Callable[[pytest.MonkeyPatch], None], check: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[Case], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     damage(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):

@@ -1,4 +1,4 @@
-"""From a subnet to an ordinary Hugging Face checkpoint: extraction, export, and the files beside the weights."""
+"""From a subnet to an ordinary Hugging Face checkpoint: extraction, export, files beside the weights."""
 
 from hf_elastic.checkpoint.exporting import ExportReport, export
 from hf_elastic.checkpoint.extraction import extract

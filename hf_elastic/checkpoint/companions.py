@@ -13,11 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from hf_elastic.errors import CheckpointError
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 CHAT_TEMPLATES = "additional_chat_templates"
-SENTENCE_TRANSFORMERS_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+SENTENCE_TRANSFORMERS_FILES = (
+    "config_sentence_transformers.json", "sentence_bert_config.json", "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+)  # fmt: skip
 MODULES = "modules.json"
 
 
@@ -64,6 +68,18 @@ def parent_folder(source: str | Path) -> Path | None:
         return None
 
 
+def _module_folder(parent: Path, path: str) -> Path:
+    """Folder of a module: inside the parent, and not reached by ``..``, from the root, or by a link."""
+    root = parent.resolve()
+    parts = path.replace("\\", "/").split("/")
+    source = root if ".." in parts or "\0" in path else (root / path).resolve()
+    if source == root or not source.is_relative_to(root):
+        raise CheckpointError(
+            f"{parent / MODULES} names the module folder {path!r}, which is not inside the checkpoint"
+        )
+    return source
+
+
 def _copy_modules(parent: Path, folder: Path) -> None:
     """Copies the module folders that ``modules.json`` names; the transformer itself is the export."""
     if not (parent / MODULES).is_file():
@@ -73,18 +89,12 @@ def _copy_modules(parent: Path, folder: Path) -> None:
         paths = [str(module["path"]) for module in modules]
         types = [str(module["type"]) for module in modules]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{parent / MODULES} is no list of sentence-transformers modules: {error!r}"
-        ) from error
+        raise CheckpointError(f"{parent / MODULES} is no list of sentence-transformers modules: {error!r}") from error
     for module, path, kind in zip(modules, paths, types, strict=True):
         if kind.endswith(".Transformer"):
             module["path"] = ""
             continue
-        source = (parent / path).resolve()
-        if not path or not source.is_relative_to(parent.resolve()) or source == parent.resolve():
-            raise CheckpointError(
-                f"{parent / MODULES} names the module folder {path!r}, which is not inside the checkpoint"
-            )
+        source = _module_folder(parent, path)
         if source.is_dir():
             shutil.copytree(source, folder / path)
         # a Normalize module has no files, and git keeps no empty folders; the loader wants the folder

@@ -40,8 +40,10 @@ class ExportReport:
         loadability: how it loads.
         note: the same in a sentence.
         snippet: Python that loads it.
-        files: names of the files copied from the parent (tokenizer, chat template, sentence-transformers modules).
-        max_difference: largest |difference| of outputs between the written model and the supernet, on token ids.
+        files: names of the files copied from the parent (tokenizer, chat template, sentence-transformers
+            modules).
+        max_difference: largest |difference| of outputs between the written model and the supernet, on token
+            ids.
     """
 
     directory: Path
@@ -64,8 +66,9 @@ def export(
 ) -> ExportReport:
     """Writes a subnet to a folder that ``from_pretrained`` loads.
 
-    The folder holds ``config.json``, safetensors, the generation config, ``architecture.json``, and what the parent's
-    folder (or its copy in the Hub cache) held of tokenizer, chat template and sentence-transformers modules.
+    The folder holds ``config.json``, safetensors, the generation config, ``architecture.json``, and what the
+    parent's folder (or its copy in the Hub cache) held of tokenizer, chat template and sentence-transformers
+    modules.
 
     Args:
         supernet: where from; unchanged.
@@ -83,9 +86,9 @@ def export(
     """
     point = architecture if isinstance(architecture, Architecture) else supernet.space.canonical(architecture)
     form = loadability or supernet.loadability(point)
-    model = extract(supernet, point, loadability=form)
-    difference = _check_parity(supernet, point, model)
     with whole_folder(directory, overwrite=overwrite) as folder:
+        model = extract(supernet, point, loadability=form)
+        difference = _check_parity(supernet, point, model)
         _save_model(model, folder, form)
         names = copy_companions(source or supernet.model.config._name_or_path, folder, tokenizer=tokenizer)
         write_json(folder / ARCHITECTURE_FILE, _record(supernet, point, form))
@@ -115,14 +118,14 @@ def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrai
     difference, scale = float((wanted - got).abs().max()), float(wanted.abs().max())
     if not difference <= _TOLERANCE.get(wanted.dtype, 5e-2) * max(scale, 1e-6):
         raise ExportError(
-            f"the extracted model differs from the subnet by {difference:.2e} (outputs up to {scale:.2e}), nothing was written; "
-            "please report this with the model's config"
+            f"the extracted model differs from the subnet by {difference:.2e} (outputs up to {scale:.2e}), "
+            "nothing was written; please report this with the model's config"
         )
     return difference
 
 
 def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -> dict[str, object]:
-    tokens = costs.default_inputs(supernet)["input_ids"].shape[1]
+    tokens = costs.default_inputs(supernet)["input_ids"].shape[-1]
     return {
         "architecture": dict(architecture),
         "digest": architecture.digest,

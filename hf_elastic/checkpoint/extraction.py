@@ -1,4 +1,4 @@
-"""Cuts a subnet out of a supernet: a smaller model of the stock class, or of the static class of its family."""
+"""Cuts a subnet out of a supernet: a smaller model of the stock class, or of its family's static class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -29,14 +29,14 @@ def extract(
     """Copies a subnet into a model of its own, compact: nothing of it is larger than the subnet.
 
     Layers skipped as a whole are dropped and the others renumbered. The model equals the supernet with the
-    architecture active (fp32: within 1e-5 · max|logit|), is in evaluation mode, on the supernet's device and in its
-    dtype, and shares no memory with it.
+    architecture active (fp32: within 1e-5 · max|logit|), is in evaluation mode, on the supernet's device and
+    in its dtype, and shares no memory with it.
 
     Args:
         supernet: where from; unchanged.
         architecture: what.
-        loadability: form of the result. By default the stock class if it holds the subnet, else the static class
-            (``remote-code``); ``stock-padded`` gives the stock class, padded with zeros.
+        loadability: form of the result. By default the stock class if it holds the subnet, else the static
+            class (``remote-code``); ``stock-padded`` gives the stock class, padded with zeros.
 
     Returns:
         A stock model, or an ``elastic_bert`` / ``elastic_llama`` / ``elastic_gpt2`` one.
@@ -55,7 +55,7 @@ def extract(
     target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
     state = cut.state_dict(target if form == "stock-padded" else None)
     config = _stock_config(supernet, cut, target)
-    return _build(type(supernet.model), config, state, supernet.model)
+    return _build(type(supernet.model), config, state=state, parent=supernet.model)
 
 
 def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
@@ -65,7 +65,8 @@ def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
     if ladder.index(form) < ladder.index(natural):
         raise ExportError(
             f"a {form!r} checkpoint cannot hold this architecture, it needs {natural!r}; "
-            f"export with loadability={natural!r}, or search a space made with ElasticConfig(loadability={form!r})"
+            f"export with loadability={natural!r}, or "
+            f"search a space made with ElasticConfig(loadability={form!r})"
         )
     if form == "remote-code" and supernet.family.static_type is None:
         raise ExportError(
@@ -131,7 +132,7 @@ def _take(tensor: Tensor, region: Region) -> Tensor:
 
 
 def _padded(tensor: Tensor, region: Region | None, target: Region | None) -> Tensor:
-    """Zeroes what is not in ``region``, then cuts to the boxes of ``target`` (a norm has no target and stays)."""
+    """Zeroes what is not in ``region``, then cuts to the boxes of ``target`` (a norm has none and stays)."""
     if target is None:
         return tensor.clone()
     kept = torch.zeros_like(tensor)
@@ -180,7 +181,7 @@ def _static_model(supernet: Supernet, cut: _Cut) -> PreTrainedModel:
         source.layer_types = [types[part.index] for part, _ in cut.kept]
     setattr(source, row.config_name("num_hidden_layers"), len(cut.kept))
     per_layer: dict[int, dict[str, Any]] = {}
-    for number, (part, shape) in enumerate(cut.kept):
+    for number, (_, shape) in enumerate(cut.kept):
         entry: dict[str, Any] = {
             "intermediate_size": shape.intermediate_size,
             "num_attention_heads": shape.num_attention_heads,
@@ -189,22 +190,31 @@ def _static_model(supernet: Supernet, cut: _Cut) -> PreTrainedModel:
             entry["num_key_value_heads"] = shape.num_key_value_heads
         skipped = [kind for kind, there in (("attention", shape.attention), ("mlp", shape.mlp)) if not there]
         per_layer[number] = {**entry, **({"skip": skipped} if skipped else {})}
-    config = static_config(source, per_layer)
-    return _build(static_class(parent), config, static_state_dict(parent, cut.state_dict(None)), parent)
+    config = static_config(source, per_layer, parent=parent)
+    state = static_state_dict(parent, cut.state_dict(None))
+    return _build(static_class(parent), config, state=state, parent=parent)
 
 
 def _build(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
+    *,
     state: dict[str, Tensor],
     parent: PreTrainedModel,
 ) -> PreTrainedModel:
     config._attn_implementation = parent.config._attn_implementation
     with no_init_weights():
         model = model_class(config)
-    model.to(dtype=parent.dtype)
-    model.load_state_dict(state, strict=True)
+    # The tensors themselves are taken over: each keeps its dtype, and buffers that no checkpoint holds (the
+    # frequencies of rotary embeddings) stay in float32 as from_pretrained leaves them.
+    model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     if parent.can_generate() and model.can_generate():
         model.generation_config = copy.deepcopy(parent.generation_config)
-    return model.to(parent.device).eval()
+    return _moved(model, parent.device).eval()
+
+
+def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    module: nn.Module = model  # transformers types `to` so that mypy cannot read it
+    module.to(device)
+    return model

@@ -76,7 +76,9 @@ _DISTILBERT_NAMES = (
 
 
 def static_class(stock_model: StockModel) -> type[PreTrainedModel]:
-    """Returns the static class that computes what a stock class does, e.g. ``RobertaForMaskedLM -> ElasticBertForMaskedLM``.
+    """Returns the static class that computes what a stock class does.
+
+    For example ``RobertaForMaskedLM -> ElasticBertForMaskedLM``.
 
     Args:
         stock_model: a model or its class.
@@ -178,9 +180,7 @@ def _has_pooler(parent: StockModel) -> bool:
     return getattr(parent.base_model, "pooler", None) is not None
 
 
-def _fold_shared_sizes(
-    fields: Fields, layers: dict[int, Fields], *, names: Mapping[str, str]
-) -> dict[int, Fields]:
+def _fold_shared_sizes(fields: Fields, layers: dict[int, Fields], *, names: Mapping[str, str]) -> dict[int, Fields]:
     """Drops sizes of sublayers that are not there, and makes sizes that all other layers share the global ones."""
     for name, field in names.items():
         skip = "mlp" if name == "intermediate_size" else "attention"

@@ -12,7 +12,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @strict
 class ElasticLlamaConfig(PerLayerShapes, LlamaConfig):
-    """A :class:`~transformers.LlamaConfig` with per-layer shapes, and with what Qwen2, Qwen3 and Mistral do differently.
+    """A :class:`~transformers.LlamaConfig` with per-layer shapes, and what Qwen2, Qwen3 and Mistral do differently.
 
     Per layer (``per_layer_config``): ``intermediate_size``, ``num_attention_heads``, ``num_key_value_heads``, ``skip``.
 
@@ -82,7 +82,9 @@ class ElasticLlamaConfig(PerLayerShapes, LlamaConfig):
         if unknown:
             raise ValueError(f"layer_types has {', '.join(unknown)}; elastic_llama has {' and '.join(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise ValueError(f"layer_types has sliding_attention, which needs a sliding_window, got {self.sliding_window}")
+            raise ValueError(
+                f"layer_types has sliding_attention, which needs a sliding_window, got {self.sliding_window}"
+            )
 
     def validate_rope(self) -> None:
         """Checks the rotary parameters; on one layer, because the check of some types reads the number of heads."""

@@ -43,7 +43,8 @@ class PerLayerShapes:
             unknown = sorted(self.per_layer_attributes - allowed)
             if unknown:
                 raise ValueError(
-                    f"per_layer_config sets {', '.join(unknown)}; only {', '.join(sorted(allowed))} and skip may differ per layer"
+                    f"per_layer_config sets {', '.join(unknown)}; "
+                    f"only {', '.join(sorted(allowed))} and skip may differ per layer"
                 )
             for layer in self.per_layer_config:
                 layer.validate_architecture()

@@ -4,8 +4,11 @@ Parameters have the stock names. Like the stock model they sit in Conv1D (fused 
 not in ``nn.Linear``: tools that want plain linears, such as vLLM's tensor parallelism, do not take GPT-2.
 """
 
+import math
+
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -67,6 +70,11 @@ class ElasticGPT2Block(GradientCheckpointingLayer):
         if self.has_mlp:
             self.ln_2 = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
             self.mlp = GPT2MLP(shape.n_inner, shape)
+        # GPT-2 starts these smaller. The stock rule asks the modules around them, which transformers does not
+        # initialise in custom code, for they hold no parameters of their own.
+        for module in self.modules():
+            if isinstance(module, (GPT2Attention, GPT2MLP)):
+                module.c_proj.into_residual = True
 
     def forward(
         self,
@@ -96,6 +104,12 @@ class ElasticGPT2PreTrainedModel(GPT2PreTrainedModel):
     _no_split_modules = ["ElasticGPT2Block"]
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": ElasticGPT2Block, "attentions": ElasticGPT2Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if getattr(module, "into_residual", False):
+            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
 
 
 class ElasticGPT2Model(ElasticGPT2PreTrainedModel):

@@ -51,9 +51,7 @@ class ElasticLlamaAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = shape.attention_dropout
         self.is_causal = True
-        self.sliding_window = (
-            shape.sliding_window if shape.layer_types[layer_idx] == "sliding_attention" else None
-        )
+        self.sliding_window = shape.sliding_window if shape.layer_types[layer_idx] == "sliding_attention" else None
         hidden, bias = shape.hidden_size, shape.attention_bias
         queries, keys = shape.num_attention_heads * self.head_dim, shape.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(hidden, queries, bias=bias)

@@ -1,6 +1,7 @@
-"""``compress``: the whole path from a checkpoint to a smaller one, in one call."""
+"""``compress``: the whole path from a checkpoint to a smaller one, in one call; and its steps one at a time."""
 
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.run import CompressResult, CompressRun, compress
+from hf_elastic.pipeline.steps import open_supernet, search_run
 
-__all__ = ["CompressOptions", "CompressResult", "CompressRun", "compress"]
+__all__ = ["CompressOptions", "CompressResult", "CompressRun", "compress", "open_supernet", "search_run"]

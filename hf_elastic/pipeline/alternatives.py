@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel
 
 from hf_elastic import costs
-from hf_elastic.conversion import ElasticConfig, make_elastic
+from hf_elastic.conversion import make_elastic
+from hf_elastic.declaration import ElasticConfig
 from hf_elastic.families import family_of, layers_of
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -17,7 +18,9 @@ _WIDTH_STEP = 8
 Alternative = tuple[str, Supernet, Architecture]
 
 
-def alternatives(load: Callable[[], PreTrainedModel], *, limit: int, layer_order: Sequence[int]) -> list[Alternative]:
+def plain_alternatives(
+    load: Callable[[], PreTrainedModel], *, limit: int, layer_order: Sequence[int]
+) -> list[Alternative]:
     """Finds the largest uniform FFN width and the largest depth within a limit, with the parent's sorted weights.
 
     Args:
@@ -36,7 +39,9 @@ def alternatives(load: Callable[[], PreTrainedModel], *, limit: int, layer_order
     depths = list(range(1, len(layers)))
     spaces = {
         "uniform width, untrained": ElasticConfig(intermediate_size=widths, loadability="stock") if widths else None,
-        "dropped layers, untrained": ElasticConfig(num_hidden_layers=depths, layer_order=layer_order) if depths else None,
+        "dropped layers, untrained": ElasticConfig(num_hidden_layers=depths, layer_order=layer_order)
+        if depths
+        else None,
     }
     found = []
     for name, space in spaces.items():

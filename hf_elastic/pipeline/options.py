@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from hf_elastic.conversion import ElasticConfig, Loadability
+from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import DataError, SpaceError
 from hf_elastic.families import family_of, layers_of
 
 TaskName = Literal["auto", "embedding", "causal-lm", "masked-lm", "classification"]
-TASKS = ("auto", "embedding", "causal-lm", "masked-lm", "classification")
+Precision = Literal["auto", "fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,23 @@ class CompressOptions:
     task: TaskName = "auto"
     minutes: float = 8.0
     share: float = 0.4
-    evaluations: int = 120
+    evaluations: int = 80
     loadability: Loadability = "stock"
     space: ElasticConfig | None = None
     sequence_length: int = 64
-    batch_size: int = 64
-    learning_rate: float = 3e-4
+    batch_size: int = 32
+    learning_rate: float = 5e-4
     text_column: str = "text"
     label_column: str = "label"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if not self.data:
             raise DataError("data names nothing; pass a text file, a .jsonl or .csv file, or a data set's name")
-        if self.task not in TASKS:
-            raise DataError(f"task={self.task!r} is not one of {', '.join(TASKS)}")
+        if self.task not in get_args(TaskName):
+            raise DataError(f"task={self.task!r} is not one of {', '.join(get_args(TaskName))}")
         if not self.within or any(not limit > 0 for limit in self.within.values()):
             raise SpaceError(f"within={dict(self.within)} must name a cost and a limit above 0, such as parameters=0.6")
         for name, low in (("minutes", 0.0), ("evaluations", 1), ("sequence_length", 4), ("batch_size", 1)):
@@ -102,11 +103,12 @@ def default_space(model: PreTrainedModel, loadability: Loadability) -> ElasticCo
     if loadability == "stock":
         finer = [sixteenths / 16 for sixteenths in range(4, 17)]
         return ElasticConfig(intermediate_size=finer, skip=["layer"], multiple_of=multiple, loadability="stock")
-    heads = [0.25, 0.5, 0.75, 1.0]
     kinds = ["layer"] if loadability == "stock-padded" and not family.pre_norm else ["attention", "mlp"]
+    heads = {family.heads_choice: [0.25, 0.5, 0.75, 1.0]}
     return ElasticConfig(
         intermediate_size=widths,
-        **{family.heads_choice: heads},
+        num_attention_heads=heads.get("num_attention_heads"),
+        num_key_value_heads=heads.get("num_key_value_heads"),
         skip=kinds if layers > 1 else None,
         multiple_of=multiple,
         loadability=loadability,

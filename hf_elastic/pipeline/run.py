@@ -17,16 +17,21 @@ from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import ExportReport, export, extract
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
-from hf_elastic.errors import CheckpointError, DataError
+from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
-from hf_elastic.pipeline.alternatives import alternatives
+from hf_elastic.pipeline.alternatives import plain_alternatives
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, resolve_task
 from hf_elastic.pipeline.texts import digest, read_rows
 from hf_elastic.pipeline.training import (
-    attach_teacher, device_of, in_length_order, random_batches, step_seconds, train_phase,
+    attach_teacher,
+    device_of,
+    in_length_order,
+    random_batches,
+    step_seconds,
+    train_phase,
 )  # fmt: skip
 from hf_elastic.report import comparison_table
 from hf_elastic.search import SearchResult, search_subnets
@@ -82,7 +87,11 @@ class CompressRun:
 
     def _check_output(self) -> None:
         output = Path(self.options.output)
-        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (self.folder / RESULT_FILE).exists():
+        if (
+            output.exists()
+            and (not output.is_dir() or any(output.iterdir()))
+            and not (self.folder / RESULT_FILE).exists()
+        ):
             raise CheckpointError(f"{output} exists and no run made it; choose another output, or delete it")
 
     def dry_run(self) -> str:
@@ -92,19 +101,23 @@ class CompressRun:
         pool = near_limit(supernet, limits, count=16, seed=self.options.seed)
         seconds = self._seconds_per_step(supernet, pool, bf16=self._bf16(supernet, pool))
         wanted = ", ".join(f"{name} <= {value:g}" for name, value in self.options.within.items())
-        return "\n".join([
+        forms = ", ".join(sorted({supernet.loadability(architecture) for architecture in pool}))
+        quality = ", ".join(self.task.quality)
+        lines = [
             str(supernet),
-            f"  task           {self.task.name}: {len(self.data.train)} training examples, quality: {', '.join(self.task.quality)}",
-            f"  limits         {wanted}: {feasible_share(supernet, limits):.1%} of the space as sampled, "
-            f"loading as {', '.join(sorted({supernet.loadability(a) for a in pool}))}",
-            f"  time           about {self.options.minutes:g} min of training ({self._steps(seconds)} steps of {seconds:.2f} s), "
-            f"plus a search of {self.options.evaluations} evaluations",
-        ])
+            f"  task           {self.task.name}, {len(self.data.train)} training examples, quality: {quality}",
+            f"  limits         {wanted}: {feasible_share(supernet, limits):.1%} of the space, loading as {forms}",
+            f"  time           {self.options.minutes:g} min of training: {self._steps(seconds)} steps of {seconds:.2f} s, "
+            f"{self.options.evaluations} evaluations",
+        ]
+        return "\n".join(lines)
 
     def run(self) -> CompressResult:
         """Runs the stages that are not finished and returns the result."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.record = RunRecord(self.folder, {**self.options.to_dict(), "text": self.text_digest})
+        if self.data.held_out:
+            (self.folder / "validation.txt").write_text("\n".join(self.data.held_out), encoding="utf-8")
         supernet = self._stage("space", "sorted", self._build)
         limits = feasibility(supernet, self.options.within)
         self.validation_teacher = self._teacher(supernet)
@@ -157,7 +170,7 @@ class CompressRun:
                 save_file({"train": train.contiguous(), "validation": validation.contiguous()}, path)
         vectors = load_file(path)
         if len(vectors["train"]) != len(self.data.train):
-            raise DataError(f"{path} holds {len(vectors['train'])} embeddings for {len(self.data.train)} sentences; delete {self.folder}")
+            raise CheckpointError(f"{path} holds embeddings of other sentences; delete {self.folder} and start again")
         attach_teacher(self.data.train, vectors["train"])
         return vectors["validation"]
 
@@ -170,7 +183,9 @@ class CompressRun:
         steps = self._steps(seconds)
         first = round(steps * self.options.share)
         self.record.note("plan", bf16=bf16, seconds_per_step=seconds, supernet_steps=first, found_steps=steps - first)
-        self.say(f"training: {first} steps for the supernet, {steps - first} for the subnet found, {seconds:.2f} s each")
+        self.say(
+            f"training: {first} steps for the supernet, {steps - first} for the subnet found, {seconds:.2f} s each"
+        )
 
     def _bf16(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> bool:
         if self.options.precision != "auto":
@@ -189,9 +204,16 @@ class CompressRun:
         plan = self.record.numbers("plan")
         if plan[f"{phase}_steps"]:
             train_phase(
-                supernet, rule, task=self.task, data=self.data, options=self.options, folder=self.folder / f"training-{phase}",
-                steps=plan[f"{phase}_steps"], bf16=plan["bf16"], teacher=self._frozen_parent(),
-            )  # fmt: skip
+                supernet,
+                rule,
+                task=self.task,
+                data=self.data,
+                options=self.options,
+                folder=self.folder / f"training-{phase}",
+                steps=plan[f"{phase}_steps"],
+                bf16=plan["bf16"],
+                teacher=self._frozen_parent(),
+            )
         return supernet
 
     def _frozen_parent(self) -> nn.Module | None:
@@ -213,7 +235,12 @@ class CompressRun:
             )  # fmt: skip
             result.save(self.folder / "search.json")
         best = result.best(measures[0].name, within=self.options.within)
-        self.record.note("search", evaluations=len(result.evaluations), best=dict(best.values), architecture=dict(best.architecture))
+        self.record.note(
+            "search",
+            evaluations=len(result.evaluations),
+            best=dict(best.values),
+            architecture=dict(best.architecture),
+        )
         return _Found(best.architecture, result)
 
     def _finish(self, final: Supernet, found: _Found) -> CompressResult:
@@ -235,7 +262,7 @@ class CompressRun:
         """Rows of the table; every model is measured on the same sentences, latencies interleaved."""
         pristine = Supernet.from_pretrained(self.folder / "sorted", dtype=torch.float32).to(device_of(self.options))
         trained = Supernet.from_pretrained(self.folder / "supernet", dtype=torch.float32).to(device_of(self.options))
-        plain = alternatives(
+        plain = plain_alternatives(
             lambda: load_model(self.task, self.options, folder=self.folder / "sorted").to(pristine.model.device),
             limit=costs.macs(final, architecture, seq_len=costs.LATENCY_TOKENS),
             layer_order=self.record.numbers("space")["layer_order"],
@@ -280,6 +307,12 @@ class CompressRun:
 class _Found:
     architecture: Architecture
     result: SearchResult
+
+
+def teacher_vectors(folder: Path) -> dict[str, Tensor] | None:
+    """The parent's embeddings that a run keeps, of its training and validation text; ``None`` for other tasks."""
+    path = folder / "teacher.safetensors"
+    return load_file(path) if path.is_file() else None
 
 
 def compress(options: CompressOptions, *, say: Say = print) -> CompressResult:

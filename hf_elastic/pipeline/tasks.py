@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from transformers import (
 from hf_elastic import objectives
 from hf_elastic.checkpoint.companions import parent_folder
 from hf_elastic.distillation import Pooling
-from hf_elastic.errors import DataError, UnsupportedModelError
-from hf_elastic.pipeline.options import CompressOptions
+from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
+from hf_elastic.pipeline.options import CompressOptions, TaskName
 from hf_elastic.pipeline.texts import Row, shuffled, split_sentences
 from hf_elastic.search import Objective
 from hf_elastic.supernet import Supernet
@@ -48,12 +48,14 @@ class TaskData:
         validation: padded batches, never trained on.
         calibration: padded batches of training examples, to measure importance on.
         collate: features -> batch.
+        held_out: the validation sentences as text, where examples are sentences.
     """
 
     train: list[Feature]
     validation: list[Batch]
     calibration: list[Batch]
     collate: Callable[[list[Feature]], Batch]
+    held_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Task:
         made: list[Objective] = []
         for name in self.quality:
             if name == "structure":
-                made.append(objectives.similarity_structure(supernet, validation, teacher=teacher, pooling=self.pooling))
+                made.append(
+                    objectives.similarity_structure(supernet, validation, teacher=teacher, pooling=self.pooling)
+                )
             elif name == "cosine":
                 made.append(objectives.embedding_cosine(supernet, validation, teacher=teacher, pooling=self.pooling))
             elif name == "perplexity":
@@ -106,7 +110,7 @@ def resolve_task(options: CompressOptions) -> Task:
     Raises:
         UnsupportedModelError: the checkpoint is for something else.
     """
-    config = AutoConfig.from_pretrained(options.model)
+    config = read_config(options.model)
     name = options.task if options.task != "auto" else _task_of(config, options.model)
     if name == "embedding":
         return Task(name, AutoModel, "embeddings", ("structure", "cosine"), _pooling(options.model), _embedding_data)
@@ -115,6 +119,18 @@ def resolve_task(options: CompressOptions) -> Task:
     if name == "masked-lm":
         return Task(name, AutoModelForMaskedLM, "logits", ("perplexity",), "mean", _masked_data)
     return Task(name, AutoModelForSequenceClassification, "logits", ("accuracy",), "cls", _label_data)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """Reads a checkpoint's config.
+
+    Raises:
+        CheckpointError: there is none at that place.
+    """
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error
 
 
 def _task_of(config: PreTrainedConfig, model: str) -> str:
@@ -133,7 +149,7 @@ def _task_of(config: PreTrainedConfig, model: str) -> str:
     if name.endswith("Model"):
         return "embedding"
     raise UnsupportedModelError(
-        f"cannot tell what {model!r} is for from its class {name!r}; say task= embedding, causal-lm, masked-lm or classification"
+        f"cannot tell what {model!r} is for from its class {name!r}; set task to {', '.join(get_args(TaskName)[1:])}"
     )
 
 
@@ -185,9 +201,8 @@ def _embedding_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options
     train, held = _split(sentences, options, what="sentences")
     collate = _padder(tokenizer)
     features = _encode(tokenizer, train, options)
-    return TaskData(
-        features, _batches(_encode(tokenizer, held, options), collate), _batches(features[:CALIBRATION], collate), collate
-    )
+    validation = _batches(_encode(tokenizer, held, options), collate)
+    return TaskData(features, validation, _batches(features[:CALIBRATION], collate), collate, tuple(held))
 
 
 def _causal_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
@@ -230,8 +245,8 @@ def _label_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: Co
     column = options.label_column
     if missing := next((row for row in rows if column not in row), None):
         raise DataError(f"classification needs a column {column!r}, a row has only {sorted(missing)}; set label_column")
-    config = AutoConfig.from_pretrained(options.model)
-    labels = [_label(row[column], config) for row in rows]
+    known = {str(name): int(number) for name, number in (read_config(options.model).label2id or {}).items()}
+    labels = [_label(row[column], known) for row in rows]
     features = _encode(tokenizer, [row[options.text_column] for row in rows], options)
     for feature, label in zip(features, labels, strict=True):
         feature["labels"] = label
@@ -240,13 +255,11 @@ def _label_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: Co
     return TaskData(train, _batches(held, collate), _batches(train[:CALIBRATION], collate), collate)
 
 
-def _label(value: Any, config: PreTrainedConfig) -> int:
-    number = config.label2id.get(value) if isinstance(value, str) and value in config.label2id else None
-    if number is None and str(value).lstrip("-").isdigit():
-        number = int(value)
-    if number is None or not 0 <= number < config.num_labels:
-        known = ", ".join(map(str, list(config.label2id)[:12]))
-        raise DataError(f"label {value!r} is none of the model's {config.num_labels} labels: {known}")
+def _label(value: Any, known: Mapping[str, int]) -> int:
+    """A label's number: by its name, or by the number itself."""
+    number = known.get(str(value), int(value) if str(value).isdigit() else -1)
+    if number not in known.values():
+        raise DataError(f"label {value!r} is none of the model's {len(known)} labels: {', '.join(list(known)[:12])}")
     return number
 
 

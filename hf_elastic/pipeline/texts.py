@@ -73,7 +73,9 @@ def _checked(rows: list[Row], source: str, text_column: str) -> list[Row]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
             columns = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"row {number} of {source} has no text in column {text_column!r}, only {columns}; set text_column")
+            raise DataError(
+                f"row {number} of {source} has no text in column {text_column!r}, only {columns}; set text_column"
+            )
     return rows
 
 
@@ -82,14 +84,9 @@ def split_sentences(texts: Iterable[str]) -> list[str]:
 
     Long sentences are cut at commas and semicolons, so that short phrases are learnt from as well.
     """
-    found: dict[str, None] = {}
-    for text in texts:
-        for paragraph in re.split(r"\n\s*\n|\r", text):
-            flat = re.sub(r"\s+", " ", paragraph.replace("<|endoftext|>", " ")).strip()
-            for sentence in re.split(r"(?<=[.!?])[\"')\]]*\s+", flat):
-                for piece in _pieces(sentence.strip()):
-                    found[piece] = None
-    return list(found)
+    paragraphs = (p for text in texts for p in re.split(r"\n\s*\n|\r", text.replace("<|endoftext|>", "\n\n")))
+    sentences = (s for p in paragraphs for s in re.split(r"(?<=[.!?])[\"')\]]*\s+", re.sub(r"\s+", " ", p).strip()))
+    return list(dict.fromkeys(piece for sentence in sentences for piece in _pieces(sentence.strip())))
 
 
 def _pieces(sentence: str) -> Iterable[str]:

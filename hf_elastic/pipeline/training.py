@@ -44,7 +44,7 @@ def train_phase(
         supernet=supernet,
         sampling=rule,
         distill=Distillation(target=task.target, teacher=teacher, pooling=task.pooling),
-        args=_arguments(options, folder=folder, steps=steps, bf16=bf16),
+        args=_arguments(options, task, folder=folder, steps=steps, bf16=bf16),
         train_dataset=data.train,
         data_collator=data.collate,
     )
@@ -60,18 +60,18 @@ def prepare_for_distillation(model: nn.Module, *, freeze_embeddings: bool) -> No
             module.requires_grad_(False)
 
 
-def _arguments(options: CompressOptions, *, folder: Path, steps: int, bf16: bool) -> TrainingArguments:
+def _arguments(options: CompressOptions, task: Task, *, folder: Path, steps: int, bf16: bool) -> TrainingArguments:
     return TrainingArguments(
         str(folder),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="linear",
         warmup_steps=max(1, steps // 20),
         weight_decay=0.0,
         bf16=bf16,
         use_cpu=device_of(options) == "cpu",
-        train_sampling_strategy="group_by_length" if options.task != "causal-lm" else "random",
+        train_sampling_strategy="group_by_length" if task.target == "embeddings" else "random",
         remove_unused_columns=False,
         save_steps=max(1, steps // _SAVES),
         save_total_limit=2,

@@ -101,9 +101,7 @@ class SearchLoop:
                 break
             self._synchronise()
         if not self._evaluations:
-            raise SearchError(
-                f"all {len(self._failures)} evaluations failed; the first: {self._failures[0].cause}"
-            )
+            raise SearchError(f"all {len(self._failures)} evaluations failed; the first: {self._failures[0].cause}")
         return tuple(self._evaluations), tuple(self._failures)
 
     def _next(self, fixed: Sequence[Fixed], budget: int) -> Proposal | None:

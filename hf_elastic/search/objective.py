@@ -69,9 +69,7 @@ class Objective:
         if not isinstance(self.name, str) or not self.name:
             raise SearchError(f"an objective needs a non-empty name, got {self.name!r}")
         if self.direction not in DIRECTIONS:
-            raise SearchError(
-                f"objective {self.name!r} has direction {self.direction!r}; allowed: {shown(DIRECTIONS)}"
-            )
+            raise SearchError(f"objective {self.name!r} has direction {self.direction!r}; allowed: {shown(DIRECTIONS)}")
 
     def __call__(self, architecture: Architecture) -> float:
         """Return the value of ``architecture``."""

@@ -71,9 +71,7 @@ class SamplerGenerator:
 
     redraws = False
 
-    def __init__(
-        self, encoding: TrialEncoding, factory: SamplerFactory, objectives: Sequence[Objective]
-    ) -> None:
+    def __init__(self, encoding: TrialEncoding, factory: SamplerFactory, objectives: Sequence[Objective]) -> None:
         self._encoding = encoding
         self._factory = factory
         self._shadow = ShadowStorage()
@@ -142,9 +140,7 @@ class Proposer:
         seed: Seed of the search.
     """
 
-    def __init__(
-        self, space: SearchSpace, feasibility: Feasibility, generator: Generator, *, seed: int
-    ) -> None:
+    def __init__(self, space: SearchSpace, feasibility: Feasibility, generator: Generator, *, seed: int) -> None:
         self._space = space
         self._feasibility = feasibility
         self._generator = generator

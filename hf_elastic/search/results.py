@@ -195,9 +195,7 @@ class SearchResult:
         """
         data = read_json_object(text, what="a search result", error=SearchError)
         if data.get("format") != _FORMAT or data.get("version") != 1:
-            raise SearchError(
-                f"not a search result: its format is {shown([data.get('format')])}, not {_FORMAT!r} 1"
-            )
+            raise SearchError(f"not a search result: its format is {shown([data.get('format')])}, not {_FORMAT!r} 1")
         try:
             return _from_data(data)
         except ElasticError as error:

@@ -47,9 +47,7 @@ class TrialEncoding:
         }
         # From the smallest to the largest value.
         self.ladders: dict[str, tuple[int | str, ...]] = {
-            choice.name: tuple(range(len(choice.values)))
-            if choice.kind == "ordered"
-            else choice.descending[::-1]
+            choice.name: tuple(range(len(choice.values))) if choice.kind == "ordered" else choice.descending[::-1]
             for choice in self._open
         }
 
@@ -141,9 +139,7 @@ def _checked_factory(factory: SamplerFactory) -> SamplerFactory:
     def make(seed: int) -> BaseSampler:
         sampler = factory(seed)
         if not isinstance(sampler, BaseSampler):
-            raise SearchError(
-                f"algorithm= is a function that returned {shown([sampler])}, not an Optuna sampler"
-            )
+            raise SearchError(f"algorithm= is a function that returned {shown([sampler])}, not an Optuna sampler")
         return sampler
 
     return make
@@ -165,7 +161,7 @@ def _reseeded(template: BaseSampler, seed: int) -> BaseSampler:
 def _generators(owner: object, visited: dict[int, object]) -> list[object]:
     """Return the random generators held by ``owner`` and by the samplers it holds, in order."""
     found: list[object] = []
-    for value in vars(owner).values():
+    for value in getattr(owner, "__dict__", {}).values():
         if id(value) in visited:
             continue
         visited[id(value)] = value

@@ -252,13 +252,9 @@ def _checked_url(url: object) -> str:
     except ArgumentError:
         parsed = None
     if parsed is None:
-        raise StorageError(
-            f"storage={shown([url])} is no database URL; write for example sqlite:///search.db"
-        )
+        raise StorageError(f"storage={shown([url])} is no database URL; write for example sqlite:///search.db")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise StorageError(
-            f"storage={shown([url])} names no file; write sqlite:///search.db, or storage=None"
-        )
+        raise StorageError(f"storage={shown([url])} names no file; write sqlite:///search.db, or storage=None")
     return parsed.render_as_string(hide_password=True)
 
 
@@ -277,9 +273,7 @@ def _described(identity: Mapping[str, Any] | None) -> str:
         return "a study that hf_elastic did not make"
     try:
         goals = [f"{d} {n}" + (f" [{f[:8]}]" if f else "") for n, d, f in identity["objectives"]]
-        return (
-            f"a search of space {identity['space'][:8]} ({identity['choices']} choices, {', '.join(goals)})"
-        )
+        return f"a search of space {identity['space'][:8]} ({identity['choices']} choices, {', '.join(goals)})"
     except (KeyError, TypeError, ValueError):
         return "a search of another version of hf_elastic"
 

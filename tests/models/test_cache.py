@@ -113,9 +113,7 @@ def greedy_without_cache(model: PreTrainedModel, ids: Tensor, *, mask: Tensor, c
     ],
     ids=["dynamic", "static", "chunked prefill", "beams"],
 )
-def test_generation_uses_the_cache_without_changing_the_text(
-    model: PreTrainedModel, settings: dict[str, Any]
-) -> None:
+def test_generation_uses_the_cache_without_changing_the_text(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     ids, mask, _ = left_padded()
     model.generation_config.eos_token_id = None
     common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

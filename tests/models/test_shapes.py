@@ -57,9 +57,7 @@ def hidden_states_of(model_type: str, per_layer: dict[int, dict[str, Any]], stat
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", STOCK)
-def test_equal_layers_with_stock_weights_give_the_stock_logits_to_the_bit(
-    model_type: str, implementation: str
-) -> None:
+def test_equal_layers_with_stock_weights_give_the_stock_logits_to_the_bit(model_type: str, implementation: str) -> None:
     stock = stock_model(model_type, head=True)
     static = build(model_type, STOCK[model_type][3], config_of(model_type))
     static.load_state_dict(stock.state_dict(), strict=True)
@@ -147,9 +145,7 @@ SKIPS: dict[str, dict[int, list[str]]] = {
 
 @pytest.mark.parametrize("skips", SKIPS.values(), ids=SKIPS)
 @pytest.mark.parametrize("model_type", STOCK)
-def test_a_skipped_sublayer_leaves_the_hidden_states_alone(
-    model_type: str, skips: dict[int, list[str]]
-) -> None:
+def test_a_skipped_sublayer_leaves_the_hidden_states_alone(model_type: str, skips: dict[int, list[str]]) -> None:
     stock = stock_model(model_type, head=False)
     stock.set_attn_implementation("eager")
     with torch.no_grad():
@@ -165,9 +161,7 @@ def test_a_skipped_sublayer_has_no_parameters(model_type: str, name: str) -> Non
     cut = {parameter for parameter, _ in build(model_type, name).named_parameters()}
     assert cut < full
     paths = {"elastic_bert": "encoder.layer.", "elastic_llama": "layers.", "elastic_gpt2": "h."}
-    belongs = {
-        number: [p for p in cut if f".{paths[model_type]}{number}." in f".{p}"] for number in range(LAYERS)
-    }
+    belongs = {number: [p for p in cut if f".{paths[model_type]}{number}." in f".{p}"] for number in range(LAYERS)}
     attention = ("attention", "self_attn", "input_layernorm", "attn", "ln_1")
     assert belongs[3] == []
     assert not [p for p in belongs[0] if any(f".{part}." in p for part in attention)]
@@ -215,9 +209,7 @@ def test_every_rotary_type_works_with_heads_that_differ(rope: str) -> None:
         ("elastic_bert", {9: {"intermediate_size": 4}}, r"in the range \[0, 4\)"),
     ],
 )
-def test_an_impossible_layer_is_refused(
-    model_type: str, per_layer: dict[int, dict[str, Any]], message: str
-) -> None:
+def test_an_impossible_layer_is_refused(model_type: str, per_layer: dict[int, dict[str, Any]], message: str) -> None:
     with pytest.raises(Exception, match=message):
         config_of(model_type, per_layer)
 
@@ -232,9 +224,7 @@ def test_an_impossible_layer_is_refused(
         ("elastic_llama", {"layer_types": ["linear_attention"] * 4}, "linear_attention"),
     ],
 )
-def test_a_config_that_no_static_model_holds_is_refused(
-    model_type: str, changes: dict[str, Any], message: str
-) -> None:
+def test_a_config_that_no_static_model_holds_is_refused(model_type: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         config_of(model_type, **changes)
 

@@ -22,6 +22,11 @@ from hf_elastic.search.storage import DatabaseJournal
 from tests.search.toy import widths_problem
 
 ROOT = Path(hf_elastic.__file__).parents[1]
+# A process that only searches needs no torch, so ours skip what `import hf_elastic` registers with transformers.
+BARE_PACKAGE = (
+    "import sys, types; package = types.ModuleType('hf_elastic'); package.__path__ = ['hf_elastic'];"
+    "sys.modules['hf_elastic'] = package;"
+)
 
 
 def url_of(path):
@@ -31,7 +36,8 @@ def url_of(path):
 def start(tmp_path, **options):
     options = {"log": str(tmp_path / "log"), "storage": url_of(tmp_path / "s.db"), **options}
     options.setdefault("output", str(tmp_path / "output"))
-    command = [sys.executable, "-m", "tests.search.toy", json.dumps(options)]
+    code = f"{BARE_PACKAGE} import json; from tests.search.toy import main; main(json.loads(sys.argv[1]))"
+    command = [sys.executable, "-c", code, json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -85,9 +91,7 @@ def test_four_processes_share_the_work_and_evaluate_nothing_twice(tmp_path):
 
 def journal(path, lease_seconds=600.0):
     space, objectives = widths_problem(layers=5)
-    return DatabaseJournal(
-        url_of(path), TrialEncoding(space), objectives, study_name=None, lease_seconds=lease_seconds
-    )
+    return DatabaseJournal(url_of(path), TrialEncoding(space), objectives, study_name=None, lease_seconds=lease_seconds)
 
 
 def test_a_claim_belongs_to_one_owner_and_the_budget_to_all(tmp_path):
@@ -134,21 +138,14 @@ def test_a_lease_is_renewed_while_the_evaluation_runs(tmp_path):
 
 
 def test_only_owners_whose_process_ended_are_gone():
-    code = "from hf_elastic.search.claims import owner_name; print(owner_name())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    code = f"{BARE_PACKAGE} from hf_elastic.search.claims import owner_name; print(owner_name())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert is_gone(done.stdout.strip())
     mine = owner_name()
     assert not is_gone(mine)
     host, process_id, started, nonce = mine.rsplit("|", 3)
-    assert is_gone(
-        f"{host}|{process_id}|{float(started) - 5:.2f}|{nonce}"
-    )  # the process id was given out again
+    assert is_gone(f"{host}|{process_id}|{float(started) - 5:.2f}|{nonce}")  # the process id was given out again
     assert not is_gone(f"elsewhere|{process_id}|1.00|{nonce}")
 
 
@@ -229,9 +226,7 @@ def test_a_storage_of_another_search_is_refused_and_both_are_named(tmp_path, mak
     message = str(caught.value)
     assert words in message and "(5 choices, minimize loss, minimize parameters)" in message
     assert "study_name=" in message and "\n" not in message
-    search_subnets(
-        other_space, other_objectives, evaluations=3, storage=storage, study_name="other", progress=False
-    )
+    search_subnets(other_space, other_objectives, evaluations=3, storage=storage, study_name="other", progress=False)
 
 
 def corrupt(path):
@@ -247,9 +242,7 @@ def truncated(path):
 
 
 def foreign(path):
-    optuna.create_study(study_name="hf_elastic", storage=url_of(path)).optimize(
-        lambda t: t.suggest_int("x", 0, 1), 1
-    )
+    optuna.create_study(study_name="hf_elastic", storage=url_of(path)).optimize(lambda t: t.suggest_int("x", 0, 1), 1)
     return url_of(path)
 
 
@@ -267,7 +260,7 @@ def other_tables(path):
         foreign,
         other_tables,
         lambda path: url_of(path.parent / "missing" / "s.db"),
-        lambda path: str(path),
+        str,
         lambda path: "sqlite://",
         lambda path: "nosuchdatabase://host/name",
         lambda path: "postgresql+nosuchdriver://user:secret@host/name",
@@ -282,9 +275,7 @@ def test_an_unusable_storage_is_one_line_before_anything_is_evaluated(tmp_path, 
         raise AssertionError("evaluated")
 
     with pytest.raises(StorageError) as caught:
-        search_subnets(
-            space, [Objective("loss", never), objectives[1]], evaluations=5, storage=storage, progress=False
-        )
+        search_subnets(space, [Objective("loss", never), objectives[1]], evaluations=5, storage=storage, progress=False)
     message = str(caught.value)
     assert "\n" not in message and "secret" not in message and len(message) < 500
 
@@ -302,9 +293,7 @@ def test_slots_freed_by_an_interruption_are_used_again(tmp_path):
 
 def test_stored_values_and_parameters_are_readable_with_optuna(tmp_path):
     space, objectives = widths_problem(layers=2)
-    result = search_subnets(
-        space, objectives, evaluations=6, storage=url_of(tmp_path / "s.db"), progress=False
-    )
+    result = search_subnets(space, objectives, evaluations=6, storage=url_of(tmp_path / "s.db"), progress=False)
     study = optuna.load_study(study_name="hf_elastic", storage=url_of(tmp_path / "s.db"))
     for trial, evaluation in zip(study.trials, result.evaluations, strict=True):
         assert trial.values == [evaluation.values["loss"], evaluation.values["parameters"]]

@@ -1,6 +1,5 @@
-"""Toy search problems, and a search as a process of its own: ``python -m tests.search.toy '{"storage": ...}'``."""
+"""Toy search problems, and a search to be run in a process of its own."""
 
-import json
 import os
 import random
 import signal
@@ -16,17 +15,14 @@ def widths_problem(layers=6, values=4, seed=1):
     """Widths per layer: a smooth loss with one interaction, and a linear cost."""
     rng = random.Random(seed)
     space = SearchSpace(
-        Choice(f"layers.{i}.intermediate_size", tuple(range(64, 64 * (values + 1), 64)))
-        for i in range(layers)
+        Choice(f"layers.{i}.intermediate_size", tuple(range(64, 64 * (values + 1), 64))) for i in range(layers)
     )
     gain = [rng.uniform(0.2, 2) for _ in range(layers)]
     price = [rng.uniform(0.2, 2) for _ in range(layers)]
 
     def loss(architecture):
         sizes = [value / 64 for value in architecture.values()]
-        return sum(g / s**1.5 for g, s in zip(gain, sizes, strict=True)) * (
-            1 + 0.1 * abs(sizes[0] - sizes[1])
-        )
+        return sum(g / s**1.5 for g, s in zip(gain, sizes, strict=True)) * (1 + 0.1 * abs(sizes[0] - sizes[1]))
 
     def parameters(architecture):
         return sum(p * v for p, v in zip(price, architecture.values(), strict=True))
@@ -102,7 +98,3 @@ def die_while_recording(count):
         close(self, digest)
 
     ClaimTable.mark_done = mark_done
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

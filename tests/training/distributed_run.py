@@ -28,18 +28,14 @@ def run(case: str, output_dir: str, *, batch: int) -> Supernet:
         "ddp_find_unused_parameters": skips,
         "gradient_accumulation_steps": 2,
     }
-    if case == "callback":
-        supernet = bert_supernet()
-    elif case == "callback-skips":
-        supernet = bert_supernet(skip=("attention", "layer"))
-    else:
-        supernet = llama_supernet(skip=("mlp", "layer") if skips else ())
+    supernet = llama_supernet(skip=("attention", "mlp", "layer") if skips else ())
+    rows = texts(uneven=True)
     args = TrainingArguments(**settings(f"{output_dir}/{case}", **changes))
     if case.startswith("callback"):
         sampling = SubnetSamplingCallback(supernet, RandomSubnet(seed=1), per="micro_batch")
-        Trainer(model=supernet.model, args=args, train_dataset=sentences(), callbacks=[sampling]).train()
+        Trainer(model=supernet.model, args=args, train_dataset=rows, callbacks=[sampling]).train()
     else:
-        rows, rule = texts(uneven=True), SandwichRule(seed=1, random=1)
+        rule = SandwichRule(seed=1, random=1)
         ElasticTrainer(supernet=supernet, sampling=rule, distill=True, args=args, train_dataset=rows).train()
     return supernet
 

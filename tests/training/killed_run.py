@@ -1,4 +1,4 @@
-"""Run by test_resume.py in a process of its own: trains, and kills itself while it writes the checkpoint of step 4."""
+"""Run by test_resume.py in a process of its own: trains, and kills itself while it writes checkpoint-4."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_elastic.training import ElasticTrainer, SandwichRule
 
 
 def elastic_trainer(output_dir: str, *, kind: type[ElasticTrainer] = ElasticTrainer) -> ElasticTrainer:
-    """A run of 6 steps with dropout, accumulation, shuffling, momentum, decay and a checkpoint every 2 steps."""
+    """A run of 6 steps with dropout, accumulation, shuffling and decay, and a checkpoint every 2 steps."""
     args = TrainingArguments(
         **settings(
             output_dir, max_steps=6, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2,

@@ -46,9 +46,7 @@ def forwards(model: nn.Module, supernet: Supernet) -> list[Architecture]:
 
 
 def stock(supernet: Supernet, args: TrainingArguments, *callbacks: TrainerCallback, **kwargs: Any) -> Trainer:
-    return Trainer(
-        model=supernet.model, args=args, train_dataset=sentences(), callbacks=list(callbacks), **kwargs
-    )
+    return Trainer(model=supernet.model, args=args, train_dataset=sentences(), callbacks=list(callbacks), **kwargs)
 
 
 def test_the_drawn_subnet_is_active_in_a_step_and_the_largest_outside(arguments: Arguments) -> None:
@@ -56,7 +54,11 @@ def test_the_drawn_subnet_is_active_in_a_step_and_the_largest_outside(arguments:
     recorder, seen = Recorder(supernet), forwards(supernet.model, supernet)
     sampling = SubnetSamplingCallback(supernet, rule)
     args = arguments(
-        gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=2
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=2,
     )
     # The recorder stands behind the sampling callback, and so sees what it leaves.
     stock(supernet, args, sampling, recorder, eval_dataset=sentences(4)).train()

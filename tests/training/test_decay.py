@@ -1,4 +1,4 @@
-"""Optimizer steps on active slices: against stock optimizers on the whole model and on hand-sliced weights."""
+"""Optimizer steps on active slices, against stock optimizers on whole and on hand-sliced weights."""
 
 from __future__ import annotations
 
@@ -45,8 +45,13 @@ def batch(number: int) -> dict[str, Tensor]:
 
 
 def small(supernet: Supernet, **changes: int | str) -> Architecture:
-    """A subnet of FFN width 16 and one head, unless ``changes`` say otherwise by the last part of the name."""
-    sizes: dict[str, int | str] = {"intermediate_size": 16, "num_attention_heads": 1, "skip": "none", **changes}
+    """A subnet of FFN width 16 and one head, unless ``changes`` say otherwise by the end of the name."""
+    sizes: dict[str, int | str] = {
+        "intermediate_size": 16,
+        "num_attention_heads": 1,
+        "skip": "none",
+        **changes,
+    }
     return supernet.space.canonical({name: sizes[name.rpartition(".")[2]] for name in supernet.space.names})
 
 
@@ -88,7 +93,9 @@ def test_steps_of_the_largest_subnet_are_bit_equal_to_the_stock_optimizer(build:
 
 
 @every_optimizer
-def test_steps_of_a_subnet_move_its_slices_as_the_stock_optimizer_moves_hand_sliced_copies(build: Build) -> None:
+def test_steps_of_a_subnet_move_its_slices_as_the_stock_optimizer_moves_hand_sliced_copies(
+    build: Build,
+) -> None:
     supernet = bert_supernet()
     before, architecture = weights(supernet.model), small(supernet)
     with supernet.activate(architecture):

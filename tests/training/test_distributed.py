@@ -21,10 +21,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks ended with."""
-    folder, here, port = tmp_path_factory.mktemp("ranks"), Path(__file__).parent, free_port()
+def run_two_ranks(folder: Path) -> list[dict[str, Any]]:
+    """Return what each of two ranks ended with."""
+    here, port = Path(__file__).parent, free_port()
     processes = []
     for rank in range(2):
         environment = {
@@ -38,30 +37,25 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here), *sys.path]),
         }
         command = [sys.executable, str(here / "distributed_run.py"), str(folder), str(rank)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    try:
+        outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_keep_equal_weights_and_train_as_one_process_on_all_their_examples(
-    ranks: list[dict[str, Any]], tmp_path: Path, case: str
+def test_two_ranks_keep_equal_weights_train_as_one_process_refuse_skips_and_resume(
+    tmp_path: Path,
 ) -> None:
-    assert same(ranks[0][case], ranks[1][case])
-    alone = weights(run(case, str(tmp_path), batch=4).model)
-    for name, weight in alone.items():
-        torch.testing.assert_close(ranks[0][case][name], weight, rtol=1e-3, atol=2e-4, msg=f"{case}: {name}")
-
-
-@pytest.mark.slow
-def test_skips_without_find_unused_parameters_are_refused_with_the_cure(ranks: list[dict[str, Any]]) -> None:
+    ranks = run_two_ranks(tmp_path)  # one start for all, since it takes most of the time
+    for case in CASES:
+        assert same(ranks[0][case], ranks[1][case]), case
+        alone = weights(run(case, str(tmp_path / "alone"), batch=4).model)
+        for name, weight in alone.items():
+            torch.testing.assert_close(ranks[0][case][name], weight, rtol=1e-3, atol=2e-4, msg=f"{case}: {name}")
     assert all(rank["refused"] for rank in ranks)
-
-
-@pytest.mark.slow
-def test_a_distributed_run_resumes_bit_equal(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["resumed"] for rank in ranks)

@@ -56,7 +56,10 @@ def test_a_run_killed_while_it_saves_ends_bit_equal_to_one_that_was_not(
         "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here), *sys.path]),
     }
     killed = subprocess.run(
-        [sys.executable, str(here / "killed_run.py"), str(tmp_path)], env=environment, capture_output=True
+        [sys.executable, str(here / "killed_run.py"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
@@ -121,7 +124,10 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_newest_checkpoint_is_passed_over(
-    finished: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, damage: Callable[[Path], None], marked: bool
+    finished: tuple[Path, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    marked: bool,
 ) -> None:
     folder = shutil.copytree(finished[0], tmp_path / "run")
     if not marked:

@@ -1,4 +1,4 @@
-"""Tiny supernets and data of the training tests, and of the scripts that these run in processes of their own."""
+"""Tiny supernets and data of the training tests, and of the scripts that these run on their own."""
 
 from __future__ import annotations
 

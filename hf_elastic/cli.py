@@ -1,0 +1,194 @@
+"""``hf-elastic``: compress a checkpoint, search or export a step at a time, and describe any folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_elastic.checkpoint import export as export_subnet
+from hf_elastic.declaration import ElasticConfig, Loadability
+from hf_elastic.errors import ArchitectureError, CheckpointError, ElasticError, SpaceError
+from hf_elastic.pipeline import CompressOptions as Default
+from hf_elastic.pipeline import CompressRun, open_supernet, search_run
+from hf_elastic.pipeline.options import Device, Precision, TaskName
+from hf_elastic.report import describe_folder
+from hf_elastic.supernet import Loadability as Form
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make Hugging Face language models elastic.",
+)
+
+Within = Annotated[
+    list[str],
+    typer.Option(
+        help="Limit such as parameters=0.6: up to 1 a fraction of the parent's, above 1 absolute. May be repeated."
+    ),
+]
+
+
+@app.command("compress")
+def compress_command(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the Hub.")],
+    *,
+    data: Annotated[list[str], typer.Option(help=".txt, .jsonl or .csv file, or data set name[:split]. Repeatable.")],
+    output: Annotated[str, typer.Option(help="Folder of the smaller model; the work is kept in OUTPUT.run.")],
+    within: Within = ["parameters=0.6"],  # noqa: B006 - typer reads the default, nothing changes it
+    task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
+    minutes: Annotated[float, typer.Option(help="Training time.")] = Default.minutes,
+    evaluations: Annotated[int, typer.Option(help="Architectures to evaluate.")] = Default.evaluations,
+    loadability: Annotated[Loadability, typer.Option(help="any may need trust_remote_code.")] = Default.loadability,
+    space: Annotated[
+        str | None, typer.Option(help="ElasticConfig as JSON, or a file of it; else a default one.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = Default.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = Default.learning_rate,
+    text_column: Annotated[str, typer.Option(help="Column of rows that holds text.")] = Default.text_column,
+    label_column: Annotated[str, typer.Option(help="Column of rows that holds labels.")] = Default.label_column,
+    precision: Annotated[Precision, typer.Option(help="auto: whichever is faster here.")] = Default.precision,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Default.device,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = Default.seed,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show space, limits, loadability and time.")] = False,
+) -> None:
+    """Make a checkpoint smaller and print what that gained and cost. Interrupted, the same command goes on."""
+    options = Default(
+        model=model,
+        data=tuple(data),
+        output=output,
+        within=parse_limits(within),
+        task=task,
+        minutes=minutes,
+        evaluations=evaluations,
+        loadability=loadability,
+        space=_space(space),
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        text_column=text_column,
+        label_column=label_column,
+        precision=precision,
+        device=device,
+        seed=seed,
+    )
+    run = CompressRun(options, say=typer.echo)
+    if dry_run:
+        typer.echo(run.dry_run())
+    else:
+        run.run()
+
+
+@app.command("info")
+def info_command(
+    folder: Annotated[str, typer.Argument(help="A checkpoint, an export, a supernet or a run.")],
+) -> None:
+    """Describe any checkpoint, search space or run."""
+    typer.echo(describe_folder(Path(folder)))
+
+
+@app.command("search")
+def search_command(
+    run: Annotated[str, typer.Argument(help="Run folder that compress made (OUTPUT.run).")],
+    *,
+    within: Within,
+    evaluations: Annotated[int, typer.Option(help="Architectures the search may evaluate.")] = 80,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+) -> None:
+    """Search the trained supernet of a run again, under other limits; prints the front."""
+    typer.echo(search_run(Path(run), within=parse_limits(within), evaluations=evaluations, seed=seed))
+
+
+@app.command("export")
+def export_command(
+    supernet: Annotated[
+        str, typer.Argument(help="Folder of a supernet, or run folder (its trained supernet is taken).")
+    ],
+    architecture: Annotated[str, typer.Argument(help="largest, midpoint, smallest, or JSON, or a file of it.")],
+    *,
+    output: Annotated[str, typer.Option(help="Folder to write.")],
+    loadability: Annotated[Form | None, typer.Option(help="By default what the architecture needs.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Write one architecture of a supernet as a checkpoint."""
+    handle, parent = open_supernet(Path(supernet))
+    points = {
+        "largest": handle.space.largest,
+        "midpoint": handle.space.midpoint,
+        "smallest": handle.space.smallest,
+    }
+    point = points[architecture]() if architecture in points else handle.space.canonical(_architecture(architecture))
+    report = export_subnet(handle, point, output, loadability=loadability, source=parent, overwrite=overwrite)
+    typer.echo(f"{output}: {report.note}\n  {report.snippet}")
+
+
+def parse_limits(texts: list[str]) -> dict[str, float]:
+    """Turns ``name=number`` into limits; numbers up to 1 are fractions.
+
+    Raises:
+        SpaceError: a text is not of that form.
+    """
+    limits: dict[str, float] = {}
+    for text in texts:
+        for entry in text.split(","):
+            name, _, number = entry.partition("=")
+            try:
+                limits[name.strip()] = float(number)
+            except ValueError:
+                raise SpaceError(f"within {entry!r} is not of the form name=number, such as parameters=0.6") from None
+    return limits
+
+
+def _json_or_file(text: str, what: str) -> str:
+    path = Path(text)
+    if not text.lstrip().startswith("{"):
+        if not path.is_file():
+            raise SpaceError(f"{what} {text!r} is neither JSON nor a file")
+        return path.read_text(encoding="utf-8")
+    return text
+
+
+def _space(text: str | None) -> ElasticConfig | None:
+    if text is None:
+        return None
+    try:
+        return ElasticConfig.from_dict(json.loads(_json_or_file(text, "space")))
+    except ValueError as error:
+        raise error if isinstance(error, ElasticError) else SpaceError(f"space is no JSON: {error}") from None
+
+
+def _architecture(text: str) -> dict[str, int | str]:
+    try:
+        data = json.loads(_json_or_file(text, "architecture"))
+    except ValueError as error:
+        raise (
+            error if isinstance(error, ElasticError) else ArchitectureError(f"architecture is no JSON: {error}")
+        ) from None
+    found = data.get("architecture", data) if isinstance(data, dict) else data
+    if not isinstance(found, dict):
+        raise ArchitectureError(f"architecture must be a JSON object of choices, got {type(found).__name__}")
+    return found
+
+
+def main() -> None:
+    """Entry point: errors a user can cause are one line, an interrupted run says how it goes on."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        app()
+    except ElasticError as error:
+        typer.echo(f"hf-elastic: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("hf-elastic: interrupted; the same command goes on where it was", err=True)
+        sys.exit(130)
+    except OSError as error:
+        typer.echo(f"hf-elastic: {CheckpointError(str(error).splitlines()[0])}", err=True)
+        sys.exit(2)

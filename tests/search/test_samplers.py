@@ -1,0 +1,105 @@
+"""Samplers as functions of a seed, and the trial encoding."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+
+from hf_elastic.errors import SearchError
+from hf_elastic.search.journal import Proposal, Record
+from hf_elastic.search.objective import Objective
+from hf_elastic.search.proposals import SamplerGenerator
+from hf_elastic.search.samplers import TrialEncoding, sampler_factory
+from hf_elastic.space import Choice, SearchSpace
+from tests.search.toy import layers_problem, widths_problem
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_parameters_translate_back_to_the_architecture(seed):
+    space, _ = layers_problem()
+    encoding = TrialEncoding(space)
+    architecture = space.sample(random.Random(seed))
+    parameters = encoding.parameters(architecture)
+    assert encoding.architecture(parameters) == architecture
+    for name, distribution in encoding.distributions.items():
+        assert distribution._contains(distribution.to_internal_repr(parameters[name]))
+
+
+def test_first_generation_covers_sizes_while_each_choice_stays_uniform():
+    space = SearchSpace([Choice(f"c{i}", (1, 2, 3, 4)) for i in range(50)])
+    encoding = TrialEncoding(space)
+    factory = sampler_factory("nsga2", encoding, evaluations=200)
+    generator = SamplerGenerator(encoding, factory, [Objective("loss", len)])
+    drafts = [generator.draft(seed).architecture for seed in range(400)]
+    means = [np.mean(list(a.values())) for a in drafts]
+    assert min(means) < 1.2 and max(means) > 3.8
+    counts = np.bincount([v for a in drafts for v in a.values()])[1:]
+    assert counts == pytest.approx(np.full(4, 5000), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["nsga2", "tpe", NSGAIISampler(population_size=4), TPESampler(n_startup_trials=4)]
+)
+def test_drafts_depend_on_seed_and_records_only_and_leave_no_trace(algorithm):
+    space, objectives = widths_problem()
+    encoding = TrialEncoding(space)
+    factory = sampler_factory(algorithm, encoding, evaluations=200)
+    one, other = (SamplerGenerator(encoding, factory, objectives) for _ in range(2))
+    for number in range(30):
+        wanted = one.draft(number)
+        for noise in range(3):
+            other.draft(1000 + noise)  # drafts that are thrown away
+        assert other.draft(number) == wanted
+        values = tuple(objective(wanted.architecture) for objective in objectives)
+        for generator in (one, other):
+            generator.observe(Record(number, wanted, values))
+
+
+def test_generations_advance_with_the_population():
+    space, objectives = widths_problem()
+    encoding = TrialEncoding(space)
+    generator = SamplerGenerator(encoding, sampler_factory("nsga2", encoding, evaluations=100), objectives)
+    generations = []
+    for number in range(35):
+        draft = generator.draft(number)
+        generations += draft.trial_attrs.values()
+        values = tuple(objective(draft.architecture) for objective in objectives)
+        failed = number in (3, 4)  # failed evaluations count for no generation
+        generator.observe(Record(number, draft, None if failed else values))
+    assert generations == [0] * 12 + [1] * 10 + [2] * 10 + [3] * 3
+
+
+def test_a_sampler_without_a_random_generator_cannot_be_seeded():
+    class Constant(BaseSampler):
+        def infer_relative_search_space(self, study, trial):
+            return {}
+
+        def sample_relative(self, study, trial, search_space):
+            return {}
+
+        def sample_independent(self, study, trial, param_name, param_distribution):
+            return 0
+
+    space, objectives = widths_problem()
+    encoding = TrialEncoding(space)
+    seeded = SamplerGenerator(encoding, sampler_factory(Constant(), encoding, evaluations=9), objectives)
+    with pytest.raises(SearchError, match="cannot seed a Constant; pass a function"):
+        seeded.draft(0)
+    made = SamplerGenerator(encoding, sampler_factory(lambda seed: Constant(), encoding, evaluations=9), objectives)
+    assert made.draft(0) == Proposal(space.smallest())
+
+
+def test_a_sampler_that_writes_to_the_history_is_told_off():
+    class Meddling(NSGAIISampler):
+        def before_trial(self, study, trial):
+            study.set_user_attr("mine", 1)
+
+    space, objectives = widths_problem()
+    encoding = TrialEncoding(space)
+    factory = sampler_factory(lambda seed: Meddling(seed=seed), encoding, evaluations=9)
+    with pytest.raises(SearchError, match="Meddling cannot propose: it tries to write a user attribute"):
+        SamplerGenerator(encoding, factory, objectives).draft(0)
