@@ -27,9 +27,7 @@ from transformers.models.bert.modeling_bert import (
     BertOutput,
     eager_attention_forward,
 )
-from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import apply_chunking_to_forward
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -56,10 +54,10 @@ class ElasticBertEmbeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -71,7 +69,7 @@ class ElasticBertEmbeddings(nn.Module):
         embeddings = embeddings + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embeddings))
 
-    def _positions(self, input_ids: torch.LongTensor | None, embeddings: torch.Tensor) -> torch.Tensor:
+    def _positions(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor) -> torch.Tensor:
         if self.padding_idx is None or input_ids is None:
             count = torch.arange(embeddings.shape[1], device=embeddings.device)
             return (count + self.first_position).unsqueeze(0)  # (1, T)
@@ -82,7 +80,7 @@ class ElasticBertEmbeddings(nn.Module):
 class ElasticBertSelfAttention(nn.Module):
     """Bidirectional attention whose heads come from a layer's config; ``config`` is the model's, shared."""
 
-    def __init__(self, config: ElasticBertConfig, shape: ElasticBertConfig, layer_idx: int) -> None:
+    def __init__(self, config: ElasticBertConfig, shape: Any, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -100,7 +98,7 @@ class ElasticBertSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         tokens = hidden_states.shape[:-1]
         by_head = (*tokens, -1, self.attention_head_size)
@@ -126,7 +124,7 @@ class ElasticBertSelfAttention(nn.Module):
 class ElasticBertSelfOutput(nn.Module):
     """From the heads back to the hidden size, with the residual and its LayerNorm."""
 
-    def __init__(self, shape: ElasticBertConfig) -> None:
+    def __init__(self, shape: Any) -> None:
         super().__init__()
         dropout = shape.attention_output_dropout_prob
         self.dense = nn.Linear(shape.num_attention_heads * shape.head_dim, shape.hidden_size)
@@ -140,7 +138,7 @@ class ElasticBertSelfOutput(nn.Module):
 class ElasticBertAttention(nn.Module):
     """Attention sublayer, with the stock names of its two halves."""
 
-    def __init__(self, config: ElasticBertConfig, shape: ElasticBertConfig, layer_idx: int) -> None:
+    def __init__(self, config: ElasticBertConfig, shape: Any, layer_idx: int) -> None:
         super().__init__()
         self.self = ElasticBertSelfAttention(config, shape, layer_idx)
         self.output = ElasticBertSelfOutput(shape)
@@ -149,7 +147,7 @@ class ElasticBertAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> torch.Tensor:
         mixed, _ = self.self(hidden_states, attention_mask, **kwargs)
         return self.output(mixed, hidden_states)
@@ -174,7 +172,7 @@ class ElasticBertLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> torch.Tensor:
         if self.has_attention:
             hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
@@ -265,19 +263,19 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -317,13 +315,13 @@ class ElasticBertForMaskedLM(ElasticBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> MaskedLMOutput:
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.cls(outputs.last_hidden_state)  # (B, T, V)
@@ -354,13 +352,13 @@ class ElasticBertForSequenceClassification(ElasticBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))  # (B, labels)
@@ -390,13 +388,13 @@ class ElasticBertForTokenClassification(ElasticBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> TokenClassifierOutput:
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, T, labels)
@@ -423,14 +421,14 @@ class ElasticBertForQuestionAnswering(ElasticBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))  # (B, T, 2)
