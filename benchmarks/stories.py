@@ -27,7 +27,7 @@ import transformers
 from llama2c_tokenizer import Llama2cTokenizer
 from measuring import environment, print_environment, print_table, write_json
 from torch import Tensor
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, PrinterCallback, TrainingArguments
 
 import hf_elastic as he
 
@@ -162,10 +162,12 @@ def train(supernet: he.Supernet, rule: he.SandwichRule | he.FixedSubnet, texts: 
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, seed=plan.seed,
             remove_unused_columns=False, dataloader_pin_memory=False,
         )  # fmt: skip
-        he.ElasticTrainer(
+        trainer = he.ElasticTrainer(
             supernet=supernet, sampling=rule, distill=plan.distillation, args=arguments, data_collator=collate,
             train_dataset=[{"input_ids": ids} for ids in texts.train],
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     supernet.model.eval()
     return time.perf_counter() - began
 
@@ -213,14 +215,14 @@ class Report:
         for label, architecture in names.items():
             with supernet.activate(architecture):
                 found = perplexity(supernet.model, self.texts.validation)
-            self.rows.append(
-                {
-                    "model": self.name, "stage": stage, "subnet": label, "perplexity": found,
-                    "parameters": he.costs.parameters(supernet, architecture) / whole,
-                    "macs": _macs(supernet, architecture) / _macs(supernet, supernet.space.largest()),
-                    "loads as": supernet.loadability(architecture),
-                }
-            )  # fmt: skip
+            line = {
+                "model": self.name, "stage": stage, "subnet": label, "perplexity": found,
+                "parameters": he.costs.parameters(supernet, architecture) / whole,
+                "macs": _macs(supernet, architecture) / _macs(supernet, supernet.space.largest()),
+                "loads as": supernet.loadability(architecture),
+            }  # fmt: skip
+            self.rows.append(line)
+            print(f"{self.name}, {stage}, {label}: perplexity {found:.3f}", flush=True)
 
 
 def _macs(supernet: he.Supernet, architecture: he.Architecture) -> int:

@@ -165,7 +165,7 @@ class SkippableModule(nn.Module):
         if not self.skipped:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        write_cache_placeholder(self, hidden, kwargs.get("past_key_values"))
+        write_cache_filler(self, hidden, kwargs.get("past_key_values"))
         if self.skip_rule.returns == "zero":
             result = hidden.new_zeros(())
         else:
@@ -177,7 +177,7 @@ class SkippableModule(nn.Module):
         return _rebuild, (self.__class__.__mro__[2], SkippableModule), self.__getstate__()
 
 
-def write_cache_placeholder(module: nn.Module, hidden: Tensor, cache: Any) -> None:
+def write_cache_filler(module: nn.Module, hidden: Tensor, cache: Any) -> None:
     """Keeps the length of a KV cache right when a layer's attention is skipped.
 
     transformers reads the length of a cache from its first layer, and counts an empty tensor as length 0; one

@@ -138,7 +138,7 @@ def _break_restore(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _break_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_elastic.layers.write_cache_placeholder", lambda *args: None)
+    monkeypatch.setattr("hf_elastic.layers.write_cache_filler", lambda *args: None)
 
 
 def _break_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,19 +67,19 @@ def skipped_sublayers(layer_config: Any) -> list[str]:
     return getattr(layer_config, "skip", None) or []
 
 
-def write_cache_placeholder(cache: Any, hidden_states: Any, layer_idx: int) -> None:
+def write_cache_filler(cache: Any, hidden_states: Any, layer_idx: int) -> None:
     """Keeps the length of a KV cache right where a layer has no attention.
 
     transformers reads the length of a cache from its first layer, and counts an empty tensor as length 0; one zero per
     token, ``(B, 1, T, 1)``, keeps it right whichever layers have no attention.
     """
     if cache is not None:
-        placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-        cache.update(placeholder, placeholder, layer_idx)
+        filler = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(filler, filler, layer_idx)
 
 
 def static_cache_shapes(config: Any) -> tuple[list[int], list[int]]:
-    """Heads and head sizes of a preallocated KV cache, per layer; (1, 1) where the placeholder goes."""
+    """Heads and head sizes of a preallocated KV cache, per layer; (1, 1) where the filler goes."""
     heads, sizes = [], []
     for layer in config.per_layer_config:
         present = "attention" not in skipped_sublayers(layer)

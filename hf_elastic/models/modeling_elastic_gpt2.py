@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_elastic_gpt2 import ElasticGPT2Config
-from .elastic_layers import skipped_sublayers, static_cache_shapes, write_cache_placeholder
+from .elastic_layers import skipped_sublayers, static_cache_shapes, write_cache_filler
 
 
 class ElasticGPT2Attention(GPT2Attention):
@@ -91,7 +91,7 @@ class ElasticGPT2Block(GradientCheckpointingLayer):
             )
             hidden_states = mixed + hidden_states
         else:
-            write_cache_placeholder(past_key_values, hidden_states, self.layer_idx)
+            write_cache_filler(past_key_values, hidden_states, self.layer_idx)
         if self.has_mlp:
             hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
         return hidden_states

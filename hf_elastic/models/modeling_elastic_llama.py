@@ -26,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_elastic_llama import ElasticLlamaConfig
-from .elastic_layers import skipped_sublayers, static_cache_shapes, write_cache_placeholder
+from .elastic_layers import skipped_sublayers, static_cache_shapes, write_cache_filler
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -129,7 +129,7 @@ class ElasticLlamaDecoderLayer(GradientCheckpointingLayer):
             )
             hidden_states = hidden_states + mixed
         else:
-            write_cache_placeholder(past_key_values, hidden_states, self.layer_idx)
+            write_cache_filler(past_key_values, hidden_states, self.layer_idx)
         if self.has_mlp:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states

@@ -107,8 +107,8 @@ class CompressRun:
             str(supernet),
             f"  task           {self.task.name}, {len(self.data.train)} training examples, quality: {quality}",
             f"  limits         {wanted}: {feasible_share(supernet, limits):.1%} of the space, loading as {forms}",
-            f"  time           {self.options.minutes:g} min of training: {self._steps(seconds)} steps of {seconds:.2f} s, "
-            f"{self.options.evaluations} evaluations",
+            f"  training       {self.options.minutes:g} min: {self._steps(seconds)} steps of {seconds:.2f} s",
+            f"  search         {self.options.evaluations} evaluations",
         ]
         return "\n".join(lines)
 
