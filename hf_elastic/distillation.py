@@ -19,7 +19,7 @@ from hf_elastic.errors import TrainingError
 
 Divergence = Literal["forward", "reverse", "mse"]
 Pooling = Literal["mean", "cls", "last"]
-StateDistance = Literal["mse", "cosine"]
+StateDistance = Literal["mse", "cosine", "relative"]
 
 IGNORED_LABEL = -100  # what the losses of transformers leave out
 
@@ -179,7 +179,8 @@ def hidden_state_loss(
 
     ``mse``: :math:`\frac{1}{D} \| h^s - h^t \|^2`; ``cosine``: :math:`1 - \cos(h^s, h^t)` (Jiao et al. 2020,
     arXiv 1909.10351, Eq. 9, without a learned projection: the residual stream of a subnet is as wide as its
-    teacher's).
+    teacher's). ``relative``: :math:`\sum \| h^s - h^t \|^2 / \sum \| h^t \|^2` over the tokens of the batch, the
+    share of the teacher's energy that is missed; it needs no factor that depends on the model.
 
     Args:
         student: states ``(B, T, D)``; entry 0 is the embedding, entry ``i + 1`` the output of layer ``i``, as
@@ -188,7 +189,7 @@ def hidden_state_loss(
         mask: ``(B, T)``, non-zero for the tokens that count; all by default.
         pairs: entries to compare, (of the student, of the teacher); by default each with its equal. See
             :func:`layer_pairs` for skipped layers.
-        distance: which of the two.
+        distance: which of the three.
 
     Raises:
         TrainingError: Shapes differ, an entry does not exist, or no pair is given.
@@ -211,7 +212,11 @@ def hidden_state_loss(
                 "of student and teacher"
             )
         _check_same_shape(student[i], teacher[j], what="hidden states")
-        terms.append(masked_mean(measure(student[i].float(), teacher[j].detach().float()), mask))
+        wanted = teacher[j].detach().float()
+        term = masked_mean(measure(student[i].float(), wanted), mask)
+        if distance == "relative":
+            term = term / masked_mean(wanted.square().mean(-1), mask).clamp(min=torch.finfo(torch.float32).tiny)
+        terms.append(term)
     return torch.stack(terms).mean()
 
 
@@ -268,11 +273,11 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, *, count: Tensor | f
 
 def _state_distance(distance: StateDistance) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function of two ``(B, T, D)`` tensors that gives ``(B, T)``."""
-    if distance == "mse":
+    if distance in ("mse", "relative"):
         return lambda student, teacher: (student - teacher).square().mean(-1)
     if distance == "cosine":
         return lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1)
-    raise TrainingError(f"unknown distance {distance!r}; allowed: 'mse', 'cosine'")
+    raise TrainingError(f"unknown distance {distance!r}; allowed: 'mse', 'cosine', 'relative'")
 
 
 def _check_same_shape(student: Tensor, teacher: Tensor, *, what: str) -> None:

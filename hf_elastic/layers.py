@@ -95,10 +95,10 @@ def make_elastic_linear(module: nn.Module, *, name: str, fused: int = 1) -> Elas
     check_linear(module, name=name, fused=fused)
     swapped: Any = module
     if isinstance(module, nn.Linear):
-        swapped.__class__ = ElasticLinear
+        _swap_class(module, ElasticLinear)
         swapped.active_in_features, swapped.active_out_features = module.in_features, module.out_features
     else:
-        swapped.__class__ = ElasticConv1D
+        _swap_class(module, ElasticConv1D)
         swapped.active_in_features, swapped.active_out_features, swapped.fused = module.nx, module.nf, fused
     assert isinstance(swapped, ElasticProjection)
     return swapped
@@ -132,11 +132,21 @@ def check_forward(module: nn.Module, *, name: str) -> None:
     Raises:
         UnsupportedModelError: accelerate hung an offloading or dispatch hook on the module.
     """
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not _is_stock_forward(module):
         raise UnsupportedModelError(
             f"{name} has a forward of its own (an accelerate offloading or dispatch hook); call "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True) first, or load without device_map"
         )
+
+
+def _is_stock_forward(module: nn.Module) -> bool:
+    """Whether the ``forward`` that the object holds is that of its class, as accelerate leaves it when a hook goes."""
+    return getattr(vars(module)["forward"], "__func__", None) is type(module).forward
+
+
+def _swap_class(module: nn.Module, made: type[nn.Module]) -> None:
+    vars(module).pop("forward", None)  # the stock one, which would hide that of the new class
+    module.__class__ = made
 
 
 @dataclass(frozen=True)
@@ -206,9 +216,14 @@ def _rebuild(cls: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
 
 
 def make_skippable(module: nn.Module, rule: Skip) -> SkippableModule:
-    """Swaps the class of a stock module in place so that it can be skipped, and returns it, not skipped."""
+    """Swaps the class of a stock module in place so that it can be skipped, and returns it, not skipped.
+
+    Raises:
+        UnsupportedModelError: see :func:`check_forward`.
+    """
+    check_forward(module, name=rule.module)
     if not isinstance(module, SkippableModule):
-        module.__class__ = _with_mixin(type(module), SkippableModule)
+        _swap_class(module, _with_mixin(type(module), SkippableModule))
     module.skipped, module.skip_rule = False, rule  # type: ignore[assignment]
     assert isinstance(module, SkippableModule)
     return module

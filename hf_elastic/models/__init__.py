@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 _SHARED = "elastic_layers"
 _FAMILIES = ("bert", "llama", "gpt2")
 MODEL_TYPES = tuple(f"elastic_{family}" for family in _FAMILIES)
 
 
-def config_class(model_type: str) -> type[PreTrainedConfig]:
+def config_class(model_type: str) -> Any:
     """Returns the config class of ``elastic_bert``, ``elastic_llama`` or ``elastic_gpt2``."""
     module = import_module(f".configuration_{model_type}", __name__)
     return next(getattr(module, name) for name in module.__all__)

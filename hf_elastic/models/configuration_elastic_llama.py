@@ -66,7 +66,7 @@ class ElasticLlamaConfig(PerLayerShapes, LlamaConfig):
         super().validate_architecture()
         if self.is_heterogeneous or "attention" in skipped_sublayers(self):
             return
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads} in every layer"
@@ -78,10 +78,11 @@ class ElasticLlamaConfig(PerLayerShapes, LlamaConfig):
         Raises:
             ValueError: an unknown layer type, or sliding layers without a window.
         """
-        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        layer_types = self.layer_types or []
+        unknown = sorted(set(layer_types) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"layer_types has {', '.join(unknown)}; elastic_llama has {' and '.join(LAYER_TYPES)}")
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
+        if "sliding_attention" in layer_types and not self.sliding_window:
             raise ValueError(
                 f"layer_types has sliding_attention, which needs a sliding_window, got {self.sliding_window}"
             )

@@ -3,12 +3,18 @@
 This file travels with a checkpoint as remote code: it imports nothing but transformers and files beside it.
 """
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as Base
+else:
+    # At run time a plain mixin: a config among the bases would bring back the defaults that BertConfig replaces.
+    Base = object
 
 SUBLAYERS = ("attention", "mlp")
 
 
-class PerLayerShapes:
+class PerLayerShapes(Base):
     """Mixin for a config whose layers may differ in width, in heads, and in which sublayers they have.
 
     The shapes sit in transformers' own ``per_layer_config``: a mapping from layer number to what differs from the
@@ -40,7 +46,7 @@ class PerLayerShapes:
         """
         if self.is_heterogeneous:
             allowed = set(self.per_layer_names.values())
-            unknown = sorted(self.per_layer_attributes - allowed)
+            unknown = sorted((self.per_layer_attributes or set()) - allowed)
             if unknown:
                 raise ValueError(
                     f"per_layer_config sets {', '.join(unknown)}; "
@@ -74,7 +80,7 @@ def write_cache_filler(cache: Any, hidden_states: Any, layer_idx: int) -> None:
     token, ``(B, 1, T, 1)``, keeps it right whichever layers have no attention.
     """
     if cache is not None:
-        filler = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        filler = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)  # (B, 1, T, 1)
         cache.update(filler, filler, layer_idx)
 
 

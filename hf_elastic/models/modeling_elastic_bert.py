@@ -41,8 +41,8 @@ class ElasticBertEmbeddings(nn.Module):
     def __init__(self, config: ElasticBertConfig) -> None:
         super().__init__()
         # RoBERTa gives padding the position of the padding token, which then takes no gradient.
-        self.first_position = config.pad_token_id + 1 if config.positions_skip_padding else 0
         self.padding_idx = config.pad_token_id if config.positions_skip_padding else None
+        self.first_position = 0 if self.padding_idx is None else self.padding_idx + 1
         hidden = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, hidden, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden, padding_idx=self.padding_idx)
@@ -264,7 +264,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -280,10 +280,8 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
-        hidden_states = self.encoder(hidden_states, attention_mask, position_ids=position_ids, **kwargs)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        hidden_states = self.encoder(hidden_states, mask, position_ids=position_ids, **kwargs)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
@@ -346,7 +344,7 @@ class ElasticBertForSequenceClassification(ElasticBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = ElasticBertModel(config, add_pooling_layer=True, pooler_dropout=config.pooler_dropout)
         self.dropout = nn.Dropout(_first(config.classifier_dropout, config.hidden_dropout_prob))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     @can_return_tuple
@@ -382,7 +380,7 @@ class ElasticBertForTokenClassification(ElasticBertPreTrainedModel):
         self.bert = ElasticBertModel(config, add_pooling_layer=False)
         dropouts = (config.token_classifier_dropout, config.classifier_dropout, config.hidden_dropout_prob)
         self.dropout = nn.Dropout(_first(*dropouts))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     @can_return_tuple
@@ -415,7 +413,7 @@ class ElasticBertForQuestionAnswering(ElasticBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = ElasticBertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(config.qa_dropout)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     @can_return_tuple

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -73,7 +73,7 @@ class ElasticGPT2Block(GradientCheckpointingLayer):
         # initialise in custom code, for they hold no parameters of their own.
         for module in self.modules():
             if isinstance(module, (GPT2Attention, GPT2MLP)):
-                module.c_proj.into_residual = True
+                module.c_proj.into_residual = True  # type: ignore[assignment]
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class ElasticGPT2PreTrainedModel(GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if getattr(module, "into_residual", False):
+        if isinstance(module, Conv1D) and getattr(module, "into_residual", False):
             init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
 
 
@@ -129,7 +129,7 @@ class ElasticGPT2Model(ElasticGPT2PreTrainedModel):
         return self.wte
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.wte = new_embeddings
+        self.wte = new_embeddings  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -206,7 +206,7 @@ class ElasticGPT2ForCausalLM(ElasticGPT2PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        outputs: BaseModelOutputWithPast = self.transformer(
+        outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
@@ -230,7 +230,9 @@ class ElasticGPT2ForCausalLM(ElasticGPT2PreTrainedModel, GenerationMixin):
         )
 
     def _get_static_cache_init_shape(self) -> tuple[list[int], list[int]] | None:
-        return static_cache_shapes(self.config) if super()._get_static_cache_init_shape() is not None else None
+        # None where the layers sit on several devices.
+        single_device = super()._get_static_cache_init_shape() is not None  # type: ignore[misc]
+        return static_cache_shapes(self.config) if single_device else None
 
 
 class ElasticGPT2ForSequenceClassification(GenericForSequenceClassification, ElasticGPT2PreTrainedModel):
@@ -247,7 +249,7 @@ class ElasticGPT2ForSequenceClassification(GenericForSequenceClassification, Ela
         GPT2PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.transformer = ElasticGPT2Model(config)
-        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)  # type: ignore[arg-type]
         self.post_init()
 
 

@@ -56,8 +56,10 @@ class ElasticLlamaAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, keys, bias=bias)
         self.v_proj = nn.Linear(hidden, keys, bias=bias)
         self.o_proj = nn.Linear(queries, hidden, bias=shape.attention_output_bias)
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=shape.rms_norm_eps) if shape.qk_norm else None
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=shape.rms_norm_eps) if shape.qk_norm else None
+        self.has_qk_norm = shape.qk_norm
+        if self.has_qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=shape.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=shape.rms_norm_eps)
 
     def forward(
         self,
@@ -72,7 +74,7 @@ class ElasticLlamaAttention(nn.Module):
         query = self.q_proj(hidden_states).view(by_head)  # (B, T, H, head_dim)
         key = self.k_proj(hidden_states).view(by_head)  # (B, T, K, head_dim)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)  # (B, K, T, head_dim)
-        if self.q_norm is not None:
+        if self.has_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, head_dim), (B, K, T, head_dim)
         cos, sin = position_embeddings
@@ -150,11 +152,12 @@ class ElasticLlamaModel(ElasticLlamaPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
+        self.layer_types = list(config.layer_types or ())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(ElasticLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # Some rotary types read the number of heads, which only a layer's config answers.
-        self.rotary_emb = LlamaRotaryEmbedding(config=config.per_layer_config[0])
+        self.rotary_emb = LlamaRotaryEmbedding(config.per_layer_config[0])  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -180,7 +183,7 @@ class ElasticLlamaModel(ElasticLlamaPreTrainedModel):
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
         masks = self._masks(attention_mask, hidden_states, past_key_values=past_key_values, position_ids=position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        for layer, layer_type in zip(self.layers, self.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
@@ -200,7 +203,7 @@ class ElasticLlamaModel(ElasticLlamaPreTrainedModel):
             layer_type: MASKS[layer_type](
                 config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **past
             )
-            for layer_type in dict.fromkeys(self.config.layer_types)
+            for layer_type in dict.fromkeys(self.layer_types)
         }
 
 
@@ -218,7 +221,9 @@ class ElasticLlamaForCausalLM(ElasticLlamaPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     def _get_static_cache_init_shape(self) -> tuple[list[int], list[int]] | None:
-        return static_cache_shapes(self.config) if super()._get_static_cache_init_shape() is not None else None
+        # None where the layers sit on several devices.
+        single_device = super()._get_static_cache_init_shape() is not None  # type: ignore[misc]
+        return static_cache_shapes(self.config) if single_device else None
 
 
 class ElasticLlamaForSequenceClassification(GenericForSequenceClassification, ElasticLlamaPreTrainedModel):
@@ -234,7 +239,7 @@ class ElasticLlamaForSequenceClassification(GenericForSequenceClassification, El
         LlamaPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = ElasticLlamaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)  # type: ignore[arg-type]
         self.post_init()
 
 

@@ -26,9 +26,7 @@ from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, resolve_task
 from hf_elastic.pipeline.texts import digest, read_rows
 from hf_elastic.pipeline.training import (
-    attach_teacher,
     device_of,
-    in_length_order,
     random_batches,
     step_seconds,
     train_phase,
@@ -42,6 +40,7 @@ from hf_elastic.training import FixedSubnet
 Say = Callable[[str], None]
 
 LATENCY_BATCH = 8
+TEACHER_FILE = "teacher.safetensors"
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class CompressRun:
         supernet = self._stage("space", "sorted", self._build)
         limits = feasibility(supernet, self.options.within)
         self.validation_teacher = self._teacher(supernet)
-        self.parent = copy.deepcopy(supernet.model) if self.task.target == "logits" else None
+        self.parent = copy.deepcopy(supernet.model).eval().requires_grad_(False)
         pool = near_limit(supernet, limits, seed=self.options.seed)
         self._plan_training(supernet, pool)
         trained = self._stage("train", "supernet", lambda: self._train_supernet(supernet, pool))
@@ -138,9 +137,9 @@ class CompressRun:
         return Supernet.from_pretrained(target, dtype=torch.float32).to(device_of(self.options))
 
     def _new_supernet(self) -> Supernet:
-        model = load_model(self.task, self.options).to(device_of(self.options))
+        model = load_model(self.task, self.options)
         space = self.options.space or default_space(model, self.options.loadability)
-        return make_elastic(model, space)
+        return make_elastic(model, space).to(device_of(self.options))
 
     def _build(self) -> Supernet:
         supernet = self._new_supernet()
@@ -152,27 +151,16 @@ class CompressRun:
         return supernet
 
     def _teacher(self, supernet: Supernet) -> Tensor | None:
-        """Computes the parent's embeddings of all text once; attaches those of the training text to its features."""
-        if self.task.target != "embeddings":
+        """Embeds the validation sentences with the parent, once; ``None`` for other tasks."""
+        if self.task.name != "embedding":
             return None
-        path = self.folder / "teacher.safetensors"
+        path = self.folder / TEACHER_FILE
         if not self.record.finished("teacher"):
-            self.say(f"embedding {len(self.data.train)} training sentences with the parent")
             largest = supernet.space.largest()
             with self.record.stage("teacher"):
-                train = in_length_order(
-                    self.data.train,
-                    lambda features: objectives.embeddings(
-                        supernet, largest, [self.data.collate(features)], pooling=self.task.pooling
-                    ),
-                )
-                validation = objectives.embeddings(supernet, largest, self.data.validation, pooling=self.task.pooling)
-                save_file({"train": train.contiguous(), "validation": validation.contiguous()}, path)
-        vectors = load_file(path)
-        if len(vectors["train"]) != len(self.data.train):
-            raise CheckpointError(f"{path} holds embeddings of other sentences; delete {self.folder} and start again")
-        attach_teacher(self.data.train, vectors["train"])
-        return vectors["validation"]
+                vectors = objectives.embeddings(supernet, largest, self.data.validation, pooling=self.task.pooling)
+                save_file({"validation": vectors.contiguous()}, path)
+        return load_file(path)["validation"]
 
     def _plan_training(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> None:
         """Turns minutes into a number of steps, once; a continued run keeps the plan."""
@@ -212,12 +200,9 @@ class CompressRun:
                 folder=self.folder / f"training-{phase}",
                 steps=plan[f"{phase}_steps"],
                 bf16=plan["bf16"],
-                teacher=self._frozen_parent(),
+                teacher=self.parent,
             )
         return supernet
-
-    def _frozen_parent(self) -> nn.Module | None:
-        return None if self.parent is None else self.parent.eval().requires_grad_(False)
 
     def _train_supernet(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> Supernet:
         return self._train(supernet, AmongSubnets(pool, self.options.seed), phase="supernet")
@@ -263,7 +248,7 @@ class CompressRun:
         pristine = Supernet.from_pretrained(self.folder / "sorted", dtype=torch.float32).to(device_of(self.options))
         trained = Supernet.from_pretrained(self.folder / "supernet", dtype=torch.float32).to(device_of(self.options))
         plain = plain_alternatives(
-            lambda: load_model(self.task, self.options, folder=self.folder / "sorted").to(pristine.model.device),
+            lambda: load_model(self.task, self.options, folder=self.folder / "sorted"),
             limit=costs.macs(final, architecture, seq_len=costs.LATENCY_TOKENS),
             layer_order=self.record.numbers("space")["layer_order"],
         )
@@ -271,7 +256,7 @@ class CompressRun:
             ("parent", pristine, pristine.space.largest()),
             ("found", final, architecture),
             ("midpoint", trained, trained.space.midpoint()),
-            *plain,
+            *((name, supernet.to(pristine.model.device), point) for name, supernet, point in plain),
         ]
         rows = [self._row(name, supernet, point) for name, supernet, point in candidates]
         models = {name: extract(supernet, point) for name, supernet, point in candidates}
@@ -309,10 +294,10 @@ class _Found:
     result: SearchResult
 
 
-def teacher_vectors(folder: Path) -> dict[str, Tensor] | None:
-    """The parent's embeddings that a run keeps, of its training and validation text; ``None`` for other tasks."""
-    path = folder / "teacher.safetensors"
-    return load_file(path) if path.is_file() else None
+def teacher_vectors(folder: Path) -> Tensor | None:
+    """The parent's embeddings of its validation sentences that a run keeps; ``None`` for other tasks."""
+    path = folder / TEACHER_FILE
+    return load_file(path)["validation"] if path.is_file() else None
 
 
 def compress(options: CompressOptions, *, say: Say = print) -> CompressResult:

@@ -63,8 +63,7 @@ def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, s
     task = resolve_task(options)
     rows = read_rows(options.data, text_column=options.text_column)
     data = task.prepare(AutoTokenizer.from_pretrained(options.model), rows, options)
-    vectors = teacher_vectors(folder)
-    measures = task.measures(supernet, data.validation, teacher=None if vectors is None else vectors["validation"])
+    measures = task.measures(supernet, data.validation, teacher=teacher_vectors(folder))
     known = objectives.related_costs(supernet)
     cost = known[next((name for name in within if name in known), "macs")]
     label = "-".join([*(f"{name}-{value:g}" for name, value in sorted(within.items())), str(seed)])

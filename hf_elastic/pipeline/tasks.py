@@ -113,7 +113,8 @@ def resolve_task(options: CompressOptions) -> Task:
     config = read_config(options.model)
     name = options.task if options.task != "auto" else _task_of(config, options.model)
     if name == "embedding":
-        return Task(name, AutoModel, "embeddings", ("structure", "cosine"), _pooling(options.model), _embedding_data)
+        pooling = _pooling(options.model)
+        return Task(name, AutoModel, "last_hidden_state", ("structure", "cosine"), pooling, _embedding_data)
     if name == "causal-lm":
         return Task(name, AutoModelForCausalLM, "logits", ("perplexity",), "last", _causal_data)
     if name == "masked-lm":
@@ -177,15 +178,13 @@ def _batches(features: list[Feature], collate: Callable[[list[Feature]], Batch])
 
 
 def _padder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Batch]:
-    """Pads token ids; stacks labels and the teacher's embeddings."""
+    """Pads token ids; stacks labels."""
 
     def collate(features: list[Feature]) -> Batch:
         ids = [{"input_ids": f["input_ids"]} for f in features]
         batch: Batch = dict(tokenizer.pad(ids, return_tensors="pt"))
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([f["labels"] for f in features])
-        if "teacher_embeddings" in features[0]:
-            batch["teacher_embeddings"] = torch.stack([f["teacher_embeddings"] for f in features])
         return batch
 
     return collate

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_elastic.pipeline.options import CompressOptions
-from hf_elastic.pipeline.tasks import Batch, Feature, Task, TaskData
+from hf_elastic.pipeline.tasks import Batch, Task, TaskData
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.training import Distillation, ElasticTrainer, SamplingRule, last_complete_checkpoint
@@ -32,18 +31,18 @@ def train_phase(
     folder: Path,
     steps: int,
     bf16: bool,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module,
 ) -> None:
     """Trains the subnets of a rule for a number of steps; continues from the newest whole checkpoint of ``folder``.
 
-    Label-free where the task is: embeddings are distilled from the parent's, computed beforehand; logits from a
-    frozen copy of the parent given as ``teacher``, with the labels of the text beside them.
+    Everything is distilled from a frozen copy of the parent: a sentence encoder the state of every token after the
+    last layer, without labels; other models their logits, with the labels of the text beside them.
     """
-    prepare_for_distillation(supernet.model, freeze_embeddings=task.target == "embeddings")
+    prepare_for_distillation(supernet.model, freeze_embeddings=task.name == "embedding")
     trainer = ElasticTrainer(
         supernet=supernet,
         sampling=rule,
-        distill=Distillation(target=task.target, teacher=teacher, pooling=task.pooling),
+        distill=Distillation(target=task.target, teacher=teacher, state_distance="relative"),
         args=_arguments(options, task, folder=folder, steps=steps, bf16=bf16),
         train_dataset=data.train,
         data_collator=data.collate,
@@ -71,7 +70,7 @@ def _arguments(options: CompressOptions, task: Task, *, folder: Path, steps: int
         weight_decay=0.0,
         bf16=bf16,
         use_cpu=device_of(options) == "cpu",
-        train_sampling_strategy="group_by_length" if task.target == "embeddings" else "random",
+        train_sampling_strategy="group_by_length" if task.name == "embedding" else "random",
         remove_unused_columns=False,
         save_steps=max(1, steps // _SAVES),
         save_total_limit=2,
@@ -97,7 +96,6 @@ def step_seconds(
     model.train()
     for index in range(_PROBE_STEPS + 1):
         batch = {name: t.to(model.device) for name, t in batches[index % len(batches)].items()}
-        batch.pop("teacher_embeddings", None)
         began = time.perf_counter()
         mixed = torch.autocast(model.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
         with supernet.activate(architectures[index % len(architectures)]):
@@ -115,19 +113,3 @@ def random_batches(data: TaskData, *, size: int, count: int = _PROBE_STEPS) -> l
     ordered = sorted(data.train, key=lambda feature: len(feature["input_ids"]))
     starts = [int(len(ordered) * (i + 0.5) / count) for i in range(count)]
     return [data.collate(ordered[min(s, max(0, len(ordered) - size)) :][:size]) for s in starts]
-
-
-def attach_teacher(features: list[Feature], vectors: Tensor) -> None:
-    """Adds the parent's embeddings ``(N, D)`` to the features they belong to."""
-    for feature, vector in zip(features, vectors, strict=True):
-        feature["teacher_embeddings"] = vector
-
-
-def in_length_order(features: list[Feature], encode: Callable[[list[Feature]], Tensor], *, size: int = 64) -> Tensor:
-    """Applies ``encode`` to batches of similar length (less padding); results are in the order of the features."""
-    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
-    rows = [encode([features[i] for i in order[s : s + size]]) for s in range(0, len(order), size)]
-    result = torch.cat(rows)  # (N, D)
-    inverse = torch.empty(len(order), dtype=torch.long)
-    inverse[torch.tensor(order)] = torch.arange(len(order))
-    return result[inverse]

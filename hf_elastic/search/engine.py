@@ -92,7 +92,7 @@ def search_subnets(
     encoding = TrialEncoding(space)
     with _quiet_optuna():
         source, budget = _proposal_source(
-            algorithm, encoding, feasibility, goals=goals, fixed=fixed, evaluations=evaluations, seed=seed
+            algorithm, encoding, feasibility, goals=goals, limited=bool(limits), fixed=fixed, evaluations=evaluations, seed=seed
         )
         journal = _journal(storage, encoding, goals, study_name=study_name, lease_seconds=lease_seconds)
         bar = SearchProgress(goals, total=budget, shown=progress)
@@ -122,6 +122,7 @@ def _proposal_source(
     feasibility: Feasibility,
     *,
     goals: Sequence[Objective],
+    limited: bool,
     fixed: Sequence[Fixed],
     evaluations: int | None,
     seed: int,
@@ -144,8 +145,9 @@ def _proposal_source(
     if algorithm == "random":
         generator = RandomGenerator(space)
     else:
-        factory = sampler_factory(algorithm, encoding, evaluations=budget)
-        generator = SamplerGenerator(encoding, factory, goals)
+        factory = sampler_factory(algorithm, encoding, goals, evaluations=budget)
+        excess = feasibility.excess if limited else None
+        generator = SamplerGenerator(encoding, factory, goals, excess=excess)
     return Proposer(space, feasibility, generator, seed=seed), budget
 
 

@@ -117,6 +117,7 @@ class Feasibility:
 
     def __init__(self, space: SearchSpace, limits: Sequence[Limit], known: Mapping[str, Objective]) -> None:
         self._space = space
+        self._every_limit = tuple(limits)
         self._limits = tuple(limit for limit in limits if limit.cost)
         self._objectives = {limit.name: known[limit.name] for limit in self._limits}
         self._costs: dict[tuple[str, str], float] = {}  # (name, digest) -> cost
@@ -138,6 +139,13 @@ class Feasibility:
     def allows(self, architecture: Architecture) -> bool:
         """Say whether ``architecture`` keeps every hard limit."""
         return all(limit.allows(self.cost(limit.name, architecture)) for limit in self._limits)
+
+    def excess(self, architecture: Architecture, values: Mapping[str, float]) -> float:
+        """Return by how much an evaluated architecture misses all limits, those on its ``values`` included."""
+        return sum(
+            limit.excess(self.cost(limit.name, architecture) if limit.cost else values[limit.name])
+            for limit in self._every_limit
+        )
 
     def require_some(self) -> None:
         """Check that the hard limits leave something, before anything expensive runs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import optuna
@@ -16,7 +16,7 @@ from hf_elastic.errors import ElasticError, SearchError
 from hf_elastic.search.journal import Proposal, Record
 from hf_elastic.search.limits import Feasibility, neighbours
 from hf_elastic.search.objective import Objective
-from hf_elastic.search.samplers import SamplerFactory, TrialEncoding
+from hf_elastic.search.samplers import EXCESS, SamplerFactory, TrialEncoding
 from hf_elastic.search.shadow import SHADOW_NAME, ShadowStorage
 from hf_elastic.space import Architecture, SearchSpace
 
@@ -66,14 +66,25 @@ class SamplerGenerator:
     Args:
         encoding: Translation of the space.
         factory: Seed to sampler.
-        objectives: For their directions.
+        objectives: For their names and directions.
+        excess: Architecture and values by name to the amount by which they miss the limits, if there are any;
+            samplers that know constraints prefer what keeps them.
     """
 
     redraws = False
 
-    def __init__(self, encoding: TrialEncoding, factory: SamplerFactory, objectives: Sequence[Objective]) -> None:
+    def __init__(
+        self,
+        encoding: TrialEncoding,
+        factory: SamplerFactory,
+        objectives: Sequence[Objective],
+        *,
+        excess: Callable[[Architecture, Mapping[str, float]], float] | None = None,
+    ) -> None:
         self._encoding = encoding
         self._factory = factory
+        self._names = tuple(objective.name for objective in objectives)
+        self._excess = excess
         self._shadow = ShadowStorage()
         optuna.create_study(
             storage=self._shadow,
@@ -84,12 +95,20 @@ class SamplerGenerator:
 
     def observe(self, record: Record) -> None:
         """Add the record to what samplers see: the architecture evaluated, not the one first drafted."""
+        excess = 0.0
+        constraints = None
+        if self._excess is not None and record.values is not None:
+            values = dict(zip(self._names, record.values, strict=True))
+            excess = self._excess(record.proposal.architecture, values)
+            constraints = {"within": excess}
         trial = create_trial(
             state=TrialState.FAIL if record.values is None else TrialState.COMPLETE,
             values=record.values,
             params=self._encoding.parameters(record.proposal.architecture),
             distributions=self._encoding.distributions,
             system_attrs=dict(record.proposal.trial_attrs),
+            user_attrs={EXCESS: excess},
+            constraints=constraints,
         )
         trial.number = record.number
         self._shadow.add_finished(trial)

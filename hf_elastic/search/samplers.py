@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from hf_elastic.architecture import shown
 from hf_elastic.errors import SearchError
+from hf_elastic.search.objective import Objective
 from hf_elastic.space import Architecture, SearchSpace
 
 SamplerFactory = Callable[[int], BaseSampler]
@@ -23,6 +25,9 @@ NAMED_ALGORITHMS = ("nsga2", "tpe", "random", "exhaustive")
 
 _POPULATION = (10, 50)  # smallest and largest
 _GENERATIONS = 10  # aimed at; evaluations / generations is the population
+_ELITE = 5  # best architectures per objective that local moves start from
+_STEPS = (1, 2, 2, 3)  # lengths of local moves
+EXCESS = "excess"  # attribute of a finished trial in the shadow: by how much it misses the limits
 
 
 class TrialEncoding:
@@ -67,24 +72,34 @@ class TrialEncoding:
         return self.space.canonical(values)
 
 
-class SpreadNSGAIISampler(NSGAIISampler):
-    """NSGA-II (Deb et al. 2002) as Optuna has it, with a first generation that covers the range of sizes.
+class SubnetNSGAIISampler(NSGAIISampler):
+    """NSGA-II (Deb et al. 2002, DOI 10.1109/4235.996017) as Optuna has it, with two additions for subnets.
 
-    Independent uniform choices make architectures of nearly equal size when there are many choices. Every
-    other architecture of the first generation therefore draws a level ``t`` uniformly and then each choice
-    from ``Binomial(n - 1, t)`` over its values from smallest to largest: each choice alone is still uniform,
-    sizes are spread from the smallest to the largest architecture.
+    First generation: independent uniform choices make architectures of nearly equal size when there are many
+    choices. Every other one therefore draws a level ``t`` uniformly and then each choice from
+    ``Binomial(n - 1, t)`` over its values from smallest to largest: each choice alone is still uniform, sizes
+    are spread from the smallest to the largest architecture.
+
+    Later generations: a few hundred evaluations are few for dozens of choices. Half of the children are
+    therefore local moves, one to three single steps in size, from the best feasible architectures so far in
+    a measured objective or from a parent of the generation. Where a limit binds, the repair that follows
+    turns a step up into an exchange between two choices.
 
     Args:
         encoding: Parameters of the space (known beforehand, so the history need not be searched for them).
+        goals: Position and sign of the objectives whose best architectures are worth a local move.
         population_size: Architectures per generation.
         seed: Seed of this one proposal.
     """
 
-    def __init__(self, encoding: TrialEncoding, *, population_size: int, seed: int) -> None:
+    def __init__(
+        self, encoding: TrialEncoding, goals: Sequence[tuple[int, int]], *, population_size: int, seed: int
+    ) -> None:
         super().__init__(population_size=population_size, seed=seed)
         self._encoding = encoding
-        self._spread = random.Random(seed)
+        self._goals = goals
+        self._ladders = tuple(encoding.ladders.items())
+        self._random = random.Random(seed)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the parameters of the space."""
@@ -95,17 +110,44 @@ class SpreadNSGAIISampler(NSGAIISampler):
     ) -> dict[str, Any]:
         """Return a child of the population, or in the first generation a draw of spread size."""
         child = super().sample_relative(study, trial, search_space)
-        if child or self._spread.random() < 0.5:
+        if self._random.random() < 0.5:
             return child
-        level = self._spread.random()
+        return self._moved(self._start(study, trial)) if child else self._spread()
+
+    def _spread(self) -> dict[str, Any]:
+        level = self._random.random()
         return {
-            name: ladder[sum(self._spread.random() < level for _ in range(len(ladder) - 1))]
+            name: ladder[sum(self._random.random() < level for _ in range(len(ladder) - 1))]
             for name, ladder in self._encoding.ladders.items()
         }
 
+    def _start(self, study: Study, trial: FrozenTrial) -> Mapping[str, Any]:
+        """Return the parameters of an architecture worth a local move."""
+        parents = self.get_parent_population(study, self.get_trial_generation(study, trial))
+        if self._random.random() < 0.5:
+            return self._random.choice(parents).params
+        position, sign = self._random.choice(self._goals)
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        feasible = [t for t in trials if t.user_attrs.get(EXCESS, 0.0) <= 0.0] or trials
+        best = heapq.nsmallest(_ELITE, feasible, key=lambda t: (sign * t.values[position], t.number))
+        # Squaring a uniform number prefers the first.
+        return best[int(len(best) * self._random.random() ** 2)].params
+
+    def _moved(self, start: Mapping[str, Any]) -> dict[str, Any]:
+        moved = dict(start)
+        for _ in range(self._random.choice(_STEPS)):
+            name, ladder = self._random.choice(self._ladders)
+            rung = ladder.index(moved[name]) + self._random.choice((-1, 1))
+            moved[name] = ladder[min(max(rung, 0), len(ladder) - 1)]
+        return moved
+
 
 def sampler_factory(
-    algorithm: str | BaseSampler | SamplerFactory, encoding: TrialEncoding, *, evaluations: int
+    algorithm: str | BaseSampler | SamplerFactory,
+    encoding: TrialEncoding,
+    objectives: Sequence[Objective],
+    *,
+    evaluations: int,
 ) -> SamplerFactory:
     """Return a function from a seed to a fresh sampler with that seed.
 
@@ -113,8 +155,10 @@ def sampler_factory(
         SearchError: The algorithm is neither a known name, nor a sampler, nor a factory.
     """
     if algorithm == "nsga2":
+        signs = [(position, objective.sign) for position, objective in enumerate(objectives)]
+        goals = [pair for pair, objective in zip(signs, objectives, strict=True) if not objective.cost] or signs
         population = min(max(evaluations // _GENERATIONS, _POPULATION[0]), _POPULATION[1])
-        return lambda seed: SpreadNSGAIISampler(encoding, population_size=population, seed=seed)
+        return lambda seed: SubnetNSGAIISampler(encoding, goals, population_size=population, seed=seed)
     if algorithm == "tpe":
         return lambda seed: TPESampler(seed=seed)
     if isinstance(algorithm, BaseSampler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from hf_elastic.errors import TrainingError
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 
-Target = Literal["logits", "embeddings", "hidden_states"]
+Target = Literal["logits", "embeddings", "hidden_states", "last_hidden_state"]
 Signal = Tensor | tuple[Tensor, ...]
 """What is compared: logits ``(B, ..., C)``, embeddings ``(B, D)``, or one state ``(B, T, D)`` per layer; span
 models give one tensor of logits ``(B, T)`` for starts and one for ends."""
@@ -47,7 +47,9 @@ class Distillation:
     both.
 
     Args:
-        target: ``"logits"``; ``"embeddings"`` of sentences; ``"hidden_states"`` of all layers.
+        target: ``"logits"``; ``"embeddings"`` of sentences; ``"hidden_states"`` of all layers;
+            ``"last_hidden_state"``: of each token after the last layer, which for sentence encoders teaches more
+            per step than their pooled embedding.
         teacher: A model that takes the same inputs; ``None`` for the largest subnet (or the column).
         weight: Factor of the distillation loss.
         label_weight: Factor of the loss of the labels for subnets that are distilled.
@@ -77,10 +79,10 @@ class Distillation:
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[str, ...]] = {
-            "target": ("logits", "embeddings", "hidden_states"),
+            "target": get_args(Target),
             "divergence": ("forward", "reverse", "mse"),
             "pooling": ("mean", "cls", "last"),
-            "state_distance": ("mse", "cosine"),
+            "state_distance": get_args(StateDistance),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -120,9 +122,10 @@ class Distillation:
             if self.target == "hidden_states":
                 return states
             last = found.get("last_hidden_state")
-            return pooled(
-                states[-1] if last is None else last, inputs.get("attention_mask"), pooling=self.pooling
-            )
+            last = states[-1] if last is None else last
+            if self.target == "last_hidden_state":
+                return (last,)
+            return pooled(last, inputs.get("attention_mask"), pooling=self.pooling)
         raise TrainingError(
             f"cannot distil {self.target}: the model returned {sorted(found) or type(outputs).__name__}; "
             "choose another Distillation(target=...)"
@@ -139,7 +142,7 @@ class Distillation:
             pairs = list(zip(_as_tuple(student), _as_tuple(teacher), strict=True))
             mask, count = _scored(pairs[0][0], context)
             loss = torch.stack([self._logits_loss(s, t, mask=mask, count=count) for s, t in pairs]).mean()
-        elif self.target == "hidden_states":
+        elif self.target in ("hidden_states", "last_hidden_state"):
             loss = hidden_state_loss(
                 _as_tuple(student),
                 _as_tuple(teacher),
