@@ -23,8 +23,10 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import Bar, environment, interval, judged, paired_seconds, print_environment, print_table, row, seconds
-from measuring import write_json
+from measuring import (
+    CLOCKS, Bar, Clock, environment, interval, judged, paired_seconds, print_environment, print_table, row, seconds,
+    write_json,
+)  # fmt: skip
 from torch import Tensor
 from transformers import (
     BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel,
@@ -121,9 +123,9 @@ class Passes:
 class Family:
     """A stock model, its elastic copy, and subnets cut out of it."""
 
-    def __init__(self, name: str, size: Size, *, pairs: int) -> None:
+    def __init__(self, name: str, size: Size, *, pairs: int, clock: Clock) -> None:
         torch.manual_seed(0)
-        self.name, self.pairs = name, pairs
+        self.name, self.pairs, self.clock = name, pairs, clock
         self.stock = FAMILIES[name](size).eval()
         elastic = copy.deepcopy(self.stock)
         self.supernet = he.make_elastic(elastic, elastic_config(elastic, skips=False))
@@ -149,7 +151,7 @@ class Family:
     ) -> list[dict[str, Any]]:  # fmt: skip
         found = []
         for kind, run in self.passes.named().items():
-            pairs = paired_seconds(*runs(run), pairs=self.pairs)
+            pairs = paired_seconds(*runs(run), pairs=self.pairs, clock=self.clock)
             found.append(row({"family": self.name, **label, "pass": kind}, pairs, bar=bar, scale=scale))
             print_table(found[-1:])
         return found
@@ -219,6 +221,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, help="by default what torch chooses")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1, on a shared machine")
     parser.add_argument("--json")
     return parser.parse_args(arguments)
 
@@ -233,9 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.layers} layers x {options.hidden}, {options.batch} x {options.length} tokens, {options.pairs} pairs")
     rows: list[dict[str, Any]] = []
     for name in options.families:
-        family = Family(
-            name, Size(options.layers, options.hidden, options.batch, options.length), pairs=options.pairs
-        )
+        size = Size(options.layers, options.hidden, options.batch, options.length)
+        family = Family(name, size, pairs=options.pairs, clock=CLOCKS[options.clock])
         for part in options.parts:
             rows += getattr(family, part)()
     print()

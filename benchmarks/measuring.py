@@ -19,6 +19,10 @@ import torch
 _RESAMPLES = 10_000
 _PACKAGES = ("torch", "transformers", "numpy")
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""``cpu`` is the sum over threads: with one thread, a way to measure on a machine that others use as well."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -57,7 +61,12 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
 
 
 def paired_seconds(
-    first: Callable[[], object], second: Callable[[], object], *, pairs: int, warmup: int = 2
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    pairs: int,
+    warmup: int = 2,
+    clock: Clock = time.perf_counter,
 ) -> list[tuple[float, float]]:
     """Times two calls one right after the other, which first alternating, so that drift hits both alike."""
     for _ in range(warmup):
@@ -66,20 +75,20 @@ def paired_seconds(
     found = []
     for number in range(pairs):
         if number % 2 == 0:
-            a = seconds(first)
-            b = seconds(second)
+            a = seconds(first, clock=clock)
+            b = seconds(second, clock=clock)
         else:
-            b = seconds(second)
-            a = seconds(first)
+            b = seconds(second, clock=clock)
+            a = seconds(first, clock=clock)
         found.append((a, b))
     return found
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock time of one call, which must end its own device work on a CPU."""
-    began = time.perf_counter()
+def seconds(call: Callable[[], object], *, clock: Clock = time.perf_counter) -> float:
+    """Time of one call that runs on a CPU."""
+    began = clock()
     call()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def row(

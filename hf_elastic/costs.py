@@ -84,8 +84,8 @@ def kv_cache_bytes(
     """Bytes of the KV cache of the exported subnet after ``seq_len`` tokens; 0 for an encoder.
 
     Per layer ``2·K·d·T`` values; a layer that keeps its FFN but not its attention writes one zero per
-    token as key and as value, a layer skipped as a whole writes nothing. Sliding windows hold ``window - 1``
-    tokens.
+    token as key and as value, a layer skipped as a whole writes nothing (of a model without any layer the
+    first stays, and does write). Sliding windows hold ``window - 1`` tokens.
 
     Args:
         supernet: the handle.
@@ -102,11 +102,13 @@ def kv_cache_bytes(
         return 0
     size = (dtype or supernet.model.dtype).itemsize
     values = 0
-    for part in supernet.layer_parts:
-        shape, tokens = part.shape(architecture), _cached_tokens(supernet, part, seq_len)
+    shapes = supernet.layer_shapes(architecture)
+    empty = all(shape.skipped for shape in shapes)
+    for part, shape in zip(supernet.layer_parts, shapes, strict=True):
+        tokens = _cached_tokens(supernet, part, seq_len)
         if shape.attention:
             values += 2 * shape.num_key_value_heads * part.head_dim * tokens
-        elif shape.mlp:
+        elif shape.mlp or (empty and part.index == 0):
             values += 2 * tokens
     return batch_size * values * size
 
@@ -303,7 +305,7 @@ def describe(supernet: Supernet) -> str:
             f"({small_macs / large_macs:.0%} to 100%)",
             f"  latency        {_latency_line(supernet, low, high)}",
             f"  loadability    {shares} (of {_LOADABILITY_SAMPLES} sampled)",
-            f"  active         {'largest' if supernet.active == high else supernet.active!r}",
+            f"  active         {'largest' if supernet.active == high else repr(supernet.active)}",
         ]
     )
 

@@ -85,11 +85,12 @@ def sort_by_importance_(
 def _checked(batches: Iterable[Batch]) -> list[Batch]:
     data = [batches] if isinstance(batches, Mapping) else list(batches)
     for batch in data:
-        wrong = {"the batch": batch} if not isinstance(batch, Mapping) else batch
-        if bad := [name for name, value in wrong.items() if not isinstance(value, Tensor)]:
+        entries = batch if isinstance(batch, Mapping) else {"the batch": None}
+        if bad := [name for name, value in entries.items() if not isinstance(value, Tensor)]:
+            got = batch[bad[0]] if isinstance(batch, Mapping) else batch
             raise DataError(
-                f"a calibration batch must be a dict of tensors such as input_ids, got a "
-                f"{type(wrong[bad[0]]).__name__} for {bad[0]}"
+                f"a calibration batch must be a dict of tensors such as input_ids, got a {type(got).__name__} for "
+                f"{bad[0]}; use a data collator with return_tensors='pt'"
             )
     return data
 

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from hf_elastic import costs
-from hf_elastic.distillation import Pooling, pooled
+from hf_elastic.distillation import Pooling, label_mask, pooled
 from hf_elastic.errors import DataError
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
@@ -27,23 +27,27 @@ Batch = Mapping[str, Tensor]
 
 
 def loss(supernet: Supernet, validation: Iterable[Batch], *, name: str = "loss") -> Objective:
-    """Mean loss on labelled batches, weighted by the labels that count (not -100); smaller is better.
+    """Mean loss on labelled batches, weighted by the labels that are scored; smaller is better.
+
+    Scored are labels other than -100; a causal language model does not score the first of a sequence. Cutting the
+    same examples into other batches gives the same mean.
 
     Args:
         validation: inputs of the model, ``labels`` included.
 
     Raises:
-        DataError: there is no batch, or a batch has no ``labels``.
+        DataError: there is no batch, a batch has no ``labels``, or no label is scored.
     """
-    batches = _listed(validation, needs="labels")
+    batches = _labelled(supernet, validation)
 
     def measure(architecture: Architecture) -> float:
         total, weight = 0.0, 0
         with _active(supernet, architecture) as model:
             for batch in batches:
-                counted = max(1, int((batch["labels"] != -100).sum()))
-                total += float(model(**_on_device(batch, model)).loss) * counted
-                weight += counted
+                counted = int(_scored(supernet, batch["labels"]).sum())
+                if counted:  # the mean over no label is NaN
+                    total += float(model(**_on_device(batch, model)).loss) * counted
+                    weight += counted
         return total / weight
 
     return _measured(supernet, name, measure, batches=batches)
@@ -59,12 +63,12 @@ def perplexity(supernet: Supernet, validation: Iterable[Batch]) -> Objective:
 
 
 def accuracy(supernet: Supernet, validation: Iterable[Batch]) -> Objective:
-    """Share of labels that the largest logit hits (labels of -100 do not count); larger is better.
+    """Share of scored labels that the largest logit hits (see :func:`loss` for which are); larger is better.
 
     Raises:
-        DataError: there is no batch, or a batch has no ``labels``.
+        DataError: there is no batch, a batch has no ``labels``, or no label is scored.
     """
-    batches = _listed(validation, needs="labels")
+    batches = _labelled(supernet, validation)
 
     def measure(architecture: Architecture) -> float:
         right, total = 0, 0
@@ -73,7 +77,9 @@ def accuracy(supernet: Supernet, validation: Iterable[Batch]) -> Objective:
                 feed = _on_device(batch, model)
                 labels = feed["labels"]
                 guess = model(**{k: v for k, v in feed.items() if k != "labels"}).logits.argmax(-1)  # (B,) or (B, T)
-                counted = labels != -100
+                counted = _scored(supernet, labels)
+                if _shifts_labels(supernet, labels):
+                    labels = labels.roll(-1, dims=-1)  # position t answers label t + 1; the last is not counted
                 right += int(((guess == labels) & counted).sum())
                 total += int(counted.sum())
         return right / total
@@ -103,7 +109,7 @@ def embedding_cosine(
         found = embeddings(supernet, architecture, batches, pooling=pooling)
         return float(nn.functional.cosine_similarity(found, target, dim=-1).mean())
 
-    return _measured(supernet, "cosine", measure, batches=batches, direction="maximize", extra=target)
+    return _measured(supernet, "cosine", measure, batches=batches, direction="maximize", extra=target, mode=pooling)
 
 
 def similarity_structure(
@@ -120,9 +126,14 @@ def similarity_structure(
 
     Args:
         validation, teacher, pooling: as :func:`embedding_cosine`.
+
+    Raises:
+        DataError: there are fewer than three sentences, so fewer than two pairs to order.
     """
     batches = _listed(validation, needs="input_ids")
     target = _target(supernet, batches, teacher=teacher, pooling=pooling)
+    if len(target) < _FEWEST_SENTENCES:
+        raise DataError(f"validation holds {len(target)} sentences, the order of similarities needs at least 3")
     upper = torch.triu_indices(len(target), len(target), offset=1)  # (2, N·(N-1)/2)
     wanted = _similarities(target, upper)
 
@@ -130,7 +141,9 @@ def similarity_structure(
         found = embeddings(supernet, architecture, batches, pooling=pooling)
         return float(spearmanr(_similarities(found, upper).numpy(), wanted.numpy()).statistic)
 
-    return _measured(supernet, "structure", measure, batches=batches, direction="maximize", extra=target)
+    return _measured(
+        supernet, "structure", measure, batches=batches, direction="maximize", extra=target, mode=pooling
+    )
 
 
 def embeddings(
@@ -149,6 +162,7 @@ def embeddings(
     return torch.cat(rows)
 
 
+_FEWEST_SENTENCES = 3
 _ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -200,11 +214,12 @@ def latency(supernet: Supernet, *, inputs: Batch | None = None, repeats: int = 9
         repeats: timed rounds of each evaluation.
     """
     largest = supernet.space.largest()
+    feed = None if inputs is None else _on_device(inputs, supernet.model)
     reference: list[float] = []
 
     def measure(architecture: Architecture) -> float:
         timed = costs.architecture_latency(
-            supernet, {"largest": largest, "subnet": architecture}, inputs=inputs, repeats=repeats
+            supernet, {"largest": largest, "subnet": architecture}, inputs=feed, repeats=repeats
         )
         if not reference:
             reference.append(timed["largest"].median)
@@ -232,23 +247,42 @@ def _measured(
     direction: Any = "minimize",
     unit: str = "",
     extra: Tensor | None = None,
+    mode: str = "",
 ) -> Objective:
     return Objective(
         name, measure, direction, unit=unit, related=lambda: related_costs(supernet),
-        fingerprint=_fingerprint(supernet, batches, extra),
+        fingerprint=_fingerprint(supernet, batches, extra=extra, mode=mode),
     )  # fmt: skip
 
 
-def _fingerprint(supernet: Supernet, batches: Sequence[Batch], extra: Tensor | None) -> str:
+def _fingerprint(supernet: Supernet, batches: Sequence[Batch], *, extra: Tensor | None, mode: str) -> str:
     """Digest of the weights (a sample of each tensor) and of the data, so that a storage mixes no two of them."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(mode.encode())
     for name, tensor in supernet.model.state_dict().items():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].double().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
-    for tensor in [t for batch in batches for _, t in sorted(batch.items())] + ([extra] if extra is not None else []):
-        digest.update(tensor.detach().double().cpu().numpy().tobytes())
+    named = [(name, t) for batch in batches for name, t in sorted(batch.items())]
+    for name, tensor in [*named, *([("", extra)] if extra is not None else [])]:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _labelled(supernet: Supernet, validation: Iterable[Batch]) -> list[Batch]:
+    batches = _listed(validation, needs="labels")
+    if not any(_scored(supernet, batch["labels"]).any() for batch in batches):
+        raise DataError("no label of the validation batches is scored: all are -100, or the first of their sequence")
+    return batches
+
+
+def _shifts_labels(supernet: Supernet, labels: Tensor) -> bool:
+    """Whether position ``t`` is scored against label ``t + 1`` (transformers gives GPT-2 no ``loss_type``)."""
+    return labels.ndim == 2 and supernet.family.causal and supernet.model.loss_type in (None, "ForCausalLM")
+
+
+def _scored(supernet: Supernet, labels: Tensor) -> Tensor:
+    """Which entries of the labels, or with a shift which positions, the model's loss counts."""
+    return label_mask(labels, shifted=_shifts_labels(supernet, labels))
 
 
 def _listed(batches: Iterable[Batch], *, needs: str) -> list[Batch]:

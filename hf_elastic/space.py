@@ -92,9 +92,7 @@ class Choice:
             if type(value) is not int or abs(value) >= MAX_INT:
                 raise SpaceError(f"ordered choice {self.name!r} takes 64-bit integers, got {value!r}")
         if any(a >= b for a, b in itertools.pairwise(self.values)):  # type: ignore[operator]
-            raise SpaceError(
-                f"ordered choice {self.name!r} needs strictly ascending values, got {shown(self.values)}"
-            )
+            raise SpaceError(f"ordered choice {self.name!r} needs strictly ascending values, got {shown(self.values)}")
         if self.parameters is not None:
             raise SpaceError(f"ordered choice {self.name!r} is ordered by its values; leave out parameters=")
 
@@ -173,17 +171,13 @@ class SearchSpace:
     def _compiled(self, choice: Choice, condition: Condition) -> tuple[int, frozenset[Value]]:
         position = self._positions.get(condition.choice)
         if position is None:
-            raise SpaceError(
-                f"choice {choice.name!r} depends on {condition.choice!r}, which is not declared before it"
-            )
+            raise SpaceError(f"choice {choice.name!r} depends on {condition.choice!r}, which is not declared before it")
         known = self._indices[position]
         wrong = [v for v in condition.values if type(v) not in (int, str) or v not in known]
         if wrong or not condition.values:
             got = shown(wrong) if wrong else "no values"
             allowed = shown(self._choices[position].values)
-            raise SpaceError(
-                f"choice {choice.name!r} depends on {condition.choice!r} taking {got}; it takes {allowed}"
-            )
+            raise SpaceError(f"choice {choice.name!r} depends on {condition.choice!r} taking {got}; it takes {allowed}")
         return position, frozenset(condition.values)
 
     @property
@@ -303,9 +297,7 @@ class SearchSpace:
             ArchitectureError: It is not a canonical architecture of this space.
         """
         self.validate(architecture)
-        return tuple(
-            indices[architecture[name]] for name, indices in zip(self._names, self._indices, strict=True)
-        )
+        return tuple(indices[architecture[name]] for name, indices in zip(self._names, self._indices, strict=True))
 
     def decode(self, indices: Sequence[int]) -> Architecture:
         """Return the canonical architecture whose choices take the values at ``indices``.

@@ -113,6 +113,14 @@ class Supernet:
 
     def _checked(self, architecture: Architecture | Mapping[str, Value]) -> Architecture:
         self._own_thread()
+        return self.point(architecture)
+
+    def point(self, architecture: Architecture | Mapping[str, Value]) -> Architecture:
+        """Returns the point of this space that is meant: an architecture itself, or a dict of the choices in effect.
+
+        Raises:
+            ArchitectureError: it is not a point of this space.
+        """
         if not isinstance(architecture, Mapping):
             raise ArchitectureError(
                 f"a {type(architecture).__name__} is no architecture; use a point of supernet.space "

@@ -54,7 +54,8 @@ def class_of(family: str, head: str) -> type[PreTrainedModel]:
 def tiny(family: str, head: str = "lm", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Builds a model in evaluation mode whose biases and norms are random too, so that no mistake hides in a zero."""
     prefix, settings = CONFIGS[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**settings, **changes})
+    labels = {"num_labels": 2} if head == "qa" else {}
+    config = getattr(transformers, f"{prefix}Config")(**{**settings, **labels, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = class_of(family, head)(config).eval()

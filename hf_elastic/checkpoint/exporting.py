@@ -84,7 +84,7 @@ def export(
         ExportError: the form cannot hold it, or the written model would not equal the subnet.
         CheckpointError: the folder cannot be written; nothing is left half-written.
     """
-    point = architecture if isinstance(architecture, Architecture) else supernet.space.canonical(architecture)
+    point = supernet.point(architecture)
     form = loadability or supernet.loadability(point)
     with whole_folder(directory, overwrite=overwrite) as folder:
         model = extract(supernet, point, loadability=form)

@@ -45,7 +45,7 @@ def extract(
         ArchitectureError: the architecture is not a point of the space.
         ExportError: the form asked for cannot hold it, or its family has no static class.
     """
-    point = architecture if isinstance(architecture, Architecture) else supernet.space.canonical(architecture)
+    point = supernet.point(architecture)
     natural = supernet.loadability(point)
     form = loadability or ("stock" if natural == "stock" else "remote-code")
     _check_form(supernet, form, natural)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
 from hf_elastic.declaration import ElasticConfig, Loadability
-from hf_elastic.errors import DataError, SpaceError
+from hf_elastic.errors import CheckpointError, DataError, ElasticError, SearchError, SpaceError, TrainingError
 from hf_elastic.families import family_of, layers_of
 
 TaskName = Literal["auto", "embedding", "causal-lm", "masked-lm", "classification"]
@@ -29,12 +30,13 @@ class CompressOptions:
         within: limits by name of a cost (``parameters``, ``total_parameters``, ``macs``); up to 1 a fraction of the
             parent's, above 1 an absolute number.
         task: what the model is for; ``auto`` reads it off the checkpoint's class.
-        minutes: training time on this machine: supernet and found subnet together.
+        minutes: training time on this machine: supernet and found subnet together; 0 trains nothing.
         share: part of that time that trains the supernet; the rest trains the found subnet.
-        evaluations: how many architectures the search may evaluate.
-        loadability: ``stock`` keeps to what ordinary checkpoints hold; ``any`` may need ``trust_remote_code``.
+        evaluations: how many architectures the search may evaluate; at least 3.
+        loadability: ``stock`` keeps to what ordinary checkpoints hold; ``any`` may need ``trust_remote_code``. A
+            ``space`` has its own.
         space: which dimensions become choices; by default FFN widths and layers (and heads with ``any``).
-        sequence_length: longest sequence in tokens.
+        sequence_length: longest sequence in tokens; at most the model's positions.
         batch_size: sequences per step.
         learning_rate: peak of the schedule.
         text_column, label_column: columns of rows.
@@ -63,30 +65,71 @@ class CompressOptions:
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise DataError("data names nothing; pass a text file, a .jsonl or .csv file, or a data set's name")
-        if self.task not in get_args(TaskName):
-            raise DataError(f"task={self.task!r} is not one of {', '.join(get_args(TaskName))}")
-        if not self.within or any(not limit > 0 for limit in self.within.values()):
+        if isinstance(self.data, str) or not self.data:
+            raise DataError(
+                f"data={self.data!r} is no tuple of names; pass text files, .jsonl or .csv files, or data sets"
+            )
+        for name, allowed in _ALLOWED.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise _ERRORS[name](f"{name}={value!r} is not one of {', '.join(allowed)}")
+        if not self.within or any(not (_is_number(limit) and limit > 0) for limit in self.within.values()):
             raise SpaceError(f"within={dict(self.within)} must name a cost and a limit above 0, such as parameters=0.6")
-        for name, low in (("minutes", 0.0), ("evaluations", 1), ("sequence_length", 4), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise SpaceError(f"{name}={getattr(self, name)} must be at least {low}")
-        if not 0 <= self.share <= 1:
-            raise SpaceError(f"share={self.share} must be between 0 and 1")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise _ERRORS[name](f"{name}={value!r} must be an integer of at least {least}")
+        if self.seed >= 2**32:
+            raise SearchError(f"seed={self.seed} must be below 2**32")
+        if not _is_number(self.minutes) or self.minutes < 0:
+            raise TrainingError(f"minutes={self.minutes!r} must be a number of at least 0")
+        if not _is_number(self.learning_rate) or self.learning_rate <= 0:
+            raise TrainingError(f"learning_rate={self.learning_rate!r} must be a number above 0")
+        if not _is_number(self.share) or not 0 <= self.share <= 1:
+            raise TrainingError(f"share={self.share!r} must be a number between 0 and 1")
+        if not self.output_folder.name:
+            raise CheckpointError(f"output={self.output!r} names no folder; give one that does not exist")
+
+    @property
+    def output_folder(self) -> Path:
+        """Where the found model goes."""
+        output = Path(self.output).expanduser()
+        return output if output.name not in ("", "..") else output.resolve()
 
     @property
     def run_folder(self) -> Path:
         """Where the run keeps its work: ``<output>.run``."""
-        output = Path(self.output)
-        return output.with_name(output.name + ".run")
+        return self.output_folder.with_name(self.output_folder.name + ".run")
+
+    @property
+    def form(self) -> Loadability:
+        """What the found model may need to load: the space's own word, if one was given."""
+        return self.loadability if self.space is None else self.space.loadability
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what identifies the run, JSON-ready; ``output`` is where, not what."""
-        data = {**asdict(self), "data": list(self.data), "within": dict(self.within)}
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        data |= {"data": list(self.data), "within": dict(self.within)}
         data["space"] = self.space.to_dict() if self.space else None
         del data["output"]
         return data
+
+
+_ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "task": get_args(TaskName),
+    "loadability": get_args(Loadability),
+    "precision": get_args(Precision),
+    "device": get_args(Device),
+}
+# The search evaluates the midpoint, the even cut and the smallest architecture before it proposes any.
+_LEAST: Mapping[str, int] = {"evaluations": 3, "sequence_length": 4, "batch_size": 1, "seed": 0}
+_ERRORS: Mapping[str, type[ElasticError]] = {
+    "task": DataError, "loadability": SpaceError, "precision": TrainingError, "device": TrainingError,
+    "evaluations": SearchError, "sequence_length": DataError, "batch_size": TrainingError, "seed": SearchError,
+}  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def default_space(model: PreTrainedModel, loadability: Loadability) -> ElasticConfig:

@@ -17,6 +17,8 @@ Row = dict[str, Any]
 
 _SHORTEST, _LONGEST = 20, 300  # characters of a sentence worth learning from
 _MOST_CHARACTERS = 2 * 10**9
+_LOOKED_AT = 10_000  # characters in which a file that is no text shows itself
+_ENDINGS = (".txt", ".jsonl", ".csv", ".json", ".md")  # no data set is named like this
 
 
 def read_rows(sources: Sequence[str], *, text_column: str) -> list[Row]:
@@ -37,23 +39,39 @@ def read_rows(sources: Sequence[str], *, text_column: str) -> list[Row]:
 
 
 def _read(source: str, text_column: str) -> Iterable[Row]:
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
+        if path.suffix in _ENDINGS:
+            raise DataError(f"there is no file {source}; check the path")
         return _checked(_read_dataset(source), source, text_column)
     if path.is_dir():
         raise DataError(f"{source} is a folder; name its files")
-    if path.stat().st_size > _MOST_CHARACTERS:
-        raise DataError(f"{source} has {path.stat().st_size} bytes, more than fits in memory; pass a part of it")
     try:
+        if path.stat().st_size > _MOST_CHARACTERS:
+            raise DataError(f"{source} has {path.stat().st_size} bytes, more than fits in memory; pass a part of it")
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return _checked([json.loads(line) for line in lines if line.strip()], source, text_column)
+            return _checked(_read_json_lines(path), source, text_column)
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 return _checked(list(csv.DictReader(file)), source, text_column)
-        return [{text_column: path.read_text(encoding="utf-8", errors="replace")}]
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {source}: {error}") from error
+    if "\0" in text[:_LOOKED_AT]:
+        raise DataError(f"{source} is no text; pass plain text, .jsonl or .csv, or a data set's name")
+    return [{text_column: text}]
+
+
+def _read_json_lines(path: Path) -> list[Any]:
+    rows = []
+    # Only line feeds end a row: JSON may hold the other line separators of Unicode as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"line {number} of {path} is no JSON: {error}") from error
+    return rows
 
 
 def _read_dataset(source: str) -> list[Row]:
@@ -70,11 +88,14 @@ def _read_dataset(source: str) -> list[Row]:
 
 
 def _checked(rows: list[Row], source: str, text_column: str) -> list[Row]:
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            columns = sorted(row) if isinstance(row, dict) else type(row).__name__
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"row {number} of {source} is a JSON {type(row).__name__}, expected an object with columns")
+        if not isinstance(row.get(text_column), str):
+            columns = ", ".join(str(name) for name in row)
             raise DataError(
-                f"row {number} of {source} has no text in column {text_column!r}, only {columns}; set text_column"
+                f"row {number} of {source} has no text in column {text_column!r}, its columns are: {columns}; "
+                "set text_column"
             )
     return rows
 
@@ -103,9 +124,10 @@ def shuffled(items: Sequence[Any], *, seed: int) -> list[Any]:
     return order
 
 
-def digest(texts: Iterable[str]) -> str:
-    """SHA-256 over texts, to notice that the data changed between two attempts of a run."""
+def digest(rows: Iterable[Row], columns: Sequence[str]) -> str:
+    """SHA-256 over columns of rows, to notice that the data changed between two attempts of a run."""
     sha = hashlib.sha256()
-    for text in texts:
-        sha.update(text.encode("utf-8", errors="replace") + b"\0")
+    for row in rows:
+        for column in columns:
+            sha.update(str(row.get(column)).encode("utf-8", errors="replace") + b"\0")
     return sha.hexdigest()

@@ -54,10 +54,10 @@ def search_subnets(
     """Search a space for architectures that are good in every objective within limits.
 
     The midpoint architecture and those in ``include`` are always evaluated, the largest and the smallest
-    unless the limits exclude them. No architecture is evaluated twice. What is proposed is a function of
-    ``seed`` and the finished evaluations only: with a storage, a search that was killed and is started again
-    ends as if it had not been, and any number of processes started with the same arguments share the work and
-    return the same result.
+    unless the limits exclude them; within limits also the largest one whose sizes are all cut in proportion.
+    No architecture is evaluated twice. What is proposed is a function of ``seed`` and the finished evaluations
+    only: with a storage, a search that was killed and is started again ends as if it had not been, and any
+    number of processes started with the same arguments share the work and return the same result.
 
     Args:
         space: The search space.
@@ -92,7 +92,14 @@ def search_subnets(
     encoding = TrialEncoding(space)
     with _quiet_optuna():
         source, budget = _proposal_source(
-            algorithm, encoding, feasibility, goals=goals, limited=bool(limits), fixed=fixed, evaluations=evaluations, seed=seed
+            algorithm,
+            encoding,
+            feasibility,
+            goals=goals,
+            limited=bool(limits),
+            fixed=fixed,
+            evaluations=evaluations,
+            seed=seed,
         )
         journal = _journal(storage, encoding, goals, study_name=study_name, lease_seconds=lease_seconds)
         bar = SearchProgress(goals, total=budget, shown=progress)
@@ -111,6 +118,7 @@ def search_subnets(
         algorithm=algorithm_name(algorithm),
         evaluations=evaluated,
         failures=failures,
+        even_architecture=feasibility.even(),
         references={o.name: cost_of(o, space.largest()) for o in known.values() if o.cost},
         known=known,
     )
@@ -187,7 +195,7 @@ def _always_evaluated(
 ) -> tuple[Fixed, ...]:
     """Return the midpoint, the extremes within the limits, and what the caller wants, each once."""
     extremes = (Fixed("largest", space.largest()), Fixed("smallest", space.smallest()))
-    wanted = [Fixed("midpoint", space.midpoint())]
+    wanted = [Fixed("midpoint", space.midpoint()), Fixed("even", feasibility.even())]
     wanted += [extreme for extreme in extremes if feasibility.allows(extreme.architecture)]
     for architecture in include:
         space.validate(architecture)

@@ -181,6 +181,30 @@ class Feasibility:
         start, goal = self._as_ranks(architecture), self._as_ranks(self._target)
         steps = [p for p, (a, b) in enumerate(zip(start, goal, strict=True)) for _ in range(abs(a - b))]
         rng.shuffle(steps)
+        return self._first_allowed(start, goal, steps)
+
+    def even(self) -> Architecture:
+        """Return the largest architecture that keeps the limits with all sizes cut in the same proportion.
+
+        Categorical choices change only when the smallest sizes are still too much. It is the heuristic that a
+        search within limits has to beat, as the midpoint is without.
+        """
+        largest = self._space.largest()
+        if self.allows(largest):
+            return largest
+        self.require_some()
+        assert self._target is not None
+        start, goal = self._as_ranks(largest), self._as_ranks(self._target)
+        steps = []
+        for position, choice in enumerate(self._space.choices):
+            count = abs(start[position] - goal[position])
+            late = choice.kind == "categorical"
+            steps += [(late, (step + 1) / count, position) for step in range(count)]
+        return self._first_allowed(start, goal, [position for _, _, position in sorted(steps)])
+
+    def _first_allowed(self, start: list[int], goal: list[int], steps: list[int]) -> Architecture:
+        """Return an allowed architecture whose predecessor on the way is not; the start is not, the goal is."""
+        assert self._target is not None
         low, high, found = 0, len(steps), self._target
         while high - low > 1:  # after `low` steps it is not allowed, after `high` steps it is
             middle = (low + high) // 2

@@ -80,6 +80,7 @@ class SearchResult:
         algorithm: Name of the algorithm.
         evaluations: Successful evaluations, in order.
         failures: Failed ones, in order.
+        even_architecture: The largest architecture within the limits whose sizes are all cut in proportion.
         references: Cost of the largest architecture by name: what fractions in ``within=`` are fractions of.
         known: Objectives with functions, by name, while the result has not been saved and loaded.
     """
@@ -92,6 +93,7 @@ class SearchResult:
     algorithm: str
     evaluations: tuple[Evaluation, ...]
     failures: tuple[Failure, ...] = ()
+    even_architecture: Architecture | None = None
     references: Mapping[str, float] = field(default_factory=dict)
     known: Mapping[str, Objective] = field(default_factory=dict, repr=False, compare=False)
 
@@ -116,6 +118,11 @@ class SearchResult:
     def midpoint(self) -> Evaluation | None:
         """Evaluation of the midpoint architecture, the heuristic that a search has to beat."""
         return self.of(self.space.midpoint())
+
+    @property
+    def even(self) -> Evaluation | None:
+        """Evaluation of the largest architecture within the limits whose sizes are all cut in proportion."""
+        return None if self.even_architecture is None else self.of(self.even_architecture)
 
     @property
     def largest(self) -> Evaluation | None:
@@ -169,6 +176,7 @@ class SearchResult:
             "references": dict(self.references),
             "seed": self.seed,
             "algorithm": self.algorithm,
+            "even": None if self.even_architecture is None else self.space.encode(self.even_architecture),
             "names": names,
             "evaluations": [
                 {
@@ -321,6 +329,7 @@ def _from_data(data: Mapping[str, Any]) -> SearchResult:
             Failure(space.decode(entry["indices"]), _typed(entry["cause"], str), _typed(entry["number"], int))
             for entry in data["failures"]
         ),
+        even_architecture=None if data["even"] is None else space.decode(data["even"]),
         references={name: _number(value) for name, value in data["references"].items()},
     )
 

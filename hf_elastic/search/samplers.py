@@ -25,7 +25,10 @@ NAMED_ALGORITHMS = ("nsga2", "tpe", "random", "exhaustive")
 
 _POPULATION = (10, 50)  # smallest and largest
 _GENERATIONS = 10  # aimed at; evaluations / generations is the population
-_ELITE = 5  # best architectures per objective that local moves start from
+_SPREAD = 0.5  # share of the first generation that is spread in size
+_LOCAL = 0.75  # share of later children that are local moves
+_FROM_ELITE = 0.75  # share of local moves that start from the best in an objective
+_ELITE = 3  # how many best per objective
 _STEPS = (1, 2, 2, 3)  # lengths of local moves
 EXCESS = "excess"  # attribute of a finished trial in the shadow: by how much it misses the limits
 
@@ -80,10 +83,11 @@ class SubnetNSGAIISampler(NSGAIISampler):
     ``Binomial(n - 1, t)`` over its values from smallest to largest: each choice alone is still uniform, sizes
     are spread from the smallest to the largest architecture.
 
-    Later generations: a few hundred evaluations are few for dozens of choices. Half of the children are
-    therefore local moves, one to three single steps in size, from the best feasible architectures so far in
-    a measured objective or from a parent of the generation. Where a limit binds, the repair that follows
-    turns a step up into an exchange between two choices.
+    Later generations: a few hundred evaluations are few for dozens of choices. Three quarters of the
+    children are therefore local moves, one to three single steps in size, mostly from the best feasible
+    architectures so far in a measured objective, else from a parent of the generation. Where a limit binds,
+    the repair that follows turns a step up into an exchange between choices. Plain NSGA-II is had with
+    ``algorithm=lambda seed: NSGAIISampler(seed=seed)``.
 
     Args:
         encoding: Parameters of the space (known beforehand, so the history need not be searched for them).
@@ -110,9 +114,10 @@ class SubnetNSGAIISampler(NSGAIISampler):
     ) -> dict[str, Any]:
         """Return a child of the population, or in the first generation a draw of spread size."""
         child = super().sample_relative(study, trial, search_space)
-        if self._random.random() < 0.5:
-            return child
-        return self._moved(self._start(study, trial)) if child else self._spread()
+        chance = self._random.random()
+        if not child:
+            return self._spread() if chance < _SPREAD else child
+        return self._moved(self._start(study, trial)) if chance < _LOCAL else child
 
     def _spread(self) -> dict[str, Any]:
         level = self._random.random()
@@ -124,7 +129,7 @@ class SubnetNSGAIISampler(NSGAIISampler):
     def _start(self, study: Study, trial: FrozenTrial) -> Mapping[str, Any]:
         """Return the parameters of an architecture worth a local move."""
         parents = self.get_parent_population(study, self.get_trial_generation(study, trial))
-        if self._random.random() < 0.5:
+        if self._random.random() >= _FROM_ELITE:
             return self._random.choice(parents).params
         position, sign = self._random.choice(self._goals)
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -6,7 +6,14 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.samplers import NSGAIIISampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    NSGAIIISampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
 
 from hf_elastic.errors import ArchitectureError, InfeasibleError, SearchError
 from hf_elastic.search import Objective, search_subnets
@@ -122,7 +129,6 @@ def test_searches_with_one_seed_are_equal_and_with_another_differ(algorithm):
         lambda seed: QMCSampler(seed=seed, scramble=True),
         NSGAIISampler(population_size=8),
         NSGAIISampler(population_size=8, seed=5),
-        QMCSampler(scramble=True, independent_sampler=RandomSampler()),
         TPESampler(),
         RandomSampler(),
     ],
@@ -139,6 +145,15 @@ def test_any_optuna_sampler_is_repeatable_and_repeats_nothing(algorithm):
     assert len({e.architecture for e in one.evaluations}) == 30
     bound = 0.8 * objectives[1](space.largest())
     assert all(e.values["parameters"] <= bound for e in one.evaluations if e.architecture != space.midpoint())
+
+
+def test_a_sampler_inside_a_sampler_is_seeded_too():
+    space, objectives = widths_problem()
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        algorithm = PartialFixedSampler({}, NSGAIISampler(population_size=8))
+    options = {"algorithm": algorithm, "evaluations": 20, "progress": False}
+    one, again = (search_subnets(space, objectives, **options) for _ in range(2))
+    assert one.to_json() == again.to_json()
 
 
 def test_a_sampler_that_evolves_sees_the_evaluated_architectures():
@@ -180,6 +195,7 @@ def test_midpoint_extremes_and_included_architectures_come_first():
 def test_an_infeasible_midpoint_is_evaluated_and_marked_but_extremes_are_not():
     space, objectives = widths_problem()
     result = search_subnets(space, objectives, evaluations=30, within={"parameters": 0.5}, progress=False)
+    assert result.even in result.feasible
     assert result.midpoint is not None and not result.midpoint.feasible
     assert result.largest is None
     assert result.smallest is not None and result.smallest.feasible

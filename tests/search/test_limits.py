@@ -60,6 +60,24 @@ def test_repair_shrinks_no_more_than_one_step_too_far():
         assert cost(repaired) > 0.45 * cost(space.largest())
 
 
+def test_the_even_architecture_is_the_largest_of_one_proportion_within_the_limits():
+    space, cost, feasibility = feasibility_of(widths_problem(layers=4), {"parameters": 0.8})
+    even = feasibility.even()
+    bound = 0.8 * cost(space.largest())
+    sizes = set(even.values())
+    assert cost(even) <= bound and max(sizes) - min(sizes) <= 64
+    assert any(cost(n) > bound for n in neighbours(space, even))
+    assert feasibility_of(widths_problem(), {})[2].even() == widths_problem()[0].largest()
+
+
+def test_the_even_architecture_skips_blocks_only_when_sizes_are_not_enough():
+    for fraction, skips in ((0.5, {"none"}), (0.1, {"none", "mlp", "layer"})):
+        space, cost, feasibility = feasibility_of(layers_problem(), {"parameters": fraction})
+        even = feasibility.even()
+        assert cost(even) <= fraction * cost(space.largest())
+        assert {even[name] for name in space.names if name.endswith("skip")} <= skips
+
+
 def test_costs_that_are_not_monotone_are_still_satisfied():
     space, objectives = widths_problem()
     target = space.decode((1, 3, 0, 2, 1, 3))

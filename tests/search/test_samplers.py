@@ -32,8 +32,9 @@ def test_parameters_translate_back_to_the_architecture(seed):
 def test_first_generation_covers_sizes_while_each_choice_stays_uniform():
     space = SearchSpace([Choice(f"c{i}", (1, 2, 3, 4)) for i in range(50)])
     encoding = TrialEncoding(space)
-    factory = sampler_factory("nsga2", encoding, evaluations=200)
-    generator = SamplerGenerator(encoding, factory, [Objective("loss", len)])
+    objectives = [Objective("loss", len)]
+    factory = sampler_factory("nsga2", encoding, objectives, evaluations=200)
+    generator = SamplerGenerator(encoding, factory, objectives)
     drafts = [generator.draft(seed).architecture for seed in range(400)]
     means = [np.mean(list(a.values())) for a in drafts]
     assert min(means) < 1.2 and max(means) > 3.8
@@ -47,7 +48,7 @@ def test_first_generation_covers_sizes_while_each_choice_stays_uniform():
 def test_drafts_depend_on_seed_and_records_only_and_leave_no_trace(algorithm):
     space, objectives = widths_problem()
     encoding = TrialEncoding(space)
-    factory = sampler_factory(algorithm, encoding, evaluations=200)
+    factory = sampler_factory(algorithm, encoding, objectives, evaluations=200)
     one, other = (SamplerGenerator(encoding, factory, objectives) for _ in range(2))
     for number in range(30):
         wanted = one.draft(number)
@@ -62,7 +63,8 @@ def test_drafts_depend_on_seed_and_records_only_and_leave_no_trace(algorithm):
 def test_generations_advance_with_the_population():
     space, objectives = widths_problem()
     encoding = TrialEncoding(space)
-    generator = SamplerGenerator(encoding, sampler_factory("nsga2", encoding, evaluations=100), objectives)
+    factory = sampler_factory("nsga2", encoding, objectives, evaluations=100)
+    generator = SamplerGenerator(encoding, factory, objectives)
     generations = []
     for number in range(35):
         draft = generator.draft(number)
@@ -86,10 +88,12 @@ def test_a_sampler_without_a_random_generator_cannot_be_seeded():
 
     space, objectives = widths_problem()
     encoding = TrialEncoding(space)
-    seeded = SamplerGenerator(encoding, sampler_factory(Constant(), encoding, evaluations=9), objectives)
+    seeded = SamplerGenerator(encoding, sampler_factory(Constant(), encoding, objectives, evaluations=9), objectives)
     with pytest.raises(SearchError, match="cannot seed a Constant; pass a function"):
         seeded.draft(0)
-    made = SamplerGenerator(encoding, sampler_factory(lambda seed: Constant(), encoding, evaluations=9), objectives)
+    made = SamplerGenerator(
+        encoding, sampler_factory(lambda seed: Constant(), encoding, objectives, evaluations=9), objectives
+    )
     assert made.draft(0) == Proposal(space.smallest())
 
 
@@ -100,6 +104,30 @@ def test_a_sampler_that_writes_to_the_history_is_told_off():
 
     space, objectives = widths_problem()
     encoding = TrialEncoding(space)
-    factory = sampler_factory(lambda seed: Meddling(seed=seed), encoding, evaluations=9)
+    factory = sampler_factory(lambda seed: Meddling(seed=seed), encoding, objectives, evaluations=9)
     with pytest.raises(SearchError, match="Meddling cannot propose: it tries to write a user attribute"):
         SamplerGenerator(encoding, factory, objectives).draft(0)
+
+
+def test_local_moves_start_from_the_best_that_keep_the_limits():
+    space, objectives = widths_problem(layers=10)
+    encoding = TrialEncoding(space)
+    factory = sampler_factory("nsga2", encoding, objectives, evaluations=100)
+    generator = SamplerGenerator(encoding, factory, objectives, excess=lambda a, values: values["parameters"] - 2000)
+    best = space.midpoint()
+    for number in range(20):
+        # Best in the loss by far: two over the limit, one within; the others are bad and all the same.
+        architecture, loss = (
+            (best, 1.0) if number == 5 else (space.largest(), 0.1) if number < 2 else (space.smallest(), 9.0)
+        )
+        values = (loss, 3000.0 if number < 2 else 1000.0)
+        attrs = {"SubnetNSGAIISampler:generation": 0}
+        generator.observe(Record(number, Proposal(architecture, attrs), values))
+    distances = []
+    for seed in range(200):
+        draft = generator.draft(seed)
+        pairs = zip(space.encode(draft.architecture), space.encode(best), strict=True)
+        distances.append(sum(abs(a - b) for a, b in pairs))
+    assert sum(distance <= 3 for distance in distances) > 50
+    worst = space.encode(space.largest())
+    assert not any(sum(space.encode(generator.draft(s).architecture)) >= sum(worst) - 3 for s in range(200))

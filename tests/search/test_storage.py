@@ -62,22 +62,22 @@ def reference(algorithm, evaluations):
 
 @pytest.mark.parametrize("algorithm", ["nsga2", "tpe", "random"])
 def test_a_search_killed_twice_and_restarted_ends_bit_equal(tmp_path, algorithm):
-    options = {"algorithm": algorithm, "evaluations": 32}
-    for death in ({"die_in": 3}, {"die_recording": 18}):
+    options = {"algorithm": algorithm, "evaluations": 25}
+    for death in ({"die_in": 3}, {"die_recording": 14}):
         process = start(tmp_path, **options, **death)
         process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL
     process = start(tmp_path, **options)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert (tmp_path / "output").read_text() == reference(algorithm, 32).to_json()
+    assert (tmp_path / "output").read_text() == reference(algorithm, 25).to_json()
     digests = evaluated(tmp_path)
-    assert len(digests) == len(set(digests)) == 32
+    assert len(digests) == len(set(digests)) == 25
 
 
 def test_four_processes_share_the_work_and_evaluate_nothing_twice(tmp_path):
     outputs = [tmp_path / f"output{i}" for i in range(4)]
-    processes = [start(tmp_path, evaluations=40, seconds=0.05, output=str(output)) for output in outputs]
+    processes = [start(tmp_path, evaluations=40, seconds=0.02, output=str(output)) for output in outputs]
     for process in processes:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
@@ -111,7 +111,7 @@ def test_a_claim_belongs_to_one_owner_and_the_budget_to_all(tmp_path):
 
 
 def test_an_expired_claim_is_taken_over_and_its_old_owner_records_nothing(tmp_path):
-    slow, other = journal(tmp_path / "s.db", lease_seconds=0.05), journal(tmp_path / "s.db")
+    slow, other = journal(tmp_path / "s.db", lease_seconds=0.02), journal(tmp_path / "s.db")
     space, _ = widths_problem(layers=5)
     proposal = Proposal(space.largest(), {"generation": 1}, {"counter": [1, 2]})
     assert slow.claim(proposal, budget=1)

@@ -1,0 +1,268 @@
+"""Files and folders that are written whole or not at all, whatever fails on the way."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_elastic import CheckpointError, SpaceError
+from hf_elastic.files import file_digest, read_json, whole_folder, write_json
+
+
+@contextmanager
+def disk_full_at(size: int) -> Iterator[None]:
+    """The operating system refuses to let any file grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def fill(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "weights").write_bytes(b"x" * 5000)
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_written_readable_and_replaces_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "a.json"
+    for data in ({"a": 1}, {"b": [1.5, None, "ü"]}):
+        write_json(file, data)
+        assert read_json(file) == data
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644 and os.listdir(file.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("data", [{"x": float("nan")}, {"x": object()}])
+def test_what_json_cannot_say_leaves_the_old_file_and_nothing_else(data: dict[str, Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises((ValueError, TypeError)):
+        write_json(tmp_path / "a.json", data)
+    assert read_json(tmp_path / "a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_leaves_the_old_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+    with disk_full_at(100), pytest.raises(CheckpointError, match=r"cannot write .*a.json: File too large"):
+        write_json(tmp_path / "a.json", {"long": "x" * 1000})
+    assert read_json(tmp_path / "a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        (b"", "is no JSON file.*truncated or foreign"),
+        (b'{"a": ', "is no JSON file"),
+        (b"\x80\x81", "is no JSON file"),
+        (b"[1, 2]", "holds a JSON list, expected an object"),
+        (b"[" * 100_000, "is no JSON file"),
+    ],
+)
+def test_what_is_no_json_object_is_refused_by_name(content: bytes | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_json(file)
+    assert "record.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_json_cannot_replace_a_folder_or_go_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "a.json"):
+        with pytest.raises(CheckpointError, match="cannot write"):
+            write_json(path, {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_appears_only_at_the_end_of_the_block(exists: bool, tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    if exists:
+        target.mkdir(parents=True)
+    with whole_folder(target) as aside:
+        fill(aside)
+        assert aside.parent == target.parent and (not target.exists() or not any(target.iterdir()))
+    assert set(contents(target)) == {"config.json", "sub/weights"} and os.listdir(tmp_path / "a") == ["b"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+def test_an_old_folder_is_replaced_whole_on_request(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    with whole_folder(target, overwrite=True) as aside:
+        fill(aside)
+        assert os.listdir(target) == ["old"]
+    assert set(contents(target)) == {"config.json", "sub/weights"} and os.listdir(tmp_path) == ["out"]
+
+
+class Interrupt(BaseException):
+    """Stands for KeyboardInterrupt, which pytest would take for its own."""
+
+
+@pytest.mark.parametrize("error", [SpaceError("wrong"), RuntimeError("wrong"), Interrupt("wrong")])
+@pytest.mark.parametrize("old", [True, False])
+def test_an_error_inside_goes_through_unchanged_and_leaves_everything_as_it_was(
+    error: BaseException, old: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "deep" / "out"
+    if old:
+        target.mkdir(parents=True)
+        fill(target)
+    before = contents(tmp_path)
+    with pytest.raises(type(error), match="wrong") as caught, whole_folder(target, overwrite=True) as aside:
+        (aside / "half").touch()
+        raise error
+    assert caught.value is error and contents(tmp_path) == before
+    assert os.listdir(tmp_path) == (["deep"] if old else [])
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(old: bool, tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    if old:
+        target.mkdir(parents=True)
+        (target / "old").write_text("precious")
+    before = contents(tmp_path)
+    writers: list[Callable[[Path], object]] = [
+        lambda folder: (folder / "a").write_bytes(b"x" * 10_000),
+        lambda folder: save_file({"x": torch.ones(10_000)}, folder / "model.safetensors"),
+        lambda folder: write_json(folder / "a.json", {"x": "y" * 10_000}),
+    ]
+    for write in writers:
+        with pytest.raises(CheckpointError, match="cannot write .*[Ff]ile too large") as caught:
+            with disk_full_at(4000), whole_folder(target, overwrite=True) as aside:
+                write(aside)
+        assert "\n" not in str(caught.value) and contents(tmp_path) == before
+        assert os.listdir(tmp_path) == (["deep"] if old else [])
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *, call: int) -> None:
+    """Lets the given call of os.replace fail, counted from the first."""
+    original, calls = os.replace, iter(range(100))
+
+    def replace(source: Any, target: Any) -> None:
+        if next(calls) == call:
+            raise OSError(errno.EIO, "Input/output error")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_the_old_folder_is_back_when_the_last_rename_fails(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("precious")
+    failing(monkeypatch, call=call)
+    with pytest.raises(CheckpointError, match="cannot write .*Input/output error"), whole_folder(target, overwrite=True) as aside:
+        fill(aside)
+    assert contents(tmp_path) == {"out/old": b"precious"} and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: (root / "file").write_text("") or root / "file", "is a file, expected a folder"),
+        (lambda root: (root / "file").write_text("") or root / "file" / "out", "cannot write to .*file/out"),
+        (lambda root: (root / "full").mkdir() or (root / "full" / "x").touch() or root / "full", "is not empty; give another"),
+        (lambda root: root / ("x" * 300), "cannot write to .*File name too long"),
+        (lambda root: root / "a" / ("x" * 300) / "b", "cannot write to .*File name too long"),
+        (lambda root: f"{root}/a\0b", "cannot write to .*null"),
+        (lambda root: "~nobody-of-this-name/out", "cannot write to ~nobody"),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused_before_the_block_runs(
+    make: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    target = make(tmp_path)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=message) as caught, whole_folder(target):
+        raise AssertionError("the block ran")
+    assert "\n" not in str(caught.value) and sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_parent_is_refused_before_the_block_runs(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(CheckpointError, match="cannot write to .*Permission denied"), whole_folder(tmp_path / "locked" / "a"):
+        raise AssertionError("the block ran")
+
+
+@pytest.mark.parametrize("name", ["mkdir", "exists"])
+def test_a_parent_that_denies_access_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, name, deny)
+    with pytest.raises(CheckpointError, match="cannot write to .*Permission denied"), whole_folder(tmp_path / "a" / "b"):
+        raise AssertionError("the block ran")
+
+
+def test_no_room_for_the_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(CheckpointError, match="cannot write to .*Read-only file system"), whole_folder(tmp_path / "a" / "b"):
+        raise AssertionError("the block ran")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_a_folder_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    with whole_folder(tmp_path / "link") as aside:
+        fill(aside)
+    assert (tmp_path / "link").is_symlink() and set(contents(real)) == {"config.json", "sub/weights"}
+
+
+def test_a_relative_target_is_taken_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with whole_folder("out") as aside:
+        fill(aside)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**21 + 3])
+def test_a_digest_is_sha256_of_the_bytes(size: int, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(os.urandom(size))
+    assert file_digest(tmp_path / "a") == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+
+
+def test_a_digest_of_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CheckpointError, match="cannot read"):
+            file_digest(path)
+
+
+def test_json_written_is_plain_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"n": 1})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"n": 1}

@@ -1,0 +1,425 @@
+"""The handle: activation, regions, loadability, saving and restoring, and torch.compile around all of it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import random
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, DECODERS, GROUPED, class_of, inputs, outputs, space, supernet_of, tiny
+from transformers import BertForMaskedLM, OPTConfig, OPTForCausalLM
+
+from hf_elastic import (
+    FAMILIES,
+    ArchitectureError,
+    CheckpointError,
+    ElasticConfig,
+    ElasticError,
+    Family,
+    SearchSpace,
+    Skip,
+    Supernet,
+    UnsupportedModelError,
+    costs,
+    make_elastic,
+    set_layer_order,
+)
+from hf_elastic.parts import LayerShape
+from hf_elastic.supernet import shapes_loadability
+
+ROWS = {row.model_type: row for row in FAMILIES}
+
+
+# -- activation -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dict_of_the_choices_in_effect_is_enough_to_activate() -> None:
+    supernet = make_elastic(tiny("bert"), ElasticConfig(intermediate_size={0: [16]}, skip={0: ["mlp"]}))
+    with supernet.activate({"layers.0.skip": "mlp"}):
+        assert dict(supernet.active) == {"layers.0.skip": "mlp", "layers.0.intermediate_size": 16}
+    with supernet.activate({"layers.0.skip": "none", "layers.0.intermediate_size": 16}) as handle:
+        assert handle is supernet and supernet.measured(**inputs(supernet.model))["layers.0.intermediate_size"] == 16
+
+
+FOREIGN: dict[str, tuple[Callable[[Supernet], Any], str]] = {
+    "of another space": (lambda s: supernet_of("llama").space.largest(), "has no choice 'layers.0.num_key_value_heads'"),
+    "another value": (lambda s: {**s.space.largest(), "layers.0.intermediate_size": 17}, "'layers.0.intermediate_size' cannot be 17; allowed: 16, 24, 48"),
+    "missing": (lambda s: {"num_hidden_layers": 3}, "no value for 'layers.0.skip'"),
+    "bool": (lambda s: {**s.space.largest(), "layers.0.num_attention_heads": True}, "cannot be True"),
+    "nothing": (lambda s: None, "a NoneType is no architecture"),
+    "text": (lambda s: "largest", "a str is no architecture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_what_is_no_point_of_the_space_is_refused_and_nothing_changes(make: Callable[[Supernet], Any], message: str) -> None:
+    supernet = supernet_of("bert")
+    middle = supernet.space.midpoint()
+    supernet.set_active(middle)
+    for use in (supernet.set_active, lambda a: supernet.activate(a).__enter__()):
+        with pytest.raises(ArchitectureError, match=message) as caught:
+            use(make(supernet))
+        assert "\n" not in str(caught.value)
+    assert supernet.active == middle and supernet.measured(**inputs(supernet.model)) == supernet.expected(middle)
+
+
+def test_costs_sizes_and_loadability_of_a_foreign_architecture_are_refused() -> None:
+    supernet, foreign = supernet_of("gpt2"), supernet_of("bert", intermediate_size=[8]).space.smallest()
+    asked: list[Callable[[], object]] = [
+        lambda: supernet.loadability(foreign),
+        lambda: supernet.expected(foreign),
+        lambda: supernet.layer_shapes(foreign),
+        lambda: costs.parameters(supernet, foreign),
+        lambda: costs.total_parameters(supernet, foreign),
+        lambda: costs.macs(supernet, foreign, seq_len=8),
+        lambda: costs.kv_cache_bytes(supernet, foreign, seq_len=8),
+    ]
+    for ask in asked:
+        with pytest.raises(ArchitectureError, match="'layers.0.intermediate_size' cannot be 8; allowed: 16, 24, 48"):
+            ask()
+
+
+def test_handles_on_one_model_share_what_is_active() -> None:
+    supernet = supernet_of("llama")
+    other = Supernet(supernet.model)
+    small = supernet.space.smallest()
+    with supernet.activate(small):
+        assert other.active == small and Supernet(supernet.model).active == small
+    assert other.active == other.space.largest() and other.space == supernet.space
+
+
+def test_a_new_handle_runs_nothing_and_changes_nothing() -> None:
+    supernet = supernet_of("bert")
+    supernet.set_active(supernet.space.smallest())
+    calls: list[str] = []
+    supernet.model.register_forward_pre_hook(lambda *args: calls.append("ran"))
+    twin = Supernet(supernet.model)
+    assert (twin.active, twin.layer_order, twin.family.model_type) == (supernet.active, (0, 2, 1), "bert")
+    assert repr(twin) == repr(supernet) and not calls
+
+
+def test_an_architecture_that_fails_inside_a_block_leaves_the_outer_one() -> None:
+    supernet = supernet_of("bert")
+    middle = supernet.space.midpoint()
+    with supernet.activate(middle):
+        with pytest.raises(ArchitectureError), supernet.activate({"nonsense": 1}):
+            pass
+        assert supernet.active == middle
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_subnets_are_close_to_float32_ones(family: str) -> None:
+    exact, half = supernet_of(family), make_elastic(tiny(family).to(torch.bfloat16), space(family))
+    for point in (exact.space.largest(), exact.space.midpoint(), exact.space.smallest()):
+        got = outputs(half, point)
+        assert got.dtype == torch.bfloat16
+        wanted = outputs(exact, point)
+        assert (got.float() - wanted).abs().max() <= 0.1 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_a_compiled_model_follows_what_is_active(family: str) -> None:
+    supernet, plain = supernet_of(family), supernet_of(family)
+    compiled = torch.compile(supernet.model, backend="eager")
+    feed, search = inputs(supernet.model), supernet.space
+    for point in (search.largest(), search.sample(random.Random(0)), search.smallest(), search.largest()):
+        with supernet.activate(point), torch.no_grad():
+            torch.testing.assert_close(compiled(**feed)[0], outputs(plain, point, **feed), rtol=1e-4, atol=1e-5)
+
+
+# -- regions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_regions_are_those_entries_whose_change_moves_the_output(family: str) -> None:
+    """Oracle: noise on everything outside the regions moves no output, noise inside a region does."""
+    supernet, rng = supernet_of(family), random.Random(1)
+    feed = inputs(supernet.model)
+    for point in (supernet.space.smallest(), supernet.space.sample(rng), supernet.space.sample(rng)):
+        wanted = outputs(supernet, point, **feed)
+        with supernet.activate(point):
+            regions = supernet.active_regions()
+        state = copy.deepcopy(supernet.model.state_dict())
+        parameters = dict(supernet.model.named_parameters())
+        with torch.no_grad():
+            for name, region in regions.items():
+                kept = [parameters[name][box].clone() for box in region]
+                parameters[name].normal_()
+                for box, values in zip(region, kept, strict=True):
+                    parameters[name][box] = values
+        assert torch.equal(outputs(supernet, point, **feed), wanted)
+        inside = next(((n, r) for n, r in regions.items() if r and n.endswith("weight")), None)
+        assert inside or all(shape.skipped for shape in supernet.layer_shapes(point))
+        if inside:
+            with torch.no_grad():
+                parameters[inside[0]][inside[1][-1]] += 1
+            assert not torch.equal(outputs(supernet, point, **feed), wanted)
+        supernet.model.load_state_dict(state)
+
+
+def test_a_parameter_that_is_always_whole_has_no_region() -> None:
+    supernet = supernet_of("bert")
+    assert not any(name.startswith(("bert.embeddings", "cls.")) for name in supernet.active_regions())
+    assert all(name.endswith(("weight", "bias")) and ".layer." in name for name in supernet.active_regions())
+
+
+# -- loadability ------------------------------------------------------------------------------------------------------
+
+FULL = LayerShape(48, 4, 4)
+NARROW, ONE_HEAD = replace(FULL, intermediate_size=16), replace(FULL, num_attention_heads=1, num_key_value_heads=1)
+THREE_HEADS = replace(FULL, num_attention_heads=3, num_key_value_heads=3)
+NO_FFN, GONE = replace(FULL, mlp=False), replace(FULL, attention=False, mlp=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "shapes", "wanted"),
+    [
+        *[(f, (FULL, FULL), "stock") for f in CONFIGS],
+        *[(f, (NARROW, NARROW), "stock") for f in CONFIGS],
+        *[(f, (NARROW, GONE), "stock") for f in CONFIGS],
+        *[(f, (FULL, NARROW), "stock-padded") for f in CONFIGS],
+        *[(f, (NO_FFN, FULL), "stock-padded" if f in DECODERS else "remote-code") for f in CONFIGS],
+        *[(f, (ONE_HEAD, ONE_HEAD), "stock" if f in GROUPED else "stock-padded") for f in CONFIGS],
+        *[(f, (THREE_HEADS,), "stock" if f == "qwen3" else "stock-padded") for f in CONFIGS],
+        *[(f, (ONE_HEAD, FULL), "stock-padded") for f in CONFIGS],
+        *[(f, (GONE, GONE), "remote-code") for f in CONFIGS],
+    ],
+)
+def test_loadability_is_what_a_stock_config_can_say(family: str, shapes: tuple[LayerShape, ...], wanted: str) -> None:
+    assert shapes_loadability(shapes, ROWS[family], hidden_size=32, parent=FULL) == wanted
+
+
+# -- saving and restoring ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_saved_supernet_is_restored_bit_equal(family: str, tmp_path: Path) -> None:
+    supernet = supernet_of(family)
+    set_layer_order(supernet, [2, 0, 1])
+    supernet.set_active(supernet.space.smallest())
+    supernet.save_pretrained(tmp_path / "saved")
+    assert supernet.active == supernet.space.smallest()
+    again = Supernet.from_pretrained(tmp_path / "saved")
+    assert again.space == supernet.space and again.layer_order == (2, 0, 1) and again.active == again.space.largest()
+    state = again.model.state_dict()
+    assert {n: t.dtype for n, t in supernet.model.state_dict().items()} == {n: t.dtype for n, t in state.items()}
+    assert all(torch.equal(t, state[n]) for n, t in supernet.model.state_dict().items())
+    for point in itertools.islice(supernet.space.architectures(), 3):
+        assert torch.equal(outputs(again, point), outputs(supernet, point))
+
+
+def test_a_saved_supernet_is_a_stock_checkpoint(tmp_path: Path) -> None:
+    supernet = supernet_of("bert")
+    with supernet.activate(supernet.space.smallest()):
+        supernet.save_pretrained(tmp_path)
+    model = BertForMaskedLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs(model))[0], outputs(supernet, supernet.space.largest()))
+    record = json.loads((tmp_path / "search_space.json").read_text())
+    assert record["class"] == "BertForMaskedLM" and record["family"] is None and "active" not in record
+
+
+def test_bfloat16_and_options_survive(tmp_path: Path) -> None:
+    supernet = make_elastic(tiny("llama").to(torch.bfloat16), space("llama"))
+    supernet.save_pretrained(tmp_path)
+    again = Supernet.from_pretrained(tmp_path, attn_implementation="eager")
+    assert again.model.dtype == torch.bfloat16 and again.model.config._attn_implementation == "eager"
+    assert Supernet.from_pretrained(tmp_path, dtype=torch.float32).model.dtype == torch.float32
+
+
+def test_everything_a_config_can_say_is_restored(tmp_path: Path) -> None:
+    config = ElasticConfig(
+        intermediate_size={0: [16], 2: [0.5]}, num_attention_heads=range(1, 3), skip={1: ["mlp"], 2: ["layer"]},
+        num_hidden_layers=[0.4], multiple_of=8, loadability="any",
+    )  # fmt: skip
+    supernet = make_elastic(tiny("roberta", "sequence"), config)
+    supernet.save_pretrained(tmp_path)
+    assert Supernet.from_pretrained(tmp_path).space == supernet.space
+
+
+OPT = Family(
+    model_type="opt", layers="decoder.layers", ffn_in=("fc1",), ffn_out="fc2", query="self_attn.q_proj",
+    key="self_attn.k_proj", value="self_attn.v_proj", attention_out="self_attn.out_proj", attention="self_attn",
+    head_size="head_dim", attributes={"num_heads": "heads"}, pre_norm=True, causal=True,
+    skip_attention=(Skip("self_attn_layer_norm", "input"), Skip("self_attn", "zero", outputs=2)),
+    skip_mlp=(Skip("final_layer_norm", "input"), Skip("fc1", "input"), Skip("activation_fn", "input"), Skip("fc2", "zero")),
+    config_names={"intermediate_size": "ffn_dim"},
+)  # fmt: skip
+
+
+def opt_supernet() -> Supernet:
+    config = OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,
+                       max_position_embeddings=64, word_embed_proj_dim=32)  # fmt: skip
+    elastic = ElasticConfig(intermediate_size=[16], num_attention_heads=[1, 2], num_hidden_layers=[1])
+    return make_elastic(OPTForCausalLM(config).eval(), elastic, family=OPT)
+
+
+def test_a_supernet_with_a_users_family_row_is_restored_with_that_row(tmp_path: Path) -> None:
+    supernet = opt_supernet()
+    supernet.save_pretrained(tmp_path)
+    again = Supernet.from_pretrained(tmp_path)
+    assert again.family == OPT and again.space == supernet.space
+    small = supernet.space.smallest()
+    assert torch.equal(outputs(again, small), outputs(supernet, small))
+
+
+class OwnModel(BertForMaskedLM):
+    """A model class that transformers does not know."""
+
+
+def test_a_model_of_a_users_class_is_restored_by_naming_the_class(tmp_path: Path) -> None:
+    model = OwnModel(tiny("bert").config)
+    make_elastic(model, ElasticConfig(intermediate_size=[16])).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="'OwnModel', which is no model of transformers; pass model_class="):
+        Supernet.from_pretrained(tmp_path)
+    assert type(Supernet.from_pretrained(tmp_path, model_class=OwnModel).model) is OwnModel
+
+
+def test_a_handle_without_elastic_layers_says_that_it_cannot_be_saved(tmp_path: Path) -> None:
+    supernet = supernet_of("bert")
+    del supernet.model.__dict__["_hf_elastic_config"]
+    with pytest.raises(CheckpointError, match="holds no ElasticConfig.*save the supernet that make_elastic returned"):
+        supernet.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "search_space.json"
+    record = json.loads(file.read_text())
+    for name, value in changes.items():
+        if value is None:
+            del record[name]
+        else:
+            record[name] = value
+    file.write_text(json.dumps(record))
+
+
+def truncate(folder: Path, name: str = "model.safetensors", *, by: int = 10) -> None:
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:-by])
+
+
+def other_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def foreign_config(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 4}))
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no record": (lambda f: (f / "search_space.json").unlink(), "is no saved supernet, it has no search_space.json; write one with"),
+    "no folder": (lambda f: f.rename(f.parent / "gone"), "is no saved supernet"),
+    "truncated record": (lambda f: truncate(f, "search_space.json"), "search_space.json is no JSON file"),
+    "record is a list": (lambda f: (f / "search_space.json").write_text("[]"), "holds a JSON list, expected an object"),
+    "binary record": (lambda f: (f / "search_space.json").write_bytes(b"\xff\xfe\x00"), "search_space.json is no JSON file"),
+    "other format": (lambda f: edit(f, format=99), "has format 99, this version reads 1"),
+    "no weights listed": (lambda f: edit(f, weights={}), "nothing usable about weights"),
+    "weights of another type": (lambda f: edit(f, weights=[1]), "nothing usable about weights"),
+    "no class": (lambda f: edit(f, **{"class": None}), "nothing usable about class"),
+    "foreign class": (lambda f: edit(f, **{"class": "BertTokenizer"}), "'BertTokenizer', which is no model of transformers"),
+    "foreign config field": (lambda f: edit(f, elastic_config={"width": [1]}), r"unknown ElasticConfig fields \['width'\]"),
+    "config of another space": (lambda f: edit(f, elastic_config={"intermediate_size": [8]}), "was made for another space"),
+    "foreign order": (lambda f: edit(f, layer_order=[0, 1, 7]), r"layer_order=\[0, 1, 7\]"),
+    "foreign row": (lambda f: edit(f, family={"model_type": "bert"}), "not a family row"),
+    "truncated weights": (truncate, "model.safetensors is truncated or is not the file this supernet was saved with"),
+    "foreign weights": (other_weights, "model.safetensors is truncated or is not the file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot read .*model.safetensors: No such file"),
+    "weights elsewhere": (lambda f: edit(f, weights={"../model.safetensors": "0"}), "model.safetensors is truncated or is not"),
+    "no config": (lambda f: (f / "config.json").unlink(), "cannot load .* as BertForMaskedLM"),
+    "truncated config": (lambda f: truncate(f, "config.json"), "cannot load .* as BertForMaskedLM"),
+    "config of another model": (foreign_config, "do not fit its config.json .16 tensors, e.g. bert.encoder.layer.3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_or_foreign_folder_is_refused_by_name(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    supernet_of("bert").save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(ElasticError, match=message) as caught:
+        Supernet.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """A disk that is full once a file reaches ``size`` bytes, by the operating system itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 50_000])
+def test_a_full_disk_leaves_no_half_written_supernet_and_keeps_the_old_one(size: int, tmp_path: Path) -> None:
+    supernet = supernet_of("bert")
+    with files_limited_to(size), pytest.raises(CheckpointError, match="cannot write") as caught:
+        supernet.save_pretrained(tmp_path / "new" / "deep")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    supernet.save_pretrained(tmp_path / "old")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "old").iterdir()}
+    with files_limited_to(size), pytest.raises(CheckpointError, match="cannot write"):
+        supernet.save_pretrained(tmp_path / "old", overwrite=True)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "old").iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_folder_that_holds_something_is_overwritten_only_on_request(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    supernet = supernet_of("bert")
+    with pytest.raises(CheckpointError, match="is not empty; give another folder or overwrite=True"):
+        supernet.save_pretrained(tmp_path)
+    assert (tmp_path / "precious").read_text() == "data"
+    supernet.save_pretrained(tmp_path, overwrite=True)
+    assert Supernet.from_pretrained(tmp_path).space == supernet.space and not (tmp_path / "precious").exists()
+
+
+# -- what it says -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["base", "lm", "sequence", "token", "qa", "choice"])
+def test_printing_shows_size_costs_latency_and_loadability_of_any_head(head: str) -> None:
+    supernet = supernet_of("bert", head)
+    text = str(supernet)
+    assert text.startswith(f"{class_of('bert', head).__name__} supernet (bert)")
+    lines = [line.split()[0] for line in text.splitlines()[1:]]
+    assert lines == ["architectures", "parameters", "MACs", "latency", "loadability", "active"]
+    assert "remote-code" in text and "faster at the smallest" in text
+    assert supernet.active == supernet.space.largest()
+
+
+def test_printing_tells_which_subnet_is_active_and_keeps_it() -> None:
+    supernet = supernet_of("gpt2")
+    supernet.model.train()
+    with supernet.activate(supernet.space.smallest()):
+        assert "layers.*.skip" in str(supernet).splitlines()[-1]
+        assert supernet.active == supernet.space.smallest()
+    assert str(supernet).endswith("largest") and supernet.model.training
+
+
+def test_a_space_of_more_points_than_a_float_can_count_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    supernet = supernet_of("bert")
+    monkeypatch.setattr(SearchSpace, "size", 7 * 10**400)
+    assert "10^400" in repr(supernet) and "7.00e+400" in str(supernet)
+
+
+def test_a_model_without_elastic_layers_has_no_family() -> None:
+    supernet = supernet_of("bert")
+    supernet.parts = ()
+    with pytest.raises(UnsupportedModelError, match="no elastic layers"):
+        _ = supernet.family
