@@ -1,4 +1,4 @@
-"""Reader of ``llama2c_tokenizer.json``: SentencePiece BPE pieces with scores, as llama2.c keeps them in ``tokenizer.bin``.
+"""Reader of ``llama2c_tokenizer.json``: BPE pieces with scores, as llama2.c keeps them in ``tokenizer.bin``.
 
     python benchmarks/llama2c_tokenizer.py [--data DIR]      # checks perplexities against the documented ones
 """

@@ -258,7 +258,8 @@ def run_model(folder: Path, name: str, options: argparse.Namespace) -> dict[str,
 
     if options.alone:
         # As much computation as both trainings above, spent on the subnet that was found without any.
-        alone, steps = he.Supernet(untrained), round(sum(seconds.values()) / seconds["found subnet"] * options.last_steps)
+        alone = he.Supernet(untrained)
+        steps = round(sum(seconds.values()) / seconds["found subnet"] * options.last_steps)
         seconds["one subnet alone"] = train(
             alone, he.FixedSubnet(before), texts, plan=plan_of(options, parent, steps=steps)
         )
@@ -290,8 +291,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=600, help="of the supernet, four subnets each")
     parser.add_argument("--last-steps", type=int, default=600, help="of the subnet found")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=256, help="of a training story")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512, help="of a training story, at most the model's context")
     parser.add_argument("--stories", type=int, help="how many training stories to read; all by default")
     parser.add_argument("--pieces", type=int, help="of the validation text; by default those that are documented")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from hf_elastic.architecture import read_json_object
 from hf_elastic.checkpoint import export as export_subnet
 from hf_elastic.declaration import ElasticConfig, Loadability
-from hf_elastic.errors import ArchitectureError, CheckpointError, ElasticError, SpaceError
+from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
 from hf_elastic.pipeline import CompressRun, open_supernet, search_run
 from hf_elastic.pipeline.options import Device, Precision, TaskName
+from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
 from hf_elastic.supernet import Loadability as Form
 
@@ -67,7 +68,7 @@ def compress_command(
         minutes=minutes,
         evaluations=evaluations,
         loadability=loadability,
-        space=_space(space),
+        space=_space(space, loadability),
         sequence_length=sequence_length,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -77,11 +78,15 @@ def compress_command(
         device=device,
         seed=seed,
     )
-    run = CompressRun(options, say=typer.echo)
-    if dry_run:
-        typer.echo(run.dry_run())
-    else:
-        run.run()
+    try:
+        run = CompressRun(options, say=typer.echo)
+        if dry_run:
+            typer.echo(run.dry_run())
+        else:
+            run.run()
+    except KeyboardInterrupt:  # typer would end without a word
+        typer.echo("hf-elastic: interrupted; the same command goes on where it was", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command("info")
@@ -144,32 +149,30 @@ def parse_limits(texts: list[str]) -> dict[str, float]:
     return limits
 
 
-def _json_or_file(text: str, what: str) -> str:
-    path = Path(text)
+def _json_or_file(text: str, *, what: str, error: type[ElasticError]) -> dict[str, Any]:
+    """Reads a JSON object given as such or as a file.
+
+    Raises:
+        ElasticError: of the class ``error``; it is neither.
+    """
     if not text.lstrip().startswith("{"):
-        if not path.is_file():
-            raise SpaceError(f"{what} {text!r} is neither JSON nor a file")
-        return path.read_text(encoding="utf-8")
-    return text
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            raise error(f"{what} {text[:80]!r} is neither a JSON object nor a readable file") from None
+    return read_json_object(text, what=what, error=error)
 
 
-def _space(text: str | None) -> ElasticConfig | None:
+def _space(text: str | None, loadability: Loadability) -> ElasticConfig | None:
+    """The space that was given; how it may load is said there, or else by ``--loadability``."""
     if text is None:
         return None
-    try:
-        return ElasticConfig.from_dict(json.loads(_json_or_file(text, "space")))
-    except ValueError as error:
-        raise error if isinstance(error, ElasticError) else SpaceError(f"space is no JSON: {error}") from None
+    return ElasticConfig.from_dict({"loadability": loadability, **_json_or_file(text, what="space", error=SpaceError)})
 
 
 def _architecture(text: str) -> dict[str, int | str]:
-    try:
-        data = json.loads(_json_or_file(text, "architecture"))
-    except ValueError as error:
-        raise (
-            error if isinstance(error, ElasticError) else ArchitectureError(f"architecture is no JSON: {error}")
-        ) from None
-    found = data.get("architecture", data) if isinstance(data, dict) else data
+    data = _json_or_file(text, what="architecture", error=ArchitectureError)
+    found = data.get("architecture", data)  # an exported model's architecture.json holds more
     if not isinstance(found, dict):
         raise ArchitectureError(f"architecture must be a JSON object of choices, got {type(found).__name__}")
     return found
@@ -186,9 +189,6 @@ def main() -> None:
     except ElasticError as error:
         typer.echo(f"hf-elastic: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("hf-elastic: interrupted; the same command goes on where it was", err=True)
-        sys.exit(130)
     except OSError as error:
-        typer.echo(f"hf-elastic: {CheckpointError(str(error).splitlines()[0])}", err=True)
+        typer.echo(f"hf-elastic: {one_line(error)}", err=True)
         sys.exit(2)

@@ -47,10 +47,7 @@ def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
     """
     supernet.space.validate(architecture)
     largest = sum(parameter.numel() for parameter in supernet.model.parameters())
-    parts = supernet.layer_parts
-    return largest + sum(
-        layer_parameters(part, part.shape(architecture)) - layer_parameters(part, part.full) for part in parts
-    )
+    return largest - sum(_removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
 
 
 def embedding_parameters(supernet: Supernet) -> int:
@@ -120,22 +117,20 @@ def _cached_tokens(supernet: Supernet, part: LayerPart, seq_len: int) -> int:
     return min(seq_len, window - 1) if slides and window is not None else seq_len
 
 
-def layer_parameters(part: LayerPart, shape: LayerShape) -> int:
-    """Parameters of one layer in a shape."""
-    attention_paths = part.attention_paths()
-    total = sum(p.numel() for p in part.layer.parameters())
-    for kind, present in (("attention", shape.attention), ("mlp", shape.mlp)):
-        rules = part.family.skip_attention if kind == "attention" else part.family.skip_mlp
+def _removed_parameters(part: LayerPart, shape: LayerShape) -> int:
+    """Parameters of one layer that a shape does without; a search asks this thousands of times."""
+    row, attention_paths = part.family, part.attention_paths()
+    removed = 0
+    for rules, present in ((row.skip_attention, shape.attention), (row.skip_mlp, shape.mlp)):
         if not present:
             modules = [part.layer.get_submodule(rule.module) for rule in rules]
-            total -= sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
-            continue
-        for path, projection in part.projections().items():
-            if (path in attention_paths) == (kind == "attention"):
-                rows, columns = _active(part, path, shape)
-                total -= sum(p.numel() for p in projection.parameters())
-                total += rows * columns + (columns if projection.bias is not None else 0)
-    return total
+            removed += sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
+    for path, projection in part.projections().items():
+        if shape.attention if path in attention_paths else shape.mlp:
+            rows, columns = _active(part, path, shape)
+            removed += projection.weight.numel() - rows * columns
+            removed += projection.bias.numel() - columns if projection.bias is not None else 0
+    return removed
 
 
 def layer_macs(part: LayerPart, shape: LayerShape, *, seq_len: int) -> int:

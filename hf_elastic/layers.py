@@ -33,8 +33,13 @@ class ElasticLinear(nn.Linear):
         rows, columns = self.active_out_features, self.active_in_features
         if rows == self.out_features and columns == self.in_features:
             return nn.functional.linear(input, self.weight, self.bias)
+        weight = self.weight[:rows, :columns]
+        if columns < self.in_features and self.weight.requires_grad and torch.is_grad_enabled():
+            # Autograd returns the gradient of a strided weight transposed; writing that into the gradient of the
+            # whole weight would cost more than this copy (benchmarks/backbone.py with few tokens shows it).
+            weight = weight.contiguous()
         bias = None if self.bias is None else self.bias[:rows]
-        return nn.functional.linear(input, self.weight[:rows, :columns], bias)
+        return nn.functional.linear(input, weight, bias)
 
     def active_region(self) -> dict[str, Region]:
         """Active boxes of ``weight`` (out, in) and ``bias`` (out,)."""

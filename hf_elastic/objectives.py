@@ -141,9 +141,7 @@ def similarity_structure(
         found = embeddings(supernet, architecture, batches, pooling=pooling)
         return float(spearmanr(_similarities(found, upper).numpy(), wanted.numpy()).statistic)
 
-    return _measured(
-        supernet, "structure", measure, batches=batches, direction="maximize", extra=target, mode=pooling
-    )
+    return _measured(supernet, "structure", measure, batches=batches, direction="maximize", extra=target, mode=pooling)
 
 
 def embeddings(

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
-from hf_elastic.checkpoint.run_record import RESULT_FILE
+from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.costs import LATENCY_TOKENS
-from hf_elastic.errors import CheckpointError
+from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.families import FAMILIES
 from hf_elastic.files import read_json
 from hf_elastic.supernet import SPACE_FILE, Supernet
@@ -50,7 +50,7 @@ def comparison_table(rows: Sequence[Row], *, quality: Sequence[str], seq_len: in
                 _share(row["macs"], parent["macs"]),
                 "-" if row["latency"] is None else f"{row['latency'] * 1e3:.1f} ms",
                 "-" if row["latency"] is None else f"{parent['latency'] / row['latency']:.2f}x",
-                *(f"{row[name]:.4f}" for name in quality),
+                *("-" if row[name] is None else f"{row[name]:.4f}" for name in quality),
                 str(row["loadability"]),
             ]
         )
@@ -84,7 +84,7 @@ def stage_times(record: Mapping[str, Any]) -> str:
     stages = record.get("stages", {})
     lines = [
         ["stage", "seconds"],
-        *([name, f"{stage.get('seconds', 0.0):.1f}"] for name, stage in stages.items()),
+        *([name, f"{stage['seconds']:.1f}"] for name, stage in stages.items() if "seconds" in stage),
     ]
     return aligned(lines)
 
@@ -99,17 +99,24 @@ def describe_folder(folder: Path) -> str:
         raise CheckpointError(f"{folder} is no folder; give one that holds a checkpoint, a supernet or a run")
     if (folder / SPACE_FILE).is_file():
         return str(Supernet.from_pretrained(folder))
-    if (folder / RESULT_FILE).is_file() and not (folder / "config.json").is_file():
-        return _describe_run(read_json(folder / RESULT_FILE))
-    if not (folder / "config.json").is_file():
+    parts = (
+        ("config.json", _describe_checkpoint), (ARCHITECTURE_FILE, _describe_export), (RESULT_FILE, _describe_run),
+    )  # fmt: skip
+    lines = []
+    for name, describe in parts:
+        if (folder / name).is_file():
+            try:
+                lines.append(describe(folder))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise (
+                    error
+                    if isinstance(error, ElasticError)
+                    else CheckpointError(f"{folder / name} is not what hf_elastic or transformers writes: {error!r}")
+                ) from error
+    if not lines:
         raise CheckpointError(
             f"{folder} holds no config.json, {SPACE_FILE} or {RESULT_FILE}, so it is no checkpoint, supernet or run"
         )
-    lines = [_describe_checkpoint(folder)]
-    if (folder / ARCHITECTURE_FILE).is_file():
-        lines.append(_describe_export(read_json(folder / ARCHITECTURE_FILE)))
-    if (folder / RESULT_FILE).is_file():
-        lines.append(_describe_run(read_json(folder / RESULT_FILE)))
     return "\n".join(lines)
 
 
@@ -155,7 +162,8 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _describe_export(record: Mapping[str, Any]) -> str:
+def _describe_export(folder: Path) -> str:
+    record = read_json(folder / ARCHITECTURE_FILE)
     layers = record["layers"]
     there = [layer for layer in layers if layer["attention"] or layer["mlp"]]
     widths = sorted({layer["intermediate_size"] for layer in there})
@@ -169,7 +177,8 @@ def _describe_export(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_run(record: Mapping[str, Any]) -> str:
+def _describe_run(folder: Path) -> str:
+    record = read_record(folder / RESULT_FILE)
     options, stages = record["options"], record["stages"]
     lines = [
         f"run: {options['model']} within {options['within']}, seed {options['seed']}",

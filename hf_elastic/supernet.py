@@ -96,12 +96,13 @@ class Supernet:
             ActivationError: another thread has used a handle on this model.
         """
         chosen = self._checked(architecture)
-        previous = self._state.active
+        previous, space = self._state.active, self.space
         self._set(chosen)
         try:
             yield self
         finally:
-            self._set(previous)
+            # Another order of layers, set inside, may have put choices of the outer architecture out of effect.
+            self._set(previous if self.space is space else self.space.canonical(previous))
 
     def set_active(self, architecture: Architecture | Mapping[str, Value]) -> None:
         """Makes an architecture active until something else is; prefer :meth:`activate`, which restores.

@@ -13,7 +13,16 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, re
 from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, DECODERS, GROUPED, inputs, outputs, space, supernet_of, tiny
 from torch import nn
-from transformers import (BertConfig, BertModel, BitsAndBytesConfig, OPTConfig, OPTForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration)
+from transformers import (
+    BertConfig,
+    BertModel,
+    BitsAndBytesConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_elastic import (
     FAMILIES,
@@ -79,7 +88,9 @@ def test_a_width_of_a_layer_that_is_absent_has_no_effect() -> None:
     assert supernet.space["layers.1.intermediate_size"].when == (Condition("num_hidden_layers", (3,)),)
 
 
-@pytest.mark.parametrize("kinds", [k for n in (1, 2, 3) for k in itertools.combinations(("attention", "mlp", "layer"), n)])
+@pytest.mark.parametrize(
+    "kinds", [k for n in (1, 2, 3) for k in itertools.combinations(("attention", "mlp", "layer"), n)]
+)
 def test_leaving_out_both_sublayers_is_leaving_out_the_layer(kinds: tuple[str, ...]) -> None:
     supernet = make_elastic(tiny("gpt2"), ElasticConfig(skip={1: kinds}))
     wanted = {"none", *kinds} | ({"layer"} if {"attention", "mlp"} <= set(kinds) else set())
@@ -203,7 +214,11 @@ def fingerprint(model: nn.Module) -> Any:
     """Class and attributes of every module, and the bits of every tensor: what a refusal must not change."""
     modules = [(name, type(m), sorted(vars(m))) for name, m in model.named_modules()]
     tensors = {name: (id(t), t.clone()) for name, t in model.named_parameters()}
-    return modules, {name: key for name, (key, _) in tensors.items()}, {n: t.sum().item() for n, (_, t) in tensors.items()}
+    return (
+        modules,
+        {name: key for name, (key, _) in tensors.items()},
+        {n: t.sum().item() for n, (_, t) in tensors.items()},
+    )
 
 
 def hooked(model: PreTrainedModel, path: str) -> PreTrainedModel:
@@ -245,31 +260,54 @@ def compiled_layer(model: PreTrainedModel) -> PreTrainedModel:
 BNB = BitsAndBytesConfig(load_in_8bit=True)
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no transformers model": (lambda: nn.Linear(2, 2), "takes a transformers PreTrainedModel, got Linear"),
-    "peft": (lambda: get_peft_model(tiny("bert"), LoraConfig(target_modules=["query"])), "PeftModel; convert the model before"),
-    "compiled": (lambda: torch.compile(tiny("bert"), backend="eager"), "OptimizedModule.*before get_peft_model, torch.compile"),
+    "peft": (
+        lambda: get_peft_model(tiny("bert"), LoraConfig(target_modules=["query"])),
+        "PeftModel; convert the model before",
+    ),
+    "compiled": (
+        lambda: torch.compile(tiny("bert"), backend="eager"),
+        "OptimizedModule.*before get_peft_model, torch.compile",
+    ),
     "data parallel": (lambda: nn.DataParallel(tiny("bert")), "got DataParallel"),
-    "compiled layer": (lambda: compiled_layer(tiny("bert")), r"layer.1._orig_mod is compiled; call torch.compile after"),
+    "compiled layer": (
+        lambda: compiled_layer(tiny("bert")),
+        r"layer.1._orig_mod is compiled; call torch.compile after",
+    ),
     "injected adapter": (lambda: with_adapter(tiny("bert")), r"encoder.layer.0.attention.self.value is a peft"),
-    "quantised": (lambda: with_config(tiny("bert"), quantization_config=BNB), r"quantised \(bitsandbytes\); load it in a float"),
+    "quantised": (
+        lambda: with_config(tiny("bert"), quantization_config=BNB),
+        r"quantised \(bitsandbytes\); load it in a float",
+    ),
     "quantised, loaded": (
-        lambda: with_config(tiny("bert"), quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)",
+        lambda: with_config(tiny("bert"), quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"quantised \(gptq\)",
     ),
     "quantised without config": (lambda: last_linear_replaced(tiny("bert")), r"layer.2.output.dense is a .*Int8Linear"),
-    "hook on a linear": (lambda: hooked(tiny("bert"), "bert.encoder.layer.2.attention.self.value"), "2.attention.self.value has a forward"),
-    "hook on a sublayer": (lambda: hooked(tiny("bert"), "bert.encoder.layer.2.attention"), "layer.2.attention has a forward"),
+    "hook on a linear": (
+        lambda: hooked(tiny("bert"), "bert.encoder.layer.2.attention.self.value"),
+        "2.attention.self.value has a forward",
+    ),
+    "hook on a sublayer": (
+        lambda: hooked(tiny("bert"), "bert.encoder.layer.2.attention"),
+        "layer.2.attention has a forward",
+    ),
     "elastic": (lambda: supernet_of("bert").model, r"elastic already; use hf_elastic.Supernet\(model\)"),
     "unknown type": (
-        lambda: OPTForCausalLM(OPTConfig(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)),
+        lambda: OPTForCausalLM(
+            OPTConfig(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+        ),
         "'opt' has no family row; known: bert.*; pass family=",
     ),
     "encoder and decoder": (
-        lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9)),
+        lambda: T5ForConditionalGeneration(
+            T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9)
+        ),
         "config.is_encoder_decoder=True is not supported",
     ),
     "decoder": (lambda: tiny("bert", is_decoder=True), "config.is_decoder=True is not supported"),
     "cross attention": (lambda: tiny("gpt2", add_cross_attention=True), "add_cross_attention=True"),
     "shared layers": (lambda: shared_layers(tiny("bert")), "share one module"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("make", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
@@ -288,8 +326,16 @@ BAD_SPACES: dict[str, tuple[str, dict[str, Any], str]] = {
     "no skip": ("bert", {"skip": []}, "nothing to choose"),
     "larger": ("bert", {"intermediate_size": [64]}, "intermediate_size=64 is not between 1 and the model's own 48"),
     "larger in one layer": ("bert", {"intermediate_size": {0: [16], 2: [49]}}, "intermediate_size=49"),
-    "more heads": ("bert", {"num_attention_heads": [8]}, "num_attention_heads=8 is not between 1 and the model's own 4"),
-    "more groups": ("llama", {"num_key_value_heads": [4]}, "num_key_value_heads=4 is not between 1 and the model's own 2"),
+    "more heads": (
+        "bert",
+        {"num_attention_heads": [8]},
+        "num_attention_heads=8 is not between 1 and the model's own 4",
+    ),
+    "more groups": (
+        "llama",
+        {"num_key_value_heads": [4]},
+        "num_key_value_heads=4 is not between 1 and the model's own 2",
+    ),
     "more layers": ("bert", {"num_hidden_layers": [4]}, "num_hidden_layers=4 is not between 1 and the model's own 3"),
     "no layers": ("bert", {"num_hidden_layers": [0]}, "num_hidden_layers=0"),
     "depth by layer": ("bert", {"num_hidden_layers": {0: [1]}}, "num_hidden_layers.*must be a non-empty list"),
@@ -297,26 +343,56 @@ BAD_SPACES: dict[str, tuple[str, dict[str, Any], str]] = {
     "bool": ("bert", {"intermediate_size": [True]}, "True is neither a fraction nor a size"),
     "empty list": ("bert", {"intermediate_size": []}, "must be a non-empty list"),
     "empty list of a layer": ("bert", {"intermediate_size": {1: []}}, "must be a non-empty list"),
-    "heads of a grouped model": ("llama", {"num_attention_heads": [1]}, "llama models choose num_key_value_heads, not num_attention_heads; set num_key_value_heads="),
+    "heads of a grouped model": (
+        "llama",
+        {"num_attention_heads": [1]},
+        "llama models choose num_key_value_heads, not num_attention_heads; set num_key_value_heads=",
+    ),
     "groups of BERT": ("bert", {"num_key_value_heads": [1]}, "bert models choose num_attention_heads"),
     "unknown skip": ("bert", {"skip": ["ffn"]}, r"skip=\['ffn'\] is unknown"),
     "skip as text": ("bert", {"skip": "mlp"}, "skip='mlp' must be a list"),
-    "unknown layer": ("bert", {"intermediate_size": {3: [16]}}, r"intermediate_size names layers \[3\], the model has layers 0 to 2"),
+    "unknown layer": (
+        "bert",
+        {"intermediate_size": {3: [16]}},
+        r"intermediate_size names layers \[3\], the model has layers 0 to 2",
+    ),
     "negative layer": ("bert", {"skip": {-1: ["mlp"]}}, r"skip names layers \[-1\]"),
     "layer as text": ("bert", {"num_attention_heads": {"0": [1]}}, r"names layers \['0'\]"),
     "layer as bool": ("bert", {"num_attention_heads": {True: [1]}}, r"names layers \[True\]"),
-    "order too short": ("bert", {"num_hidden_layers": [2], "layer_order": [0, 1]}, r"layer_order=\[0, 1\] must name each of the layers 0 to 2 once"),
+    "order too short": (
+        "bert",
+        {"num_hidden_layers": [2], "layer_order": [0, 1]},
+        r"layer_order=\[0, 1\] must name each of the layers 0 to 2 once",
+    ),
     "order repeats": ("bert", {"num_hidden_layers": [2], "layer_order": [0, 1, 1]}, r"layer_order=\[0, 1, 1\]"),
     "order of text": ("bert", {"num_hidden_layers": [2], "layer_order": [0, "1", 2]}, "layer_order="),
     "order no list": ("bert", {"num_hidden_layers": [2], "layer_order": 1}, "layer_order=1 must name"),
-    "stock, sublayer": ("gpt2", {"skip": ["mlp"], "loadability": "stock"}, r"skip=\['mlp'\] needs per-layer shapes.*only skip=\['layer'\]"),
-    "stock, by layer": ("bert", {"intermediate_size": {0: [16]}, "loadability": "stock"}, "intermediate_size by layer cannot be held by a stock config"),
-    "stock, BERT heads": ("bert", {"num_attention_heads": [2], "loadability": "stock"}, "derives the size of a head.*drop num_attention_heads="),
-    "stock, heads do not divide": (
-        "llama", {"num_key_value_heads": [3], "loadability": "stock"}, r"num_key_value_heads=\[3\] gives \[3\] heads, which do not divide hidden_size=32",
+    "stock, sublayer": (
+        "gpt2",
+        {"skip": ["mlp"], "loadability": "stock"},
+        r"skip=\['mlp'\] needs per-layer shapes.*only skip=\['layer'\]",
     ),
-    "padded, post-norm sublayer": ("bert", {"skip": ["mlp"], "loadability": "stock-padded"}, r"post-norm\); use skip=\['layer'\]"),
-}  # fmt: skip
+    "stock, by layer": (
+        "bert",
+        {"intermediate_size": {0: [16]}, "loadability": "stock"},
+        "intermediate_size by layer cannot be held by a stock config",
+    ),
+    "stock, BERT heads": (
+        "bert",
+        {"num_attention_heads": [2], "loadability": "stock"},
+        "derives the size of a head.*drop num_attention_heads=",
+    ),
+    "stock, heads do not divide": (
+        "llama",
+        {"num_key_value_heads": [3], "loadability": "stock"},
+        r"num_key_value_heads=\[3\] gives \[3\] heads, which do not divide hidden_size=32",
+    ),
+    "padded, post-norm sublayer": (
+        "bert",
+        {"skip": ["mlp"], "loadability": "stock-padded"},
+        r"post-norm\); use skip=\['layer'\]",
+    ),
+}
 
 
 @pytest.mark.parametrize(("family", "settings", "message"), BAD_SPACES.values(), ids=BAD_SPACES)
@@ -345,13 +421,18 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "no linear": ({"ffn_out": "output.LayerNorm"}, "LayerNorm is neither nn.Linear nor Conv1D"),
     "head size": ({"head_size": "head_dim"}, "attention.self.head_dim is None.*holds the size of a head"),
     "head size is no size": ({"head_size": "is_causal"}, "attention.self.is_causal is False"),
-    "attribute": ({"attributes": {"num_heads": "heads"}}, "attention.self.num_heads is None.*the heads of the active heads, 4 here"),
+    "attribute": (
+        {"attributes": {"num_heads": "heads"}},
+        "attention.self.num_heads is None.*the heads of the active heads, 4 here",
+    ),
     "attribute's meaning": ({"attributes": {"all_head_size": "heads"}}, "all_head_size is 32"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_row_that_does_not_fit_its_model_is_refused_and_the_model_untouched(changes: dict[str, Any], message: str) -> None:
+def test_a_row_that_does_not_fit_its_model_is_refused_and_the_model_untouched(
+    changes: dict[str, Any], message: str
+) -> None:
     model = tiny("bert")
     before = fingerprint(model)
     with pytest.raises(UnsupportedModelError, match=message):
@@ -450,6 +531,10 @@ def test_a_wrong_order_is_refused_before_anything_changes() -> None:
 
 
 def test_bert_built_from_config_alone_is_converted_in_five_lines() -> None:
-    model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50))
-    supernet = make_elastic(model, ElasticConfig(intermediate_size=[0.25, 0.5], num_attention_heads=[1, 2], skip=["layer"]))
+    model = BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50)
+    )
+    supernet = make_elastic(
+        model, ElasticConfig(intermediate_size=[0.25, 0.5], num_attention_heads=[1, 2], skip=["layer"])
+    )
     assert supernet.space.size == (3 * 3 + 1) ** 2

@@ -41,7 +41,9 @@ def test_macs_equal_half_the_counted_flops_of_an_eager_forward_of_any_subnet(fam
         for batch_size, tokens in ((1, 7), (3, 4)):
             feed = inputs(supernet.model, batch_size=batch_size, tokens=tokens)
             with supernet.activate(point):
-                assert costs.macs(supernet, point, seq_len=tokens, batch_size=batch_size) == counted(supernet.model, **feed)
+                assert costs.macs(supernet, point, seq_len=tokens, batch_size=batch_size) == counted(
+                    supernet.model, **feed
+                )
 
 
 def test_macs_of_multiple_choice_count_every_choice_as_a_sequence() -> None:
@@ -89,7 +91,7 @@ def test_a_tied_output_head_counts_as_embedding_and_an_untied_one_does_not(famil
     positions = 64 * 32 if family != "llama" else 0
     assert embeddings == 61 * 32 + positions + (2 * 32 if family == "bert" else 0)
     assert costs.parameters(supernet, largest) == without_embeddings(supernet.model)
-    assert (61 * 32 <= costs.parameters(supernet, supernet.space.smallest())) == (not tied)
+    assert (costs.parameters(supernet, supernet.space.smallest()) >= 61 * 32) == (not tied)
 
 
 def cached_bytes(cache: DynamicCache) -> int:

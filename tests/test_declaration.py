@@ -149,7 +149,9 @@ def test_a_skip_that_cannot_be_is_refused(skip: Any, message: str) -> None:
 CONFIGS = [
     ElasticConfig(intermediate_size=[0.25, 48], num_attention_heads=[1, 2]),
     ElasticConfig(intermediate_size=range(8, 33, 8), skip=["mlp"], multiple_of=8, loadability="stock-padded"),
-    ElasticConfig(intermediate_size={0: [16], 2: (0.5,)}, skip={1: ["layer"]}, num_hidden_layers=[2], layer_order=(2, 0, 1)),
+    ElasticConfig(
+        intermediate_size={0: [16], 2: (0.5,)}, skip={1: ["layer"]}, num_hidden_layers=[2], layer_order=(2, 0, 1)
+    ),
     ElasticConfig(intermediate_size=np.array([0.25, 0.5]), num_key_value_heads=(x for x in (1, 2))),
 ]
 

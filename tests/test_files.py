@@ -6,30 +6,18 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import disk_full_at
 
 from hf_elastic import CheckpointError, SpaceError
 from hf_elastic.files import file_digest, read_json, whole_folder, write_json
-
-
-@contextmanager
-def disk_full_at(size: int) -> Iterator[None]:
-    """The operating system refuses to let any file grow beyond ``size`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -156,9 +144,12 @@ def test_a_full_disk_is_one_line_and_leaves_everything_as_it_was(old: bool, tmp_
         lambda folder: write_json(folder / "a.json", {"x": "y" * 10_000}),
     ]
     for write in writers:
-        with pytest.raises(CheckpointError, match="cannot write .*[Ff]ile too large") as caught:
-            with disk_full_at(4000), whole_folder(target, overwrite=True) as aside:
-                write(aside)
+        with (
+            pytest.raises(CheckpointError, match="cannot write .*[Ff]ile too large") as caught,
+            disk_full_at(4000),
+            whole_folder(target, overwrite=True) as aside,
+        ):
+            write(aside)
         assert "\n" not in str(caught.value) and contents(tmp_path) == before
         assert os.listdir(tmp_path) == (["deep"] if old else [])
 
@@ -176,12 +167,17 @@ def failing(monkeypatch: pytest.MonkeyPatch, *, call: int) -> None:
 
 
 @pytest.mark.parametrize("call", [0, 1])
-def test_the_old_folder_is_back_when_the_last_rename_fails(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_folder_is_back_when_the_last_rename_fails(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("precious")
     failing(monkeypatch, call=call)
-    with pytest.raises(CheckpointError, match="cannot write .*Input/output error"), whole_folder(target, overwrite=True) as aside:
+    with (
+        pytest.raises(CheckpointError, match="cannot write .*Input/output error"),
+        whole_folder(target, overwrite=True) as aside,
+    ):
         fill(aside)
     assert contents(tmp_path) == {"out/old": b"precious"} and os.listdir(tmp_path) == ["out"]
 
@@ -191,7 +187,10 @@ def test_the_old_folder_is_back_when_the_last_rename_fails(call: int, tmp_path: 
     [
         (lambda root: (root / "file").write_text("") or root / "file", "is a file, expected a folder"),
         (lambda root: (root / "file").write_text("") or root / "file" / "out", "cannot write to .*file/out"),
-        (lambda root: (root / "full").mkdir() or (root / "full" / "x").touch() or root / "full", "is not empty; give another"),
+        (
+            lambda root: (root / "full").mkdir() or (root / "full" / "x").touch() or root / "full",
+            "is not empty; give another",
+        ),
         (lambda root: root / ("x" * 300), "cannot write to .*File name too long"),
         (lambda root: root / "a" / ("x" * 300) / "b", "cannot write to .*File name too long"),
         (lambda root: f"{root}/a\0b", "cannot write to .*null"),
@@ -211,7 +210,10 @@ def test_a_target_that_cannot_be_is_refused_before_the_block_runs(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_unwritable_parent_is_refused_before_the_block_runs(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(CheckpointError, match="cannot write to .*Permission denied"), whole_folder(tmp_path / "locked" / "a"):
+    with (
+        pytest.raises(CheckpointError, match="cannot write to .*Permission denied"),
+        whole_folder(tmp_path / "locked" / "a"),
+    ):
         raise AssertionError("the block ran")
 
 
@@ -221,7 +223,10 @@ def test_a_parent_that_denies_access_is_one_line(name: str, tmp_path: Path, monk
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, name, deny)
-    with pytest.raises(CheckpointError, match="cannot write to .*Permission denied"), whole_folder(tmp_path / "a" / "b"):
+    with (
+        pytest.raises(CheckpointError, match="cannot write to .*Permission denied"),
+        whole_folder(tmp_path / "a" / "b"),
+    ):
         raise AssertionError("the block ran")
 
 
@@ -230,7 +235,10 @@ def test_no_room_for_the_temporary_folder_is_one_line(tmp_path: Path, monkeypatc
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    with pytest.raises(CheckpointError, match="cannot write to .*Read-only file system"), whole_folder(tmp_path / "a" / "b"):
+    with (
+        pytest.raises(CheckpointError, match="cannot write to .*Read-only file system"),
+        whole_folder(tmp_path / "a" / "b"),
+    ):
         raise AssertionError("the block ran")
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,15 @@ from tiny_models import CONFIGS, GROUPED, inputs, outputs, space, supernet_of, t
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from hf_elastic import DataError, ElasticConfig, SpaceError, Supernet, make_elastic, set_layer_order, sort_by_importance_
+from hf_elastic import (
+    DataError,
+    ElasticConfig,
+    SpaceError,
+    Supernet,
+    make_elastic,
+    set_layer_order,
+    sort_by_importance_,
+)
 from hf_elastic.parts import LayerPart
 
 Method = Any
@@ -126,7 +134,9 @@ def test_taylor_scores_are_the_gradient_of_an_explicit_mask(family: str) -> None
     data = batches(supernet, labels=True)
     tokens = sum(int(feed["attention_mask"].sum()) for feed in data)
     wanted = {
-        name_of(part, path): grouped(part, path, sum(mask_gradient(part, path, supernet, feed) for feed in data) / tokens)
+        name_of(part, path): grouped(
+            part, path, sum(mask_gradient(part, path, supernet, feed) for feed in data) / tokens
+        )
         for part in supernet.layer_parts
         for path in (part.family.ffn_out, part.family.attention_out)
     }
@@ -269,7 +279,10 @@ def test_a_sorted_prefix_keeps_more_of_the_function_than_the_reverse_order(famil
     whole = outputs(supernet, supernet.space.largest(), **feed)
     kept = (outputs(supernet, small, **feed) - whole).square().mean()
     for part in supernet.layer_parts:
-        worst = {name_of(part, p): torch.arange(n) for p, n in ((part.family.ffn_out, 48), (part.family.attention_out, part.full.num_key_value_heads))}
+        worst = {
+            name_of(part, p): torch.arange(n)
+            for p, n in ((part.family.ffn_out, 48), (part.family.attention_out, part.full.num_key_value_heads))
+        }
         state = {n: t.clone() for n, t in part.layer.state_dict().items()}
         part.layer.load_state_dict(by_hand(part, worst, state))
     torch.testing.assert_close(outputs(supernet, supernet.space.largest(), **feed), whole, rtol=1e-4, atol=1e-5)
@@ -296,9 +309,16 @@ def test_batches_of_multiple_choice_may_be_padded() -> None:
     mask = torch.ones_like(ids)
     mask[0, 1, 3:] = 0
     flat = uneven("bert", "choice")
-    rows = [{"input_ids": i[None, None, : int(m.sum())]} for i, m in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True)]
-    found, wanted = sort_by_importance_(supernet, [{"input_ids": ids, "attention_mask": mask}]), sort_by_importance_(flat, rows)
-    torch.testing.assert_close(found["layers.0.intermediate_size"], wanted["layers.0.intermediate_size"], rtol=1e-4, atol=1e-7)
+    rows = [
+        {"input_ids": i[None, None, : int(m.sum())]} for i, m in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True)
+    ]
+    found, wanted = (
+        sort_by_importance_(supernet, [{"input_ids": ids, "attention_mask": mask}]),
+        sort_by_importance_(flat, rows),
+    )
+    torch.testing.assert_close(
+        found["layers.0.intermediate_size"], wanted["layers.0.intermediate_size"], rtol=1e-4, atol=1e-7
+    )
 
 
 def test_one_batch_an_iterator_and_a_tokenizers_output_are_taken() -> None:
@@ -352,9 +372,14 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "texts": (["a text"], {}, DataError, "must be a dict of tensors such as input_ids, got a str"),
     "tensors": ([torch.ones(1, 2)], {}, DataError, "got a Tensor for the batch"),
     "lists": ([{"input_ids": [[1, 2]]}], {}, DataError, "got a list for input_ids"),
-    "all hidden": ([{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.zeros(1, 3, dtype=torch.long)}], {}, DataError, "no token"),
+    "all hidden": (
+        [{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.zeros(1, 3, dtype=torch.long)}],
+        {},
+        DataError,
+        "no token",
+    ),
     "no labels": ([{"input_ids": torch.ones(1, 3, dtype=torch.long)}], {"method": "taylor"}, DataError, "needs a loss"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("data", "options", "error", "message"), BAD.values(), ids=BAD)

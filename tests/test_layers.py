@@ -48,7 +48,9 @@ def conv(inputs: int, outputs: int, *, fused: int = 1) -> ElasticConv1D:
 
 @settings(max_examples=40, deadline=None)
 @given(inputs=sizes, outputs=sizes, data=st.data(), bias=st.booleans())
-def test_an_active_prefix_equals_a_linear_cut_by_hand(inputs: int, outputs: int, data: st.DataObject, bias: bool) -> None:
+def test_an_active_prefix_equals_a_linear_cut_by_hand(
+    inputs: int, outputs: int, data: st.DataObject, bias: bool
+) -> None:
     module = linear(inputs, outputs, bias=bias)
     rows, columns = data.draw(st.integers(1, inputs)), data.draw(st.integers(1, outputs))
     cut = nn.Linear(rows, columns, bias=bias)

@@ -16,7 +16,11 @@ def architecture(**changes: Any) -> dict[str, Any]:
     """A point of the space of ``supernet_of("bert")`` in which layer 1 is absent at depth 2."""
     values = {"num_hidden_layers": 3}
     for i in range(3):
-        values |= {f"layers.{i}.skip": "none", f"layers.{i}.intermediate_size": 48, f"layers.{i}.num_attention_heads": 4}
+        values |= {
+            f"layers.{i}.skip": "none",
+            f"layers.{i}.intermediate_size": 48,
+            f"layers.{i}.num_attention_heads": 4,
+        }
     return {**values, **changes}
 
 
@@ -104,7 +108,11 @@ def test_watching_sees_nothing_outside_and_the_real_sizes_inside(family: str) ->
     part.apply(part.full)
     with torch.no_grad():
         supernet.model(**inputs(supernet.model))
-    assert seen == inside == {"layers.0.intermediate_size": 16, "layers.0.num_attention_heads": 2 if family in GROUPED else 1}
+    assert (
+        seen
+        == inside
+        == {"layers.0.intermediate_size": 16, "layers.0.num_attention_heads": 2 if family in GROUPED else 1}
+    )
     assert not any(m._forward_pre_hooks for m in part.layer.modules())
 
 
@@ -118,7 +126,11 @@ def test_watching_reports_zero_for_what_did_not_run() -> None:
 
 
 def test_choices_are_joined_once_in_the_order_of_the_parts() -> None:
-    depth, first, second = (Choice("depth", (1, 2)), Choice("a", (1, 2)), Choice("b", (1, 2), when=(Condition("depth", (2,)),)))
+    depth, first, second = (
+        Choice("depth", (1, 2)),
+        Choice("a", (1, 2)),
+        Choice("b", (1, 2), when=(Condition("depth", (2,)),)),
+    )
     assert join_choices([(depth, first), (depth, second)]) == (depth, first, second)
 
 

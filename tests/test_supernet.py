@@ -6,9 +6,7 @@ import copy
 import itertools
 import json
 import random
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, DECODERS, GROUPED, class_of, inputs, outputs, space, supernet_of, tiny
+from tiny_models import CONFIGS, DECODERS, GROUPED, class_of, disk_full_at, inputs, outputs, space, supernet_of, tiny
 from transformers import BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from hf_elastic import (
@@ -52,17 +50,25 @@ def test_a_dict_of_the_choices_in_effect_is_enough_to_activate() -> None:
 
 
 FOREIGN: dict[str, tuple[Callable[[Supernet], Any], str]] = {
-    "of another space": (lambda s: supernet_of("llama").space.largest(), "has no choice 'layers.0.num_key_value_heads'"),
-    "another value": (lambda s: {**s.space.largest(), "layers.0.intermediate_size": 17}, "'layers.0.intermediate_size' cannot be 17; allowed: 16, 24, 48"),
+    "of another space": (
+        lambda s: supernet_of("llama").space.largest(),
+        "has no choice 'layers.0.num_key_value_heads'",
+    ),
+    "another value": (
+        lambda s: {**s.space.largest(), "layers.0.intermediate_size": 17},
+        "'layers.0.intermediate_size' cannot be 17; allowed: 16, 24, 48",
+    ),
     "missing": (lambda s: {"num_hidden_layers": 3}, "no value for 'layers.0.skip'"),
     "bool": (lambda s: {**s.space.largest(), "layers.0.num_attention_heads": True}, "cannot be True"),
     "nothing": (lambda s: None, "a NoneType is no architecture"),
     "text": (lambda s: "largest", "a str is no architecture"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("make", "message"), FOREIGN.values(), ids=FOREIGN)
-def test_what_is_no_point_of_the_space_is_refused_and_nothing_changes(make: Callable[[Supernet], Any], message: str) -> None:
+def test_what_is_no_point_of_the_space_is_refused_and_nothing_changes(
+    make: Callable[[Supernet], Any], message: str
+) -> None:
     supernet = supernet_of("bert")
     middle = supernet.space.midpoint()
     supernet.set_active(middle)
@@ -115,6 +121,19 @@ def test_an_architecture_that_fails_inside_a_block_leaves_the_outer_one() -> Non
         with pytest.raises(ArchitectureError), supernet.activate({"nonsense": 1}):
             pass
         assert supernet.active == middle
+
+
+def test_an_order_of_layers_set_inside_a_block_leaves_a_point_of_the_new_space() -> None:
+    supernet = supernet_of("bert")
+    shallow = supernet.space.canonical({**supernet.space.midpoint(), "num_hidden_layers": 2})
+    with supernet.activate({**shallow, "layers.0.intermediate_size": 16}):
+        set_layer_order(supernet, [1, 2, 0])
+    with supernet.activate({**shallow, "layers.0.intermediate_size": 16}):
+        with supernet.activate(supernet.space.largest()):
+            set_layer_order(supernet, [0, 1, 2])
+        assert supernet.active in supernet.space
+        assert supernet.measured(**inputs(supernet.model)) == supernet.expected(supernet.active)
+    assert supernet.active == supernet.space.largest()
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -252,7 +271,7 @@ OPT = Family(
     key="self_attn.k_proj", value="self_attn.v_proj", attention_out="self_attn.out_proj", attention="self_attn",
     head_size="head_dim", attributes={"num_heads": "heads"}, pre_norm=True, causal=True,
     skip_attention=(Skip("self_attn_layer_norm", "input"), Skip("self_attn", "zero", outputs=2)),
-    skip_mlp=(Skip("final_layer_norm", "input"), Skip("fc1", "input"), Skip("activation_fn", "input"), Skip("fc2", "zero")),
+    skip_mlp=(*(Skip(name, "input") for name in ("final_layer_norm", "fc1", "activation_fn")), Skip("fc2", "zero")),
     config_names={"intermediate_size": "ffn_dim"},
 )  # fmt: skip
 
@@ -320,32 +339,52 @@ def foreign_config(folder: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no record": (lambda f: (f / "search_space.json").unlink(), "is no saved supernet, it has no search_space.json; write one with"),
+    "no record": (
+        lambda f: (f / "search_space.json").unlink(),
+        "is no saved supernet, it has no search_space.json; write one with",
+    ),
     "no folder": (lambda f: f.rename(f.parent / "gone"), "is no saved supernet"),
     "truncated record": (lambda f: truncate(f, "search_space.json"), "search_space.json is no JSON file"),
     "record is a list": (lambda f: (f / "search_space.json").write_text("[]"), "holds a JSON list, expected an object"),
-    "binary record": (lambda f: (f / "search_space.json").write_bytes(b"\xff\xfe\x00"), "search_space.json is no JSON file"),
+    "binary record": (
+        lambda f: (f / "search_space.json").write_bytes(b"\xff\xfe\x00"),
+        "search_space.json is no JSON file",
+    ),
     "other format": (lambda f: edit(f, format=99), "has format 99, this version reads 1"),
     "no weights listed": (lambda f: edit(f, weights={}), "nothing usable about weights"),
     "weights of another type": (lambda f: edit(f, weights=[1]), "nothing usable about weights"),
     "no class": (lambda f: edit(f, **{"class": None}), "nothing usable about class"),
-    "foreign class": (lambda f: edit(f, **{"class": "BertTokenizer"}), "'BertTokenizer', which is no model of transformers"),
-    "foreign config field": (lambda f: edit(f, elastic_config={"width": [1]}), r"unknown ElasticConfig fields \['width'\]"),
-    "config of another space": (lambda f: edit(f, elastic_config={"intermediate_size": [8]}), "was made for another space"),
+    "foreign class": (
+        lambda f: edit(f, **{"class": "BertTokenizer"}),
+        "'BertTokenizer', which is no model of transformers",
+    ),
+    "foreign config field": (
+        lambda f: edit(f, elastic_config={"width": [1]}),
+        r"unknown ElasticConfig fields \['width'\]",
+    ),
+    "config of another space": (
+        lambda f: edit(f, elastic_config={"intermediate_size": [8]}),
+        "was made for another space",
+    ),
     "foreign order": (lambda f: edit(f, layer_order=[0, 1, 7]), r"layer_order=\[0, 1, 7\]"),
     "foreign row": (lambda f: edit(f, family={"model_type": "bert"}), "not a family row"),
     "truncated weights": (truncate, "model.safetensors is truncated or is not the file this supernet was saved with"),
     "foreign weights": (other_weights, "model.safetensors is truncated or is not the file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot read .*model.safetensors: No such file"),
-    "weights elsewhere": (lambda f: edit(f, weights={"../model.safetensors": "0"}), "model.safetensors is truncated or is not"),
+    "weights elsewhere": (
+        lambda f: edit(f, weights={"../model.safetensors": "0"}),
+        "model.safetensors is truncated or is not",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "cannot load .* as BertForMaskedLM"),
     "truncated config": (lambda f: truncate(f, "config.json"), "cannot load .* as BertForMaskedLM"),
     "config of another model": (foreign_config, "do not fit its config.json .16 tensors, e.g. bert.encoder.layer.3"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_or_foreign_folder_is_refused_by_name(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_folder_is_refused_by_name(
+    damage: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "saved"
     supernet_of("bert").save_pretrained(folder)
     damage(folder)
@@ -354,26 +393,15 @@ def test_a_damaged_or_foreign_folder_is_refused_by_name(damage: Callable[[Path],
     assert "\n" not in str(caught.value)
 
 
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """A disk that is full once a file reaches ``size`` bytes, by the operating system itself."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("size", [100, 50_000])
 def test_a_full_disk_leaves_no_half_written_supernet_and_keeps_the_old_one(size: int, tmp_path: Path) -> None:
     supernet = supernet_of("bert")
-    with files_limited_to(size), pytest.raises(CheckpointError, match="cannot write") as caught:
+    with disk_full_at(size), pytest.raises(CheckpointError, match="cannot write") as caught:
         supernet.save_pretrained(tmp_path / "new" / "deep")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     supernet.save_pretrained(tmp_path / "old")
     before = {f.name: f.read_bytes() for f in (tmp_path / "old").iterdir()}
-    with files_limited_to(size), pytest.raises(CheckpointError, match="cannot write"):
+    with disk_full_at(size), pytest.raises(CheckpointError, match="cannot write"):
         supernet.save_pretrained(tmp_path / "old", overwrite=True)
     assert {f.name: f.read_bytes() for f in (tmp_path / "old").iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ["old"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_elastic import Architecture, ElasticConfig, Supernet, make_elastic
 
@@ -90,3 +94,42 @@ def outputs(supernet: Supernet, architecture: Architecture, **feed: torch.Tensor
     """First output of the supernet with an architecture active."""
     with supernet.activate(architecture), torch.no_grad():
         return supernet.model(**(feed or inputs(supernet.model)))[0]
+
+
+def point(supernet: Supernet, **changes: Any) -> Architecture:
+    """The largest architecture with values changed; ``skip1`` is short for ``layers.1.skip``."""
+    short = {"skip": "skip", "ffn": "intermediate_size", "heads": supernet.family.heads_choice}
+    values = dict(supernet.space.largest())
+    for name, value in changes.items():
+        kind, layer = name[:-1], name[-1]
+        values[f"layers.{layer}.{short[kind]}" if kind in short else name] = value
+    return supernet.space.canonical(values)
+
+
+TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+
+
+def module(path: str, kind: str = "Pooling", index: int = 1) -> dict[str, Any]:
+    """One entry of a sentence-transformers modules.json."""
+    return {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+
+
+def tokenizer(*, words: str = "a b c") -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, [PAD] 0 and [UNK] 1 before them, with a chat template."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words.split()])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    made.chat_template = "{{ messages[0]['content'] }}"
+    return made
+
+
+@contextmanager
+def disk_full_at(size: int) -> Iterator[None]:
+    """The operating system itself refuses to let any file grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -97,7 +97,6 @@ def export(
 
 
 def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None:
-    model.config._name_or_path = ""
     model.save_pretrained(folder)
     if form == "remote-code":
         for file in source_files(model.config.model_type):

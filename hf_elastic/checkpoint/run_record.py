@@ -31,7 +31,7 @@ class RunRecord:
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         self.path = folder / RESULT_FILE
         if self.path.exists():
-            self.data = read_json(self.path)
+            self.data = read_record(self.path)
             self._check(options)
         else:
             self.data = {
@@ -44,14 +44,12 @@ class RunRecord:
             self.save()
 
     def _check(self, options: Mapping[str, Any]) -> None:
-        if self.data.get("format") != FORMAT:
-            raise CheckpointError(f"{self.path} has format {self.data.get('format')!r}, this version reads {FORMAT}")
         old = self.data["options"]
-        changed = [name for name in {**old, **options} if old.get(name) != options.get(name)]
+        changed = sorted(name for name in {**old, **options} if old.get(name) != options.get(name))
         if changed:
-            name = sorted(changed)[0]
+            before, now = (_shortened(values.get(changed[0])) for values in (old, options))
             raise CheckpointError(
-                f"{self.path.parent} holds a run with {name}={old.get(name)!r}, now {options.get(name)!r}; "
+                f"{self.path.parent} holds a run with {changed[0]}={before}, now {now}; "
                 "repeat the command as it was, choose another output, or delete that folder"
             )
 
@@ -82,3 +80,27 @@ class RunRecord:
         finally:
             spent = self.numbers(name).get("seconds", 0.0) + time.perf_counter() - began
             self.note(name, seconds=round(spent, 3))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads a run's ``result.json``.
+
+    Raises:
+        CheckpointError: it is missing, broken, or of something else.
+    """
+    data = read_json(path)
+    if data.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {data.get('format')!r}, this version reads {FORMAT}")
+    options, stages = data.get("options"), data.get("stages")
+    if (
+        not isinstance(options, dict)
+        or not isinstance(stages, dict)
+        or not all(isinstance(stage, dict) for stage in stages.values())
+    ):
+        raise CheckpointError(f"{path} is no record of a run: its options or stages are missing")
+    return data
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

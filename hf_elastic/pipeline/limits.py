@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_elastic import costs, objectives
+from hf_elastic.errors import InfeasibleError
 from hf_elastic.search.limits import Feasibility, resolve_limits
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
@@ -63,6 +64,9 @@ def near_limit(supernet: Supernet, limits: Feasibility, *, count: int = 64, seed
     """Distinct feasible architectures of the largest MACs found: what a short training should spend its steps on.
 
     Draws ``20 · count`` architectures, brings them within the limits, and keeps the ``count`` largest.
+
+    Raises:
+        InfeasibleError: all of them are without any layer.
     """
     rng = random.Random(seed)
     found: dict[Architecture, int] = {}
@@ -70,5 +74,10 @@ def near_limit(supernet: Supernet, limits: Feasibility, *, count: int = 64, seed
         architecture = limits.repair(supernet.space.sample(rng), rng)
         if architecture not in found and not all(shape.skipped for shape in supernet.layer_shapes(architecture)):
             found[architecture] = costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS)
+    if not found:
+        raise InfeasibleError(
+            "the limits leave only architectures without any layer, which compute nothing; loosen within= "
+            "or give the space smaller widths"
+        )
     ordered = sorted(found, key=lambda architecture: (-found[architecture], architecture.digest))
     return tuple(ordered[:count])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import ExportReport, export, extract
+from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE, NOTES
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
@@ -23,8 +26,8 @@ from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import plain_alternatives
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
-from hf_elastic.pipeline.tasks import Task, TaskData, load_model, resolve_task
-from hf_elastic.pipeline.texts import digest, read_rows
+from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, read_config, resolve_task
+from hf_elastic.pipeline.texts import Row, digest, read_rows
 from hf_elastic.pipeline.training import (
     device_of,
     random_batches,
@@ -32,9 +35,9 @@ from hf_elastic.pipeline.training import (
     train_phase,
 )  # fmt: skip
 from hf_elastic.report import comparison_table
-from hf_elastic.search import SearchResult, search_subnets
+from hf_elastic.search import search_subnets
 from hf_elastic.space import Architecture
-from hf_elastic.supernet import Supernet
+from hf_elastic.supernet import Loadability, Supernet
 from hf_elastic.training import FixedSubnet
 
 Say = Callable[[str], None]
@@ -70,54 +73,64 @@ class CompressRun:
         say: where progress lines go.
 
     Raises:
-        DataError, SpaceError, InfeasibleError, UnsupportedModelError, CheckpointError: the options cannot be met;
-            said before any training.
+        ElasticError: the options cannot be met; said before any training, and before anything is written.
     """
 
     def __init__(self, options: CompressOptions, *, say: Say = print) -> None:
         self.options, self.say = options, say
         self.task: Task = resolve_task(options)
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        rows = read_rows(options.data, text_column=options.text_column)
-        self.data: TaskData = self.task.prepare(self.tokenizer, rows, options)
+        self.device = device_of(options)
         self.folder = options.run_folder
         self._check_output()
-        self.text_digest = digest(row[options.text_column] for row in rows)
+        rows = read_rows(options.data, text_column=options.text_column)
+        self.data: TaskData = self.task.prepare(load_tokenizer(options), rows, options)
+        self.text_digest = text_digest(rows, self.task, options)
 
     def _check_output(self) -> None:
-        output = Path(self.options.output)
-        if (
-            output.exists()
-            and (not output.is_dir() or any(output.iterdir()))
-            and not (self.folder / RESULT_FILE).exists()
-        ):
-            raise CheckpointError(f"{output} exists and no run made it; choose another output, or delete it")
+        output, run = self.options.output_folder, self.folder
+        if output.exists() and not output.is_dir():
+            raise CheckpointError(f"{output} is a file, expected a folder to write to; choose another output")
+        ours = (run / RESULT_FILE).is_file()
+        if not (ours and (output / ARCHITECTURE_FILE).is_file()) and output.is_dir() and any(output.iterdir()):
+            raise CheckpointError(f"{output} is not empty and no run made it; choose another output, or delete it")
+        # A run that was killed at its very start leaves at most a hidden file.
+        if not ours and run.exists() and not (run.is_dir() and all(f.name.startswith(".") for f in run.iterdir())):
+            raise CheckpointError(f"{run}, where this run keeps its work, holds something else; choose another output")
 
     def dry_run(self) -> str:
-        """Describes the space, what the limits leave, loadability and time, without training anything."""
+        """Describes the space, what the limits leave, loadability and time, without training or writing anything."""
         supernet = self._new_supernet()
         limits = feasibility(supernet, self.options.within)
         pool = near_limit(supernet, limits, count=16, seed=self.options.seed)
-        seconds = self._seconds_per_step(supernet, pool, bf16=self._bf16(supernet, pool))
+        plan = self._plan(supernet, pool)
+        steps, per_step = plan["supernet_steps"] + plan["found_steps"], plan["seconds_per_step"]
+        per_evaluation, evaluations = self._seconds_per_evaluation(supernet, pool[0]), self.options.evaluations
         wanted = ", ".join(f"{name} <= {value:g}" for name, value in self.options.within.items())
-        forms = ", ".join(sorted({supernet.loadability(architecture) for architecture in pool}))
+        forms = ", ".join(sorted({self._form(supernet, architecture) for architecture in pool}))
         quality = ", ".join(self.task.quality)
         lines = [
             str(supernet),
             f"  task           {self.task.name}, {len(self.data.train)} training examples, quality: {quality}",
             f"  limits         {wanted}: {feasible_share(supernet, limits):.1%} of the space, loading as {forms}",
-            f"  training       {self.options.minutes:g} min: {self._steps(seconds)} steps of {seconds:.2f} s",
-            f"  search         {self.options.evaluations} evaluations",
+            f"  training       {self.options.minutes:g} min: {steps} steps of {per_step:.2f} s",
+            f"  search         {evaluations * per_evaluation / 60:.1f} min: "
+            f"{evaluations} evaluations of {per_evaluation:.2f} s",
         ]
         return "\n".join(lines)
 
+    def _seconds_per_evaluation(self, supernet: Supernet, architecture: Architecture) -> float:
+        measure = self.task.measures(supernet, self.data.validation)[0]
+        began = time.perf_counter()
+        measure(architecture)
+        return time.perf_counter() - began
+
     def run(self) -> CompressResult:
         """Runs the stages that are not finished and returns the result."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = None if (self.folder / RESULT_FILE).exists() else self._new_supernet()
         self.record = RunRecord(self.folder, {**self.options.to_dict(), "text": self.text_digest})
         if self.data.held_out:
             (self.folder / "validation.txt").write_text("\n".join(self.data.held_out), encoding="utf-8")
-        supernet = self._stage("space", "sorted", self._build)
+        supernet = self._stage("space", "sorted", lambda: self._sorted(fresh or self._new_supernet()))
         limits = feasibility(supernet, self.options.within)
         self.validation_teacher = self._teacher(supernet)
         self.parent = copy.deepcopy(supernet.model).eval().requires_grad_(False)
@@ -125,7 +138,7 @@ class CompressRun:
         self._plan_training(supernet, pool)
         trained = self._stage("train", "supernet", lambda: self._train_supernet(supernet, pool))
         found = self._search(trained)
-        final = self._stage("specialise", "found", lambda: self._specialise(trained, found.architecture))
+        final = self._stage("specialise", "found", lambda: self._specialise(trained, found))
         return self._finish(final, found)
 
     def _stage(self, name: str, folder: str, work: Callable[[], Supernet]) -> Supernet:
@@ -134,16 +147,21 @@ class CompressRun:
         if not self.record.finished(name):
             with self.record.stage(name):
                 work().save_pretrained(target, overwrite=True)
-        return Supernet.from_pretrained(target, dtype=torch.float32).to(device_of(self.options))
+        shutil.rmtree(self._checkpoints(folder), ignore_errors=True)
+        return Supernet.from_pretrained(target, dtype=torch.float32).to(self.device)
+
+    def _checkpoints(self, phase: str) -> Path:
+        return self.folder / f"training-{phase}"
 
     def _new_supernet(self) -> Supernet:
+        """Makes the parent elastic and checks that the limits leave something, before anything is written."""
         model = load_model(self.task, self.options)
         space = self.options.space or default_space(model, self.options.loadability)
-        return make_elastic(model, space).to(device_of(self.options))
+        supernet = make_elastic(model, space).to(self.device)
+        near_limit(supernet, feasibility(supernet, self.options.within), count=1, seed=self.options.seed)
+        return supernet
 
-    def _build(self) -> Supernet:
-        supernet = self._new_supernet()
-        feasibility(supernet, self.options.within)
+    def _sorted(self, supernet: Supernet) -> Supernet:
         scores = sort_by_importance_(supernet, self.data.calibration)
         order = scores["layers"].argsort(descending=True, stable=True).tolist()
         self.record.note("space", layer_order=order, size=str(supernet.space.size))
@@ -166,14 +184,21 @@ class CompressRun:
         """Turns minutes into a number of steps, once; a continued run keeps the plan."""
         if self.record.numbers("plan"):
             return
+        plan = self._plan(supernet, pool)
+        self.record.note("plan", **plan)
+        self.say(
+            f"training: {plan['supernet_steps']} steps for the supernet, {plan['found_steps']} for the subnet found, "
+            f"{plan['seconds_per_step']:.2f} s each"
+        )
+
+    def _plan(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> dict[str, Any]:
+        if not self.options.minutes:
+            return {"bf16": False, "seconds_per_step": 0.0, "supernet_steps": 0, "found_steps": 0}
         bf16 = self._bf16(supernet, pool)
         seconds = self._seconds_per_step(supernet, pool, bf16=bf16)
-        steps = self._steps(seconds)
+        steps = max(1, round(60 * self.options.minutes / (1.1 * seconds)))  # a tenth: the optimizer and the Trainer
         first = round(steps * self.options.share)
-        self.record.note("plan", bf16=bf16, seconds_per_step=seconds, supernet_steps=first, found_steps=steps - first)
-        self.say(
-            f"training: {first} steps for the supernet, {steps - first} for the subnet found, {seconds:.2f} s each"
-        )
+        return {"bf16": bf16, "seconds_per_step": seconds, "supernet_steps": first, "found_steps": steps - first}
 
     def _bf16(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> bool:
         if self.options.precision != "auto":
@@ -185,9 +210,6 @@ class CompressRun:
         batches = random_batches(self.data, size=self.options.batch_size)
         return step_seconds(supernet, pool, batches=batches, bf16=bf16)
 
-    def _steps(self, seconds: float) -> int:
-        return max(1, round(60 * self.options.minutes / (1.1 * seconds)))  # a tenth for the optimizer and the Trainer
-
     def _train(self, supernet: Supernet, rule: Any, *, phase: str) -> Supernet:
         plan = self.record.numbers("plan")
         if plan[f"{phase}_steps"]:
@@ -197,7 +219,7 @@ class CompressRun:
                 task=self.task,
                 data=self.data,
                 options=self.options,
-                folder=self.folder / f"training-{phase}",
+                folder=self._checkpoints(phase),
                 steps=plan[f"{phase}_steps"],
                 bf16=plan["bf16"],
                 teacher=self.parent,
@@ -208,9 +230,13 @@ class CompressRun:
         return self._train(supernet, AmongSubnets(pool, self.options.seed), phase="supernet")
 
     def _specialise(self, supernet: Supernet, architecture: Architecture) -> Supernet:
+        if all(shape.skipped for shape in supernet.layer_shapes(architecture)):
+            return supernet  # nothing of it can learn
         return self._train(supernet, FixedSubnet(architecture), phase="found")
 
-    def _search(self, supernet: Supernet) -> _Found:
+    def _search(self, supernet: Supernet) -> Architecture:
+        if self.record.finished("search"):
+            return supernet.space.canonical(self.record.numbers("search")["architecture"])
         measures = self.task.measures(supernet, self.data.validation, teacher=self.validation_teacher)
         cost = objectives.related_costs(supernet)[next(iter(self.options.within))]
         with self.record.stage("search"):
@@ -219,34 +245,57 @@ class CompressRun:
                 storage=f"sqlite:///{self.folder / 'search.db'}", seed=self.options.seed,
             )  # fmt: skip
             result.save(self.folder / "search.json")
-        best = result.best(measures[0].name, within=self.options.within)
-        self.record.note(
-            "search",
-            evaluations=len(result.evaluations),
-            best=dict(best.values),
-            architecture=dict(best.architecture),
-        )
-        return _Found(best.architecture, result)
+            best = result.best(measures[0].name, within=self.options.within)
+            self.record.note(
+                "search",
+                evaluations=len(result.evaluations),
+                best=dict(best.values),
+                architecture=dict(best.architecture),
+            )
+        return best.architecture
 
-    def _finish(self, final: Supernet, found: _Found) -> CompressResult:
-        with self.record.stage("compare"):
-            rows = self._compare(final, found.architecture)
-            self.record.note("compare", rows=rows)
-        with self.record.stage("export"):
-            report = export(
-                final, found.architecture, self.options.output, source=self.options.model, overwrite=True,
-            )  # fmt: skip
-            self.record.note("export", loadability=report.loadability, snippet=report.snippet, files=list(report.files))
-        write_json(Path(self.options.output) / RESULT_FILE, self.record.data)
+    def _finish(self, final: Supernet, architecture: Architecture) -> CompressResult:
+        if not self.record.finished("compare"):
+            with self.record.stage("compare"):
+                self.record.note("compare", rows=self._compare(final, architecture))
+        report = self._export(final, architecture)
+        rows = self.record.numbers("compare")["rows"]
         table = comparison_table(rows, quality=self.task.quality, seq_len=costs.LATENCY_TOKENS)
         self.say(table)
         self.say(f"{self.options.output}: {report.note}\n  {report.snippet}")
-        return CompressResult(found.architecture, report, tuple(rows), table, self.record.data)
+        return CompressResult(architecture, report, tuple(rows), table, self.record.data)
+
+    def _export(self, final: Supernet, architecture: Architecture) -> ExportReport:
+        """Writes the found model in the dtype of its parent, unless an earlier attempt of the run has."""
+        output = self.options.output_folder
+        if not (self.record.finished("export") and (output / ARCHITECTURE_FILE).is_file()):
+            cast_parameters_(final.model, read_config(self.options.model).dtype)
+            final.model.config._name_or_path = self.options.model  # it was loaded from the run's folder
+            with self.record.stage("export"):
+                report = export(
+                    final, architecture, output, loadability=self._form(final, architecture),
+                    source=self.options.model, overwrite=True,
+                )  # fmt: skip
+                self.record.note(
+                    "export", loadability=report.loadability, snippet=report.snippet, files=list(report.files),
+                    max_difference=report.max_difference,
+                )  # fmt: skip
+        if not (output / RESULT_FILE).is_file():
+            write_json(output / RESULT_FILE, self.record.data)
+        made = self.record.numbers("export")
+        form: Loadability = made["loadability"]
+        return ExportReport(output, form, NOTES[form], made["snippet"], tuple(made["files"]), made["max_difference"])
+
+    def _form(self, supernet: Supernet, architecture: Architecture) -> Loadability:
+        """How an architecture is written: compact where the options allow remote code, rather than padded."""
+        form = supernet.loadability(architecture)
+        compact = self.options.form == "any" and supernet.family.static_type is not None
+        return "remote-code" if form == "stock-padded" and compact else form
 
     def _compare(self, final: Supernet, architecture: Architecture) -> list[dict[str, Any]]:
         """Rows of the table; every model is measured on the same sentences, latencies interleaved."""
-        pristine = Supernet.from_pretrained(self.folder / "sorted", dtype=torch.float32).to(device_of(self.options))
-        trained = Supernet.from_pretrained(self.folder / "supernet", dtype=torch.float32).to(device_of(self.options))
+        pristine = Supernet.from_pretrained(self.folder / "sorted", dtype=torch.float32).to(self.device)
+        trained = Supernet.from_pretrained(self.folder / "supernet", dtype=torch.float32).to(self.device)
         plain = plain_alternatives(
             lambda: load_model(self.task, self.options, folder=self.folder / "sorted"),
             limit=costs.macs(final, architecture, seq_len=costs.LATENCY_TOKENS),
@@ -259,7 +308,7 @@ class CompressRun:
             *((name, supernet.to(pristine.model.device), point) for name, supernet, point in plain),
         ]
         rows = [self._row(name, supernet, point) for name, supernet, point in candidates]
-        models = {name: extract(supernet, point) for name, supernet, point in candidates}
+        models = {n: extract(s, point, loadability=self._form(s, point)) for n, s, point in candidates}
         inputs = costs.default_inputs(pristine)
         feed = {key: t.expand(LATENCY_BATCH, -1) for key, t in inputs.items()}
 
@@ -282,16 +331,30 @@ class CompressRun:
             "parameters": costs.parameters(supernet, architecture),
             "total_parameters": costs.total_parameters(supernet, architecture),
             "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS),
-            "loadability": supernet.loadability(architecture),
+            "loadability": self._form(supernet, architecture),
             "architecture": dict(architecture),
-            **{measure.name: measure(architecture) for measure in measured},
+            **{measure.name: finite(measure(architecture)) for measure in measured},
         }
 
 
-@dataclass(frozen=True)
-class _Found:
-    architecture: Architecture
-    result: SearchResult
+def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:
+    """Digest of what a run reads of its data, to notice when a continued run finds other data."""
+    labels = (options.label_column,) if task.name == "classification" else ()
+    return digest(rows, (options.text_column, *labels))
+
+
+def cast_parameters_(model: nn.Module, dtype: torch.dtype | str | None) -> None:
+    """Casts parameters, not the frequencies of rotary embeddings, to the half precision of a parent's checkpoint."""
+    halves = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    wanted = halves.get(str(dtype).removeprefix("torch."))
+    if wanted is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(wanted)
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON can hold; ``None`` for what an untrained model broke."""
+    return value if math.isfinite(value) else None
 
 
 def teacher_vectors(folder: Path) -> Tensor | None:

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from hf_elastic import objectives
-from hf_elastic.checkpoint.run_record import RESULT_FILE
+from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import read_json
+from hf_elastic.pipeline.limits import feasibility
 from hf_elastic.pipeline.options import CompressOptions
-from hf_elastic.pipeline.run import teacher_vectors
-from hf_elastic.pipeline.tasks import resolve_task
+from hf_elastic.pipeline.run import teacher_vectors, text_digest
+from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
+from hf_elastic.pipeline.training import device_of
 from hf_elastic.report import aligned, count
 from hf_elastic.search import SearchResult, search_subnets
 from hf_elastic.supernet import SPACE_FILE, Supernet
@@ -29,21 +28,20 @@ def open_supernet(folder: Path) -> tuple[Supernet, str]:
         The handle, and the parent it came from (a folder or Hub name).
 
     Raises:
-        CheckpointError: the folder holds neither.
+        CheckpointError: the folder holds neither, or the run has not trained its supernet yet.
     """
     if (folder / SPACE_FILE).is_file():
         return Supernet.from_pretrained(folder), str(folder)
     record = _record(folder)
-    for name in ("supernet", "sorted"):
-        if (folder / name / SPACE_FILE).is_file():
-            return Supernet.from_pretrained(folder / name), str(record["options"]["model"])
-    raise CheckpointError(f"{folder} is a run without a supernet yet; repeat its compress command first")
+    if not record["stages"].get("train", {}).get("finished"):
+        raise CheckpointError(f"{folder} is a run without a trained supernet yet; repeat its compress command first")
+    return Supernet.from_pretrained(folder / "supernet"), str(record["options"].get("model", ""))
 
 
 def _record(folder: Path) -> dict[str, Any]:
     if not (folder / RESULT_FILE).is_file():
         raise CheckpointError(f"{folder} is no supernet and no run: it holds neither {SPACE_FILE} nor {RESULT_FILE}")
-    return read_json(folder / RESULT_FILE)
+    return read_record(folder / RESULT_FILE)
 
 
 def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, seed: int) -> str:
@@ -55,18 +53,22 @@ def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, s
         The front as a table, the best by quality first.
 
     Raises:
-        CheckpointError: the folder is no run.
+        CheckpointError: the folder is no run, its supernet is not trained yet, or its data changed.
         InfeasibleError: nothing keeps the limits.
+        SearchError: a limit names no cost.
     """
-    options = options_of(_record(folder), output=str(folder.with_suffix("")))
-    supernet, _ = open_supernet(folder)
+    record = _record(folder)
+    options = options_of(record, output=str(folder.with_suffix("")))
+    supernet = open_supernet(folder)[0].to(device_of(options))
+    feasibility(supernet, within)
     task = resolve_task(options)
     rows = read_rows(options.data, text_column=options.text_column)
-    data = task.prepare(AutoTokenizer.from_pretrained(options.model), rows, options)
+    if text_digest(rows, task, options) != record["options"].get("text"):
+        raise CheckpointError(f"the text in {', '.join(options.data)} is not what {folder} was made from; restore it")
+    data = task.prepare(load_tokenizer(options), rows, options)
     measures = task.measures(supernet, data.validation, teacher=teacher_vectors(folder))
-    known = objectives.related_costs(supernet)
-    cost = known[next((name for name in within if name in known), "macs")]
-    label = "-".join([*(f"{name}-{value:g}" for name, value in sorted(within.items())), str(seed)])
+    cost = objectives.related_costs(supernet)[next(iter(within), "macs")]
+    label = "-".join([*(f"{name}-{value!r}" for name, value in sorted(within.items())), str(seed)])
     result = search_subnets(
         supernet.space, [measures[0], cost], evaluations=evaluations, within=within,
         storage=f"sqlite:///{folder / f'search-{label}.db'}", seed=seed,
@@ -92,8 +94,15 @@ def front_table(result: SearchResult) -> str:
 
 
 def options_of(record: Mapping[str, Any], *, output: str) -> CompressOptions:
-    """Restores the options a run was started with."""
+    """Restores the options a run was started with.
+
+    Raises:
+        CheckpointError: the record holds other options than this version has.
+    """
     options = {name: value for name, value in record["options"].items() if name != "text"}
-    space = options.pop("space")
-    data = tuple(options.pop("data"))
-    return CompressOptions(**options, data=data, output=output, space=ElasticConfig.from_dict(space) if space else None)
+    try:
+        space, data = options.pop("space"), tuple(options.pop("data"))
+        given = ElasticConfig.from_dict(space) if space else None
+        return CompressOptions(**options, data=data, output=output, space=given)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the record of the run holds no usable options: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DataCollatorForLanguageModeling,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,9 +24,11 @@ from transformers import (
 )
 
 from hf_elastic import objectives
-from hf_elastic.checkpoint.companions import parent_folder
+from hf_elastic.checkpoint.companions import TOKENIZER_FILES, parent_folder
 from hf_elastic.distillation import Pooling
 from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
+from hf_elastic.families import FAMILIES
+from hf_elastic.files import read_json
 from hf_elastic.pipeline.options import CompressOptions, TaskName
 from hf_elastic.pipeline.texts import Row, shuffled, split_sentences
 from hf_elastic.search import Objective
@@ -108,10 +111,16 @@ def resolve_task(options: CompressOptions) -> Task:
     """Finds what the model is for: as asked, or as its checkpoint says.
 
     Raises:
-        UnsupportedModelError: the checkpoint is for something else.
+        CheckpointError: there is no checkpoint at that place.
+        UnsupportedModelError: the checkpoint is of no known family, quantised, or for something else.
+        DataError: ``sequence_length`` is longer than the model's positions.
     """
     config = read_config(options.model)
+    causal = _check_config(config, options)
     name = options.task if options.task != "auto" else _task_of(config, options.model)
+    if name in ("causal-lm", "masked-lm") and causal != (name == "causal-lm"):
+        other = "causal-lm" if causal else "masked-lm"
+        raise UnsupportedModelError(f"task={name!r} does not fit a {config.model_type} model; set task={other!r}")
     if name == "embedding":
         pooling = _pooling(options.model)
         return Task(name, AutoModel, "last_hidden_state", ("structure", "cosine"), pooling, _embedding_data)
@@ -126,12 +135,67 @@ def read_config(model: str) -> PreTrainedConfig:
     """Reads a checkpoint's config.
 
     Raises:
-        CheckpointError: there is none at that place.
+        CheckpointError: there is none at that place, or it cannot be read.
     """
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise CheckpointError(
+            f"cannot load {model!r}: {one_line(error)}; pass the folder of a checkpoint, or its name on the Hub"
+        ) from error
+
+
+def _check_config(config: PreTrainedConfig, options: CompressOptions) -> bool:
+    """Refuses what cannot be made elastic before its weights are loaded; says whether it is a decoder."""
+    rows = {row.model_type: row for row in FAMILIES}
+    if config.model_type not in rows:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} of {options.model!r} has no family row; known: {', '.join(sorted(rows))}"
+        )
+    stated = getattr(config, "quantization_config", None)
+    if stated is not None:
+        method = stated.get("quant_method", "unknown method") if isinstance(stated, Mapping) else type(stated).__name__
+        raise UnsupportedModelError(
+            f"{options.model!r} is quantised ({method}); compress the checkpoint it was made from, in a float dtype"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type == "roberta":  # its positions begin behind that of padding
+        positions -= int(config.pad_token_id or 0) + 1
+    if positions is not None and options.sequence_length > positions:
+        raise DataError(
+            f"sequence_length={options.sequence_length} is more than the {positions} positions of {options.model!r}; "
+            f"pass at most {positions}"
+        )
+    return rows[config.model_type].causal
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, or the error's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def load_tokenizer(options: CompressOptions) -> PreTrainedTokenizerBase:
+    """Loads the checkpoint's tokenizer; where it names no token for padding, as GPT-2's, the end token pads.
+
+    Padding is masked and stands to the right, so that it changes no result, whichever token it is.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.model)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise CheckpointError(f"cannot load the tokenizer of {options.model!r}: {one_line(error)}") from error
+    folder = parent_folder(options.model)
+    vocabularies = [name for name in TOKENIZER_FILES if "token" not in name or name.startswith("tokenizer.")]
+    if folder is not None and not any((folder / name).is_file() for name in vocabularies):
+        # transformers would go on with an empty vocabulary
+        raise CheckpointError(f"{folder} holds no tokenizer ({', '.join(vocabularies[:3])}, ...); copy it there")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+    return tokenizer
 
 
 def _task_of(config: PreTrainedConfig, model: str) -> str:
@@ -155,12 +219,25 @@ def _task_of(config: PreTrainedConfig, model: str) -> str:
 
 
 def _pooling(model: str) -> Pooling:
+    """How the checkpoint pools tokens, as its sentence-transformers modules say; ``mean`` where there are none."""
     folder = parent_folder(model)
     path = folder / "1_Pooling" / "config.json" if folder is not None else Path()
     if not path.is_file():
         return "mean"
-    modes = json.loads(path.read_text(encoding="utf-8"))
-    return "cls" if modes.get("pooling_mode_cls_token") or modes.get("pooling_mode") == "cls" else "mean"
+    modes = read_json(path)
+    stated = {str(modes["pooling_mode"])} if isinstance(modes.get("pooling_mode"), str) else set()
+    stated |= {name.removeprefix("pooling_mode_") for name, on in modes.items() if on is True}
+    known: dict[str, Pooling] = {
+        "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
+    }  # fmt: skip
+    found = {known.get(name) for name in stated & {*known, *_OTHER_POOLINGS}} or {"mean"}
+    pooling = found.pop()
+    if found or pooling is None:
+        raise UnsupportedModelError(f"{path} pools tokens by {sorted(stated)}; supported is one of {', '.join(known)}")
+    return pooling
+
+
+_OTHER_POOLINGS = ("max", "max_tokens", "mean_sqrt_len_tokens", "weightedmean", "weightedmean_tokens")
 
 
 def _split(examples: list[Any], options: CompressOptions, *, what: str) -> tuple[list[Any], list[Any]]:
@@ -192,7 +269,19 @@ def _padder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Bat
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], options: CompressOptions) -> list[Feature]:
     encoded = tokenizer(texts, truncation=True, max_length=options.sequence_length)["input_ids"]
+    if not all(encoded):
+        number = [bool(ids) for ids in encoded].index(False)
+        raise DataError(f"text {number + 1} gives no token: {texts[number][:40]!r}; leave such rows out")
+    _check_vocabulary(encoded, options)
     return [{"input_ids": ids} for ids in encoded]
+
+
+def _check_vocabulary(encoded: Sequence[Sequence[int]], options: CompressOptions) -> None:
+    size = int(read_config(options.model).vocab_size)
+    if (largest := max((max(ids) for ids in encoded if ids), default=0)) >= size:
+        raise CheckpointError(
+            f"the tokenizer of {options.model!r} makes token {largest}, its model knows {size}; they are of two models"
+        )
 
 
 def _embedding_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
@@ -217,16 +306,20 @@ def _causal_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: C
 
 
 def _masked_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
+    if tokenizer.mask_token is None:
+        raise DataError(f"the tokenizer of {options.model!r} has no mask token, which task='masked-lm' needs")
     features = [{"input_ids": block} for block in _token_blocks(tokenizer, rows, options)]
     train, held = _split(features, options, what=f"blocks of {options.sequence_length} tokens")
     masker = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
-    fixed = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=options.seed)
 
     def collate(chosen: list[Feature]) -> Batch:
+        # The masks are a function of the batch, so that a continued run draws those of an uninterrupted one; an
+        # example meets other neighbours in every epoch, and other masks with them.
+        batch_digest = zlib.crc32(torch.tensor([f["input_ids"] for f in chosen]).numpy().tobytes())
+        masker.generator = torch.Generator().manual_seed(batch_digest + options.seed)
         return dict(masker(chosen))
 
-    validation = _batches(held, lambda chosen: dict(fixed(chosen)))
-    return TaskData(train, validation, _batches(train[:CALIBRATION], lambda chosen: dict(fixed(chosen))), collate)
+    return TaskData(train, _batches(held, collate), _batches(train[:CALIBRATION], collate), collate)
 
 
 def _token_blocks(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> list[list[int]]:
@@ -237,6 +330,7 @@ def _token_blocks(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: 
         stream += tokenizer(row[options.text_column], add_special_tokens=False, verbose=False)["input_ids"]
         stream += [end] if end is not None else []
     size = options.sequence_length
+    _check_vocabulary([stream], options)
     return [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
 
 
@@ -256,13 +350,32 @@ def _label_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: Co
 
 def _label(value: Any, known: Mapping[str, int]) -> int:
     """A label's number: by its name, or by the number itself."""
-    number = known.get(str(value), int(value) if str(value).isdigit() else -1)
+    number = known.get(str(value), int(str(value)) if str(value).isdecimal() else -1)
     if number not in known.values():
         raise DataError(f"label {value!r} is none of the model's {len(known)} labels: {', '.join(list(known)[:12])}")
     return number
 
 
 def load_model(task: Task, options: CompressOptions, *, folder: Path | None = None) -> PreTrainedModel:
-    """Loads the checkpoint in fp32 for the task."""
-    model: PreTrainedModel = task.auto_class.from_pretrained(folder or options.model, dtype=torch.float32)
+    """Loads the checkpoint in fp32 for the task.
+
+    Raises:
+        CheckpointError: the weights are missing, truncated, or of another model.
+        UnsupportedModelError: the checkpoint has no weights for what the task needs (a classifier, an output head).
+    """
+    source = str(folder or options.model)
+    try:
+        loaded: Any = task.auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise CheckpointError(f"cannot load {source!r} for task={task.name!r}: {one_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    # Embeddings do not pass the pooler, which a checkpoint of a masked language model lacks.
+    missing = sorted(n for n in loaded[1]["missing_keys"] if task.name != "embedding" or "pooler" not in n)
+    if missing:
+        raise UnsupportedModelError(
+            f"{source!r} lacks {len(missing)} weights that task={task.name!r} needs, such as {missing[0]}; "
+            "train them first, or set another task"
+        )
+    if task.name == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = load_tokenizer(options).pad_token_id  # else it takes one row at a time
     return model.eval()

@@ -1,0 +1,134 @@
+"""The benchmark scripts run, judge their bars and write what they found; the numbers themselves are not tested."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the scripts importable as they are when run, and puts back what they set for their process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    yield
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+def script(name: str) -> ModuleType:
+    return import_module(name)
+
+
+def test_a_median_of_equal_values_has_an_interval_of_no_width() -> None:
+    found = script("measuring").interval([2.0] * 9)
+    assert (found.median, found.low, found.high, found.count) == (2.0, 2.0, 2.0, 9)
+
+
+def test_the_interval_of_a_median_mostly_holds_the_true_one() -> None:
+    rng = random.Random(0)
+    intervals = [script("measuring").interval([rng.gauss(1.0, 0.1) for _ in range(15)]) for _ in range(100)]
+    assert sum(i.low <= 1.0 <= i.high for i in intervals) >= 88
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "met"),
+    [("at most", 0.9, False), ("at most", 1.0, True), ("at least", 1.2, False), ("at least", 1.1, True)],
+)
+def test_a_bar_is_met_when_the_interval_reaches_it(kind: str, value: float, met: bool) -> None:
+    measuring = script("measuring")
+    found = measuring.Interval(median=1.05, low=0.95, high=1.15, count=9)
+    assert measuring.Bar(kind, value).met(found) is met
+
+
+def test_pairs_are_timed_in_alternating_order() -> None:
+    called: list[str] = []
+    clock = iter(range(100)).__next__
+    pairs = script("measuring").paired_seconds(
+        lambda: called.append("a"), lambda: called.append("b"), pairs=3, warmup=1, clock=clock
+    )
+    assert "".join(called) == "ab" + "ab" + "ba" + "ab"
+    assert pairs == [(1, 1)] * 3
+
+
+def test_the_backbone_benchmark_measures_every_part_of_every_family(tmp_path: Path) -> None:
+    backbone, file = script("backbone"), tmp_path / "backbone.json"
+    tiny = "--layers 2 --hidden 192 --batch 1 --length 8 --pairs 2 --switches 20"
+    backbone.main([*tiny.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    for family in ("bert", "llama", "gpt2"):
+        rows = [row for row in found["rows"] if row["family"] == family]
+        measured = [(row["first / second"].split(" / ")[0], row["pass"]) for row in rows]
+        both = ["forward", "forward+backward"]
+        subjects = ["stock", "elastic", "active", "active", "stock", "stock"]
+        assert measured == [*((s, p) for s in subjects for p in both), ("ms of a switch", "4 layers")]
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["rows"])
+    assert found["environment"]["torch"] == torch.__version__
+
+
+def scanned(tokens: list[int], pieces: Sequence[str], scores: Sequence[float]) -> list[int]:
+    """The loop of llama2.c: the best-scored pair of all, the first of equals, until nothing merges."""
+    while True:
+        best: tuple[float, int, int] | None = None
+        for place in range(len(tokens) - 1):
+            joined = pieces[tokens[place]] + pieces[tokens[place + 1]]
+            if joined in pieces and (best is None or scores[pieces.index(joined)] > best[0]):
+                best = (scores[pieces.index(joined)], place, pieces.index(joined))
+        if best is None:
+            return tokens
+        tokens[best[1] : best[1] + 2] = [best[2]]
+
+
+def test_the_tokenizer_merges_in_the_order_of_llama2c() -> None:
+    pieces = ["<unk>", "<s>", "</s>", " ", "a", "b", "ab", "ba", "aa", " a", "aba", "abab", "aaa", "bb", " ab"]
+    rng = random.Random(0)
+    for _ in range(200):
+        scores = [float(rng.randrange(5)) for _ in pieces]  # with ties
+        text = "".join(rng.choice("aab c") for _ in range(rng.randrange(1, 30)))
+        start = [pieces.index(c) if c in pieces else 0 for c in " " + text]
+        encoded = script("llama2c_tokenizer").Llama2cTokenizer(pieces, scores).encode(text)
+        assert encoded == [1, *scanned(start, pieces, scores)]
+
+
+def test_a_character_outside_the_vocabulary_becomes_its_bytes_where_there_are_bytes() -> None:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), " "]
+    tokenizer = script("llama2c_tokenizer").Llama2cTokenizer(pieces, [0.0] * len(pieces))
+    assert tokenizer.encode("é") == [1, 259, *(3 + byte for byte in "é".encode())]
+
+
+def test_the_stories_benchmark_reports_every_stage(tmp_path: Path, data_dir: Path) -> None:
+    file = tmp_path / "stories.json"
+    tiny = "--models babyllama105 --stories 24 --pieces 4 --tokens 32 --steps 2 --last-steps 1 --evaluations 4 --alone"
+    script("stories").main([*tiny.split(), "--data", str(data_dir), "--json", str(file)])
+    rows = json.loads(file.read_text())["results"][0]["rows"]
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == [
+        "parent", "cut, not sorted", "cut, sorted", "supernet trained", "found subnet trained on", "one subnet alone",
+    ]  # fmt: skip
+    assert all(row["perplexity"] > 1 for row in rows)
+    assert all(row["parameters"] <= 0.6 for row in rows if row["subnet"].startswith("found"))
+
+
+def test_the_stories_benchmark_says_which_data_it_misses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script("stories").main(["--data", str(tmp_path)])
+    assert not stopped.value.code
+    assert "HF_ELASTIC_DATA" in capsys.readouterr().out
+
+
+def test_the_tokenizer_gives_the_documented_perplexity(data_dir: Path) -> None:
+    stories = script("stories")
+    model = stories.MODELS["babyllama105"]
+    parent, tokenizer = stories.load_parent(stories.checked_data(data_dir), "babyllama105")
+    found = stories.measured_perplexity(parent, tokenizer, model.validation(data_dir))
+    assert found == pytest.approx(model.documented, abs=0.01)
