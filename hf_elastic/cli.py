@@ -1,12 +1,19 @@
 """``hf-elastic``: compress a checkpoint, search or export a step at a time, and describe any folder."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+# peft imports bitsandbytes, which on some processors warns of a kernel that nobody asked for, on the stream where an
+# error is to be the only line.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from hf_elastic.architecture import read_json_object
 from hf_elastic.checkpoint import export as export_subnet
@@ -21,6 +28,7 @@ from hf_elastic.supernet import Loadability as Form
 
 app = typer.Typer(
     add_completion=False,
+    rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Make Hugging Face language models elastic.",
