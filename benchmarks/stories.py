@@ -1,6 +1,6 @@
 """Perplexity of small real LLaMA models as parent, cut without training, and after training the supernet.
 
-    python benchmarks/stories.py [--models stories260K babyllama105] [--steps 600] [--json FILE]
+    python benchmarks/stories.py [--models stories260K babyllama105] [--steps 400] [--json FILE]
 
 Elastic: FFN width, key/value groups, and (in all layers but the first and the last) skips. The subnet to find may have
 ``--within`` of the parent's parameters without embeddings. Training, sorting and search see text of the training split
@@ -289,16 +289,16 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_argument(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--steps", type=int, default=600, help="of the supernet, four subnets each")
-    parser.add_argument("--last-steps", type=int, default=600, help="of the subnet found")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=400, help="of the supernet, four subnets each")
+    parser.add_argument("--last-steps", type=int, default=400, help="of the subnet found")
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512, help="of a training story, at most the model's context")
     parser.add_argument("--stories", type=int, help="how many training stories to read; all by default")
     parser.add_argument("--pieces", type=int, help="of the validation text; by default those that are documented")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--teacher", choices=("parent", "in-place"), default="parent")
     parser.add_argument("--within", type=float, default=0.6, help="share of the parameters that the subnet may have")
-    parser.add_argument("--evaluations", type=int, default=150)
+    parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--alone", action="store_true", help="also train one subnet alone for the same time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

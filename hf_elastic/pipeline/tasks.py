@@ -170,9 +170,9 @@ def _check_config(config: PreTrainedConfig, options: CompressOptions) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or the error's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """The first lines of an error's message that say something, as one, or the error's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 def load_tokenizer(options: CompressOptions) -> PreTrainedTokenizerBase:

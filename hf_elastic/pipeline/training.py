@@ -156,23 +156,30 @@ def step_seconds(
     supernet: Supernet, architectures: tuple[Architecture, ...], *, batches: list[Batch], bf16: bool
 ) -> float:
     """Measures training steps: forward and backward of subnets and the teacher's forward; no weight changes."""
-    model, times, largest = supernet.model, [], supernet.space.largest()
+    model, times = supernet.model, []
     try:
         for index in range(_PROBE_STEPS + 1):
             batch = {name: t.to(model.device) for name, t in batches[index % len(batches)].items()}
             began = _now(model.device)
-            mixed = torch.autocast(model.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-            with mixed, torch.no_grad(), supernet.activate(largest):
-                model.eval()(**batch)
-            with supernet.activate(architectures[index % len(architectures)]):
-                with mixed:
-                    output = model.train()(**batch)[0]
-                output.float().square().mean().backward()
-            model.zero_grad(set_to_none=True)
+            _probe(supernet, architectures[index % len(architectures)], batch=batch, bf16=bf16)
             times.append(_now(model.device) - began)
     finally:
         model.eval()
     return statistics.median(times[1:])
+
+
+def _probe(supernet: Supernet, architecture: Architecture, *, batch: Batch, bf16: bool) -> None:
+    model = supernet.model
+    mixed = torch.autocast(model.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    model.eval()
+    with mixed, torch.no_grad(), supernet.activate(supernet.space.largest()):
+        model(**batch)  # what the teacher costs
+    model.train()
+    with supernet.activate(architecture):
+        with mixed:
+            output = model(**batch)[0]
+        output.float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
 
 
 def _now(device: torch.device) -> float:

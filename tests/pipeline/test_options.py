@@ -9,7 +9,14 @@ import pytest
 from tiny_models import CONFIGS, tiny
 
 from hf_elastic import (
-    CheckpointError, CompressOptions, DataError, ElasticConfig, ElasticError, SearchError, SpaceError, TrainingError,
+    CheckpointError,
+    CompressOptions,
+    DataError,
+    ElasticConfig,
+    ElasticError,
+    SearchError,
+    SpaceError,
+    TrainingError,
     make_elastic,
 )  # fmt: skip
 from hf_elastic.pipeline.options import default_space

@@ -70,7 +70,7 @@ def test_pooling_is_read_in_the_newer_spelling_too(checkpoint: Find, tmp_path: P
 
 
 @pytest.mark.parametrize("modes", [["max_tokens"], ["mean_tokens", "max_tokens"], ["mean_tokens", "cls_token"]])
-def test_another_pooling_is_refused_not_replaced(checkpoint: Find, tmp_path: Path, data: Find, modes: list[str]) -> None:
+def test_another_pooling_is_refused(checkpoint: Find, tmp_path: Path, data: Find, modes: list[str]) -> None:
     folder = copied(checkpoint("embedding"), tmp_path / "encoder")
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True for mode in modes}))
     with pytest.raises(UnsupportedModelError, match="pools tokens by"):
@@ -169,7 +169,7 @@ def test_weights_on_disk_in_bf16_are_loaded_in_fp32(data: Find, tmp_path: Path) 
     assert {p.dtype for p in load_model(task, task_options).parameters()} == {torch.float32}
 
 
-def test_an_encoder_may_lack_the_pooler_that_embeddings_do_not_pass(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+def test_an_encoder_may_lack_the_pooler(checkpoint: Find, data: Find, tmp_path: Path) -> None:
     given = options(checkpoint("masked-lm"), data("embedding"), tmp_path / "out", task="embedding")
     assert type(load_model(resolve_task(given), given)).__name__ == "BertModel"
 

@@ -101,8 +101,8 @@ def test_a_name_that_is_neither_file_nor_data_set_says_what_to_check(monkeypatch
 
 
 def test_sentences_are_distinct_whole_and_in_order() -> None:
-    text = 'The first sentence is here. "A second one follows it!" Short. The first sentence is here.\n\nA paragraph that is new'
-    assert split_sentences([text]) == [
+    text = 'The first sentence is here. "A second one follows it!" Short. The first sentence is here.'
+    assert split_sentences([text + "\n\nA paragraph that is new"]) == [
         "The first sentence is here.", '"A second one follows it!', "A paragraph that is new",
     ]  # fmt: skip
 

