@@ -225,3 +225,17 @@ def test_what_does_not_fit_raises_one_line(call) -> None:  # type: ignore[no-unt
     with pytest.raises(TrainingError) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_relative_distance_is_the_share_of_the_teachers_energy_that_is_missed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    missed, energy = 0.0, 0.0
+    for row, token in [(0, 0), (0, 1), (1, 0)]:
+        missed += float((student[row, token] - teacher[row, token]).square().sum())
+        energy += float(teacher[row, token].square().sum())
+    found = hidden_state_loss([student], [teacher], mask=mask, distance="relative")
+    assert float(found) == pytest.approx(missed / energy, rel=1e-5)
+    scaled = hidden_state_loss([7 * student], [7 * teacher], mask=mask, distance="relative")
+    assert float(scaled) == pytest.approx(float(found), rel=1e-5)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_elastic.errors import CheckpointError, TrainingError
 from hf_elastic.space import Architecture, Value
@@ -112,16 +113,13 @@ class ElasticTrainerMixin(_Below):
         if kwargs.get("model_init") is not None:
             raise TrainingError("model_init would replace the supernet's model; leave it out")
         if any(isinstance(callback, SubnetSamplingCallback) for callback in kwargs.get("callbacks") or ()):
-            raise TrainingError(
-                "ElasticTrainer samples by itself; leave out SubnetSamplingCallback, give sampling="
-            )
+            raise TrainingError("ElasticTrainer samples by itself; leave out SubnetSamplingCallback, give sampling=")
         self.supernet = supernet
         self.sampling = sampling
         self.per = checked_period(per)
         self.distillation = Distillation() if distill is True else (distill or None)
         self.eval_architectures = {
-            name: supernet.space.canonical(architecture)
-            for name, architecture in (eval_architectures or {}).items()
+            name: supernet.space.canonical(architecture) for name, architecture in (eval_architectures or {}).items()
         }
         self._elastic_slices = ActiveSliceStep(supernet, freeze_inactive=freeze_inactive)
         self._elastic_draw: _Draw | None = None
@@ -241,9 +239,7 @@ class ElasticTrainerMixin(_Below):
             self._elastic_teacher = self._compute_teacher_signal(inputs) if given is None else given
         context = LossContext(
             inputs=inputs,
-            pairs=state_pairs(self.supernet, self.supernet.active)
-            if plan.target == "hidden_states"
-            else None,
+            pairs=state_pairs(self.supernet, self.supernet.active) if plan.target == "hidden_states" else None,
             shifted=_shifts_labels(self.supernet.model),
             **self._normalisation(num_items_in_batch),
         )
@@ -253,10 +249,7 @@ class ElasticTrainerMixin(_Below):
         return soft + plan.label_weight * hard, outputs
 
     def _is_largest(self) -> bool:
-        return (
-            self._elastic_draw is not None
-            and self._elastic_draw.architecture == self.supernet.space.largest()
-        )
+        return self._elastic_draw is not None and self._elastic_draw.architecture == self.supernet.space.largest()
 
     def _has_labels(self, inputs: Mapping[str, Any]) -> bool:
         return bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
@@ -358,5 +351,12 @@ class ElasticTrainer(ElasticTrainerMixin, Trainer):
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    """Return whether position ``t`` is scored against label ``t + 1``, by the model's own loss."""
-    return any(getattr(module, "loss_type", None) == "ForCausalLM" for module in model.modules())
+    """Return whether position ``t`` is scored against label ``t + 1``, by the model's own loss.
+
+    transformers names the loss of a model (``loss_type``) after its class; GPT-2's class has an older name.
+    """
+    heads = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(
+        getattr(module, "loss_type", None) == "ForCausalLM" or type(module).__name__ in heads
+        for module in model.modules()
+    )

@@ -9,7 +9,18 @@ import pytest
 import torch
 from tiny_training import bert, bert_supernet, llama_supernet, same, sentences, texts, weights
 from torch import Tensor
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    EvalPrediction,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_elastic import Supernet
 from hf_elastic.distillation import embedding_loss, hidden_state_loss, label_mask, logits_loss, pooled
@@ -24,6 +35,7 @@ from hf_elastic.training import (
     SandwichRule,
     SubnetSamplingCallback,
 )
+from hf_elastic.training.trainer import _shifts_labels
 
 Arguments = Callable[..., TrainingArguments]
 
@@ -500,3 +512,41 @@ def test_a_model_without_the_asked_output_is_named_in_the_error(arguments: Argum
     )
     with pytest.raises(TrainingError, match="last_hidden_state"):
         trainer.train()
+
+
+def test_causal_models_shift_their_labels_whatever_their_class_is_called() -> None:
+    sizes = {"vocab_size": 31, "bos_token_id": 1, "eos_token_id": 2}
+    causal = [
+        GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, **sizes)),
+        LlamaForCausalLM(
+            LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, **sizes)
+        ),
+    ]
+    masked = BertForMaskedLM(
+        BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=31)
+    )
+    ids = torch.randint(3, 31, (2, 8), generator=torch.Generator().manual_seed(0))
+    for model in [*causal, masked]:
+        shifted = _shifts_labels(model)
+        output = model.eval()(input_ids=ids, labels=ids)
+        logits, labels = (output.logits[:, :-1], ids[:, 1:]) if shifted else (output.logits, ids)
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(output.loss, expected)
+
+
+def test_the_last_hidden_state_is_distilled_token_by_token_without_labels(arguments: Arguments) -> None:
+    supernet, teacher = bert_supernet(base=True, skip=("layer",)), bert(base=True, seed=9)
+    rows = sentences(4, labels=False)
+    batch, mask = collated(rows), collated(rows)["attention_mask"]
+    architecture = supernet.space.smallest()
+    target = teacher.eval()(**batch).last_hidden_state.detach()
+
+    def loss(_: Architecture, model: Any) -> Tensor:
+        missed = (model(**batch).last_hidden_state - target).square()[mask.bool()].sum()
+        return missed / target.square()[mask.bool()].sum()
+
+    expected = by_hand(supernet, loss, [architecture])
+    plan = Distillation(target="last_hidden_state", teacher=teacher, state_distance="relative")
+    rule = FixedSubnet(architecture)
+    found = first_gradients(supernet, arguments(**ONE_STEP), sampling=rule, distill=plan, train_dataset=rows)
+    assert_equal_gradients(found, expected)
