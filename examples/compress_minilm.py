@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", help="text files; by default Python's own documentation")
     parser.add_argument("--output", default="demo/minilm-small")
-    parser.add_argument("--minutes", type=float, default=6.0, help="training time")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time")
     parser.add_argument("--within", default="macs=0.6", help="limit of the subnet")
     arguments = parser.parse_args()
     began = time.perf_counter()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from hf_elastic.checkpoint import export as export_subnet
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
-from hf_elastic.pipeline import CompressRun, open_supernet, search_run
+from hf_elastic.pipeline import CompressRun, front_row, open_supernet, search_run
 from hf_elastic.pipeline.options import Device, Precision, TaskName
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
@@ -122,7 +123,9 @@ def export_command(
     supernet: Annotated[
         str, typer.Argument(help="Folder of a supernet, or run folder (its trained supernet is taken).")
     ],
-    architecture: Annotated[str, typer.Argument(help="largest, midpoint, smallest, or JSON, or a file of it.")],
+    architecture: Annotated[
+        str, typer.Argument(help="largest, midpoint, smallest, JSON or a file of it, or FILE#ROW.")
+    ],
     *,
     output: Annotated[str, typer.Option(help="Folder to write.")],
     loadability: Annotated[Form | None, typer.Option(help="By default what the architecture needs.")] = None,
@@ -135,7 +138,12 @@ def export_command(
         "midpoint": handle.space.midpoint,
         "smallest": handle.space.smallest,
     }
-    point = points[architecture]() if architecture in points else handle.space.canonical(_architecture(architecture))
+    if architecture in points:
+        point = points[architecture]()
+    elif re.fullmatch(r".+\.json#\d+", architecture):
+        point = handle.space.canonical(front_row(architecture))
+    else:
+        point = handle.space.canonical(_architecture(architecture))
     report = export_subnet(handle, point, output, loadability=loadability, source=parent, overwrite=overwrite)
     typer.echo(f"{output}: {report.note}\n  {report.snippet}")
 

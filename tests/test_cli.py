@@ -163,7 +163,7 @@ def test_search_prints_the_front_under_other_limits(command: Command, finished: 
     run = finished.with_name("small.run")
     ended = command("search", run, "--within", "parameters=0.5", "--evaluations", "5", "--seed", "4")
     assert ended.code == 0, ended.err
-    assert ended.out.splitlines()[0].split() == ["architecture", "structure", "parameters"]
+    assert ended.out.splitlines()[0].split() == ["row", "architecture", "structure", "parameters"]
     assert len(SearchResult.load(run / "search-parameters-0.5-4.json").evaluations) == 5
 
 

@@ -2,6 +2,6 @@
 
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.run import CompressResult, CompressRun, compress
-from hf_elastic.pipeline.steps import open_supernet, search_run
+from hf_elastic.pipeline.steps import front_row, open_supernet, search_run
 
-__all__ = ["CompressOptions", "CompressResult", "CompressRun", "compress", "open_supernet", "search_run"]
+__all__ = ["CompressOptions", "CompressResult", "CompressRun", "compress", "front_row", "open_supernet", "search_run"]

@@ -14,6 +14,7 @@ from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 
 _WIDTH_STEP = 8
+UNIFORM, DROPPED, ONE_MORE = "uniform width, untrained", "dropped layers, untrained", "one layer more, untrained"
 
 Alternative = tuple[str, Supernet, Architecture]
 
@@ -21,7 +22,10 @@ Alternative = tuple[str, Supernet, Architecture]
 def plain_alternatives(
     load: Callable[[], PreTrainedModel], *, limit: int, layer_order: Sequence[int]
 ) -> list[Alternative]:
-    """Finds the largest uniform FFN width and the largest depth within a limit, with the parent's sorted weights.
+    """Finds what plain cutting gives at the cost of a subnet, with the parent's sorted weights and no training.
+
+    The largest uniform FFN width and the largest depth within the limit, and the depth one layer above it, since
+    layers are coarse steps.
 
     Args:
         load: returns the parent, its neurons sorted by importance.
@@ -38,23 +42,22 @@ def plain_alternatives(
     widths = list(range(_WIDTH_STEP, neurons, _WIDTH_STEP))
     depths = list(range(1, len(layers)))
     spaces = {
-        "uniform width, untrained": ElasticConfig(intermediate_size=widths, loadability="stock") if widths else None,
-        "dropped layers, untrained": ElasticConfig(num_hidden_layers=depths, layer_order=layer_order)
-        if depths
-        else None,
+        UNIFORM: ElasticConfig(intermediate_size=widths, loadability="stock") if widths else None,
+        DROPPED: ElasticConfig(num_hidden_layers=depths, layer_order=layer_order) if depths else None,
     }
     found = []
     for name, space in spaces.items():
         if space is None:
             continue
         supernet = make_elastic(load(), space)
-        point = _largest_within(supernet, limit)
-        if point is not None:
-            found.append((name, supernet, point))
+        sized = sorted(
+            ((costs.macs(supernet, a, seq_len=costs.LATENCY_TOKENS), a) for a in supernet.space.architectures()),
+            key=lambda pair: pair[0],
+        )
+        within = [point for size, point in sized if size <= limit]
+        above = [point for size, point in sized[:-1] if size > limit]  # the last is the parent itself
+        if within:
+            found.append((name, supernet, within[-1]))
+        if name == DROPPED and within and above:
+            found.append((ONE_MORE, supernet, above[0]))
     return found
-
-
-def _largest_within(supernet: Supernet, limit: int) -> Architecture | None:
-    sized = [(costs.macs(supernet, a, seq_len=costs.LATENCY_TOKENS), a) for a in supernet.space.architectures()]
-    within = [pair for pair in sized if pair[0] <= limit]
-    return max(within, key=lambda pair: pair[0])[1] if within else None

@@ -23,7 +23,7 @@ from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
-from hf_elastic.pipeline.alternatives import plain_alternatives
+from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, read_config, resolve_task
@@ -303,6 +303,8 @@ class CompressRun:
             limit=costs.macs(final, architecture, seq_len=costs.LATENCY_TOKENS),
             layer_order=self.record.numbers("space")["layer_order"],
         )
+        if not any(name == UNIFORM for name, _, _ in plain):
+            self.say(f"no uniform width is as cheap as the subnet found: the table has no row '{UNIFORM}'")
         candidates = [
             ("parent", pristine, pristine.space.largest()),
             ("found", final, architecture),

@@ -9,7 +9,7 @@ from typing import Any
 from hf_elastic import objectives
 from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.declaration import ElasticConfig
-from hf_elastic.errors import CheckpointError
+from hf_elastic.errors import ArchitectureError, CheckpointError
 from hf_elastic.pipeline.limits import feasibility
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.run import teacher_vectors, text_digest
@@ -17,7 +17,8 @@ from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of
 from hf_elastic.report import aligned, count
-from hf_elastic.search import SearchResult, search_subnets
+from hf_elastic.search import Evaluation, SearchResult, search_subnets
+from hf_elastic.space import Architecture
 from hf_elastic.supernet import SPACE_FILE, Supernet
 
 
@@ -41,6 +42,8 @@ def open_supernet(folder: Path) -> tuple[Supernet, str]:
 def _record(folder: Path) -> dict[str, Any]:
     if not (folder / RESULT_FILE).is_file():
         raise CheckpointError(f"{folder} is no supernet and no run: it holds neither {SPACE_FILE} nor {RESULT_FILE}")
+    if (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is the output of a run; its work is in {folder}.run")
     return read_record(folder / RESULT_FILE)
 
 
@@ -50,7 +53,7 @@ def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, s
     It is kept in the run as ``search-<limits>-<seed>.db`` and ``.json``, and goes on when it was interrupted.
 
     Returns:
-        The front as a table, the best by quality first.
+        The front as a table, the best by quality first, and how to write a row of it.
 
     Raises:
         CheckpointError: the folder is no run, its supernet is not trained yet, or its data changed.
@@ -73,24 +76,47 @@ def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, s
         supernet.space, [measures[0], cost], evaluations=evaluations, within=within,
         storage=f"sqlite:///{folder / f'search-{label}.db'}", seed=seed,
     )  # fmt: skip
-    result.save(folder / f"search-{label}.json")
-    return front_table(result)
+    kept = folder / f"search-{label}.json"
+    result.save(kept)
+    trained_for = ", ".join(f"{name}={value:g}" for name, value in options.within.items())
+    return "\n".join(
+        [
+            front_table(result),
+            f"the supernet was trained on subnets near {trained_for}; far from that, compress again for a fair choice",
+            f"write a row: hf-elastic export {folder} '{kept}#ROW' --output DIR",
+        ]
+    )
 
 
 def front_table(result: SearchResult) -> str:
-    """The front of a search as a table, best first by the first objective."""
+    """The front of a search as a table, best first by the first objective; rows are numbered from 1."""
     names = [goal.name for goal in result.objectives]
-    sign = 1 if result.objectives[0].direction == "minimize" else -1
-    ordered = sorted(result.front, key=lambda e: sign * e.values[names[0]])
-    lines = [["architecture", *names]]
-    lines += [
-        [
-            repr(e.architecture),
-            *(count(e.values[n]) if e.values[n] > 1e3 else f"{e.values[n]:.4f}" for n in names),
-        ]
-        for e in ordered
-    ]
+    lines = [["row", "architecture", *names]]
+    for number, found in enumerate(ordered_front(result), 1):
+        values = [found.values[name] for name in names]
+        shown = [count(value) if value > 1e3 else f"{value:.4f}" for value in values]
+        lines.append([str(number), repr(found.architecture), *shown])
     return aligned(lines)
+
+
+def ordered_front(result: SearchResult) -> list[Evaluation]:
+    """The front of a search, best first by the first objective, in the order of :func:`front_table`."""
+    first = result.objectives[0]
+    sign = 1 if first.direction == "minimize" else -1
+    return sorted(result.front, key=lambda found: sign * found.values[first.name])
+
+
+def front_row(text: str) -> Architecture:
+    """The architecture that ``FILE#ROW`` names: a row of the table that :func:`search_run` printed.
+
+    Raises:
+        ArchitectureError: the text is not of that form, or the front has no such row.
+    """
+    path, _, number = text.rpartition("#")
+    front = ordered_front(SearchResult.load(path))
+    if not number.isdigit() or not 1 <= int(number) <= len(front):
+        raise ArchitectureError(f"{text!r} names row {number!r}; {path} has rows 1 to {len(front)}")
+    return front[int(number) - 1].architecture
 
 
 def options_of(record: Mapping[str, Any], *, output: str) -> CompressOptions:

@@ -54,10 +54,19 @@ def test_the_alternatives_have_the_parents_weights() -> None:
 
 
 def test_what_cannot_be_had_within_the_limit_is_left_out() -> None:
-    assert list(found(lambda: tiny("bert", "base"), share=0.4, order=(0, 1, 2))) == ["dropped layers, untrained"]
+    assert list(found(lambda: tiny("bert", "base"), share=0.4, order=(0, 1, 2))) == [
+        "dropped layers, untrained",
+        "one layer more, untrained",
+    ]
     assert not found(lambda: tiny("bert", "base"), share=0.05, order=(0, 1, 2))
 
 
 def test_a_model_of_one_layer_has_no_layer_to_drop() -> None:
     made = found(lambda: tiny("bert", "base", num_hidden_layers=1), share=0.9, order=(0,))
     assert list(made) == ["uniform width, untrained"]
+
+
+def test_one_layer_more_is_the_smallest_depth_above_the_limit() -> None:
+    made = found(lambda: tiny("bert", "base"), share=0.5, order=(2, 0, 1))
+    depths = [made[name][1]["num_hidden_layers"] for name in ("dropped layers, untrained", "one layer more, untrained")]
+    assert depths == [1, 2]
