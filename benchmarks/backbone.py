@@ -255,9 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for name in options.families:
         size = Size(options.layers, options.hidden, options.batch, options.length)
-        family = Family(
-            name, size, pairs=options.pairs, switches=options.switches, clock=CLOCKS[options.clock]
-        )
+        family = Family(name, size, pairs=options.pairs, switches=options.switches, clock=CLOCKS[options.clock])
         for part in options.parts:
             rows += getattr(family, part)()
     print()

@@ -39,10 +39,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint of the data folder and the perplexity that its README documents."""
+    """A checkpoint of the data folder, the perplexity that its README documents, and a learning rate for it."""
 
     documented: float
     pieces: int | None
+    learning_rate: float
 
     def validation(self, folder: Path, *, pieces: int | None = None) -> list[str]:
         """The pieces of the validation text that the documented perplexity belongs to, or fewer."""
@@ -51,7 +52,7 @@ class Model:
         return [piece for piece in found if piece][: pieces or self.pieces]
 
 
-MODELS = {"stories260K": Model(4.59, None), "babyllama105": Model(1.74, 200)}
+MODELS = {"stories260K": Model(4.59, None, 3e-3), "babyllama105": Model(1.74, 200, 1e-3)}
 
 
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
@@ -183,13 +184,14 @@ class Plan:
     distillation: he.Distillation
 
 
-def plan_of(options: argparse.Namespace, parent: LlamaForCausalLM, *, steps: int) -> Plan:
+def plan_of(name: str, parent: LlamaForCausalLM, options: argparse.Namespace, *, steps: int) -> Plan:
     """Logits distilled from the frozen parent (no labels) or in place from the largest subnet (labels beside them)."""
     if options.teacher == "parent":
         distillation = he.Distillation(teacher=parent, label_weight=0.0)
     else:
         distillation = he.Distillation(label_weight=0.0)  # the largest learns from labels, the others from it
-    return Plan(steps, options.batch_size, options.learning_rate, options.seed, distillation)
+    rate = options.learning_rate or MODELS[name].learning_rate
+    return Plan(steps, options.batch_size, rate, options.seed, distillation)
 
 
 def search(supernet: he.Supernet, texts: Texts, options: argparse.Namespace) -> he.Evaluation:
@@ -246,12 +248,12 @@ def run_model(folder: Path, name: str, options: argparse.Namespace) -> dict[str,
     untrained = copy.deepcopy(supernet.model)
 
     seconds = {"supernet": train(
-        supernet, he.SandwichRule(seed=options.seed), texts, plan=plan_of(options, parent, steps=options.steps)
+        supernet, he.SandwichRule(seed=options.seed), texts, plan=plan_of(name, parent, options, steps=options.steps)
     )}  # fmt: skip
     found = search(supernet, texts, options).architecture
     report.add("supernet trained", supernet, names={"largest": space.largest(), **ends, "found": found})
 
-    last = plan_of(options, parent, steps=options.last_steps)
+    last = plan_of(name, parent, options, steps=options.last_steps)
     seconds["found subnet"] = train(supernet, he.FixedSubnet(found), texts, plan=last)
     report.add("found subnet trained on", supernet, names={"found": found})
     check_extracted(supernet, found, texts)
@@ -261,7 +263,7 @@ def run_model(folder: Path, name: str, options: argparse.Namespace) -> dict[str,
         alone = he.Supernet(untrained)
         steps = round(sum(seconds.values()) / seconds["found subnet"] * options.last_steps)
         seconds["one subnet alone"] = train(
-            alone, he.FixedSubnet(before), texts, plan=plan_of(options, parent, steps=steps)
+            alone, he.FixedSubnet(before), texts, plan=plan_of(name, parent, options, steps=steps)
         )
         report.add("one subnet alone", alone, names={f"found before, {steps} steps": before})
     return {
@@ -295,7 +297,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="of a training story, at most the model's context")
     parser.add_argument("--stories", type=int, help="how many training stories to read; all by default")
     parser.add_argument("--pieces", type=int, help="of the validation text; by default those that are documented")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, help="by default one chosen for each model")
     parser.add_argument("--teacher", choices=("parent", "in-place"), default="parent")
     parser.add_argument("--within", type=float, default=0.6, help="share of the parameters that the subnet may have")
     parser.add_argument("--evaluations", type=int, default=60)

@@ -12,6 +12,7 @@ from hf_elastic.declaration import ElasticConfig, resolve_sizes, skip_kinds
 from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import Family, family_of, layers_of, submodule
 from hf_elastic.layers import PartHolder, check_forward, check_linear, make_elastic_linear, make_part_holder
+from hf_elastic.models import static_class_name
 from hf_elastic.parts import SKIPS, ChoiceNames, LayerPart, LayerShape, join_choices
 from hf_elastic.space import Choice, Condition, SearchSpace
 from hf_elastic.supernet import Supernet
@@ -39,7 +40,7 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig, *, family: Famil
     _check_model(model)
     if not isinstance(config, ElasticConfig):
         raise SpaceError(f"config is a {type(config).__name__}, expected ElasticConfig(intermediate_size=[...], ...)")
-    row = family_of(model, family)
+    row = _with_static_class(family_of(model, family), model)
     _check_family_limits(model, config, row)
     builder = _Builder(model, config, row)
     plans = [builder.plan(index) for index in range(len(builder.layers))]
@@ -48,6 +49,11 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig, *, family: Famil
         builder.convert(plan)
     model.__dict__["_hf_elastic_config"] = config
     return Supernet(model)
+
+
+def _with_static_class(row: Family, model: PreTrainedModel) -> Family:
+    """The row as it is true of this model: not every head of a family has a static class."""
+    return row if static_class_name(type(model)) is not None else replace(row, static_type=None)
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -96,7 +102,7 @@ def _check_family_limits(model: PreTrainedModel, config: ElasticConfig, row: Fam
         )
     if partial and row.static_type is None and not row.pre_norm:
         raise SpaceError(
-            f"skip={partial}: family {row.model_type!r} names no static class to export it to; use skip=['layer']"
+            f"skip={partial}: {type(model).__name__} has no static class to export it to; use skip=['layer']"
         )
     if config.loadability == "stock" and row.stock_heads == "parent" and getattr(config, row.heads_choice):
         raise SpaceError(
@@ -333,20 +339,21 @@ def _where(sublayer: int, skip: Choice | None, present: tuple[Condition, ...]) -
 def replan(supernet: Supernet, order: Sequence[int]) -> None:
     """Rebuilds the choices of a supernet's layers for another order of layers; no weight changes.
 
+    What was active stays active, in the form it has in the new space.
+
     Args:
         order: every layer once, from the most to the least important.
     """
     config = replace(supernet.model.__dict__["_hf_elastic_config"], layer_order=tuple(order))
     builder = _Builder(supernet.model, config, supernet.family)
-    supernet.set_active(supernet.space.largest())
-    for part in supernet.layer_parts:
-        plan = builder.plan(part.index)
-        part.names, part.choices, part.rank = plan.names, plan.choices, plan.rank
-        if plan.names.skip or plan.names.depth:
-            part.make_skippable()
-    supernet.model.__dict__["_hf_elastic_config"] = config
-    supernet.refresh_space()
-    supernet.set_active(supernet.space.largest())
+    plans = [builder.plan(part.index) for part in supernet.layer_parts]
+    with supernet.activate(supernet.space.largest()):
+        for part, plan in zip(supernet.layer_parts, plans, strict=True):
+            part.names, part.choices, part.rank = plan.names, plan.choices, plan.rank
+            if plan.names.skip or plan.names.depth:
+                part.make_skippable()
+        supernet.model.__dict__["_hf_elastic_config"] = config
+        supernet.refresh_space()
 
 
 def _in_features(module: nn.Module) -> int:

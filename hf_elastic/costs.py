@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_elastic.layers import ElasticConv1D, ElasticLinear
+from hf_elastic.layers import ElasticConv1D, ElasticLinear, evaluating
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Architecture
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_elastic.supernet import Supernet
 
 LATENCY_TOKENS = 128
+"""Tokens at which MACs are stated and latency is measured; the latter with fewer where a model has fewer positions."""
 _LOADABILITY_SAMPLES = 500
 _PRINT_LATENCY_LIMIT = 500_000_000  # parameters: above, one CPU forward takes seconds
 
@@ -248,11 +249,11 @@ def architecture_latency(
 
     Args:
         architectures: by name.
-        inputs: of one forward; by default ``(1, 128)`` token ids.
+        inputs: of one forward; by default ``(1, 128)`` token ids, fewer where the model has fewer positions.
         repeats: timed rounds.
     """
     feed = dict(inputs) if inputs is not None else default_inputs(supernet)
-    model, training = supernet.model, supernet.model.training
+    model = supernet.model
 
     def run(architecture: Architecture) -> Callable[[], object]:
         def call() -> object:
@@ -261,11 +262,8 @@ def architecture_latency(
 
         return call
 
-    model.train(False)
-    try:
+    with evaluating(model):
         return measure_latency({name: run(arch) for name, arch in architectures.items()}, repeats=repeats)
-    finally:
-        model.train(training)
 
 
 def default_inputs(supernet: Supernet, *, seq_len: int = LATENCY_TOKENS) -> dict[str, torch.Tensor]:
@@ -284,7 +282,7 @@ def describe(supernet: Supernet) -> str:
     if not supernet.layer_parts:
         return f"{supernet!r}\n  {len(space)} choices"
     low, high = space.smallest(), space.largest()
-    tokens = default_inputs(supernet)["input_ids"].shape[-1]
+    tokens = LATENCY_TOKENS
     rng = random.Random(0)
     counts = Counter(supernet.loadability(space.sample(rng)) for _ in range(_LOADABILITY_SAMPLES))
     shares = ", ".join(f"{name} {count / _LOADABILITY_SAMPLES:.0%}" for name, count in counts.most_common())
@@ -308,9 +306,11 @@ def describe(supernet: Supernet) -> str:
 def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> str:
     if supernet.model.device.type == "cpu" and total_parameters(supernet, high) > _PRINT_LATENCY_LIMIT:
         return "not measured for a model of this size on a CPU; call hf_elastic.costs.architecture_latency"
-    timed = architecture_latency(supernet, {"low": low, "high": high}, repeats=5)
+    feed = default_inputs(supernet)
+    timed = architecture_latency(supernet, {"low": low, "high": high}, inputs=feed, repeats=5)
     fast, slow = timed["low"].median, timed["high"].median
-    span = f"{fast * 1e3:.1f} to {slow * 1e3:.1f} ms measured on {supernet.model.device}"
+    where = f"{supernet.model.device} at 1 x {feed['input_ids'].shape[-1]} tokens"
+    span = f"{fast * 1e3:.1f} to {slow * 1e3:.1f} ms measured on {where}"
     return f"{span} ({slow / fast:.2f}x faster at the smallest)"
 
 

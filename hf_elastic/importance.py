@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_elastic.errors import DataError, SpaceError
-from hf_elastic.layers import ElasticLinear, ElasticProjection
+from hf_elastic.layers import ElasticLinear, ElasticProjection, evaluating
 from hf_elastic.parts import LayerPart
 from hf_elastic.supernet import Supernet
 
@@ -46,6 +46,7 @@ def sort_by_importance_(
     With data, the order in which ``num_hidden_layers`` keeps layers is replaced by their block influence
     ``1 - E[cos(h_in, h_out)]`` (Men et al. 2024, ShortGPT, eq. 1), so call this before sampling
     architectures: the space changes when it has a depth choice. Padding (``attention_mask`` 0) never counts.
+    Gradients that the parameters hold stay as they are.
 
     Args:
         supernet: a supernet; its largest architecture is measured and sorted.
@@ -68,7 +69,7 @@ def sort_by_importance_(
         raise SpaceError(f"method={chosen!r} is not one of 'activation', 'weight', 'taylor'")
     if chosen != "weight" and not data:
         raise DataError(f"method={chosen!r} needs calibration batches; pass batches=[...] or method='weight'")
-    with supernet.activate(supernet.space.largest()), _evaluating(supernet.model):
+    with supernet.activate(supernet.space.largest()), evaluating(supernet.model):
         scores = _weight_scores(supernet) if chosen == "weight" else {}
         if data:
             meter = _Meter(supernet, chosen)
@@ -103,13 +104,14 @@ def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def _own_gradients(model: nn.Module) -> Iterator[None]:
+    """Lets backward passes inside the block leave the gradients that the caller had accumulated."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         yield
     finally:
-        model.train(training)
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def _unit_columns(part: LayerPart, path: str) -> Tensor:
@@ -137,6 +139,7 @@ class _Meter:
     def run(self, data: list[Batch], loss_function: LossFunction) -> None:
         model = self.supernet.model
         with ExitStack() as stack, torch.set_grad_enabled(self.method == "taylor"):
+            stack.enter_context(_own_gradients(model))
             for index, part in enumerate(self.supernet.layer_parts):
                 for path in (part.family.ffn_out, part.family.attention_out):
                     module = part.projections()[path]
@@ -146,11 +149,10 @@ class _Meter:
                 feed = {name: value.to(model.device) for name, value in batch.items()}
                 self.mask = feed["attention_mask"].bool().flatten(0, -2) if "attention_mask" in feed else None
                 if self.method == "taylor":
-                    model.zero_grad(set_to_none=True)
+                    model.zero_grad(set_to_none=True)  # a second one in place would write into the caller's
                     loss_function(model, feed).backward()
                 else:
                     model(**feed)
-        model.zero_grad(set_to_none=True)
 
     def _kept(self, values: Tensor) -> Tensor:
         """Values (B, T, N) of real tokens as (tokens, N)."""
@@ -315,7 +317,7 @@ def _set_layer_order(supernet: Supernet, influence: Tensor) -> None:
 
 
 def set_layer_order(supernet: Supernet, order: list[int]) -> None:
-    """Changes the order in which ``num_hidden_layers`` keeps layers; the space is joined again.
+    """Changes the order in which ``num_hidden_layers`` keeps layers; the space changes for all handles on the model.
 
     Args:
         order: every layer once, from the most to the least important.

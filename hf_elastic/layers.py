@@ -7,6 +7,8 @@ at full width the very same kernel runs on the very same tensors (bit-identical 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -249,3 +251,18 @@ def make_part_holder(module: nn.Module, parts: list[Any]) -> PartHolder:
     module.elastic_parts = parts  # type: ignore[assignment]
     assert isinstance(module, PartHolder)
     return module
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode inside the block, and gives each its own mode back at the end.
+
+    ``model.train(mode)`` would overwrite the modes of submodules, such as an encoder frozen in evaluation mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_elastic import costs
 from hf_elastic.distillation import Pooling, label_mask, pooled
 from hf_elastic.errors import DataError
+from hf_elastic.layers import evaluating
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -189,7 +190,12 @@ def total_parameters(supernet: Supernet) -> Objective:
 
 def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
     """MACs of one forward at a stated length, see :func:`hf_elastic.costs.macs`."""
-    return _cost(supernet, "macs", lambda a: costs.macs(supernet, a, seq_len=seq_len, batch_size=batch_size))
+    return _cost(
+        supernet,
+        "macs",
+        lambda a: costs.macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
+        arguments=(seq_len, batch_size),
+    )
 
 
 def kv_cache_bytes(supernet: Supernet, *, seq_len: int, batch_size: int = 1) -> Objective:
@@ -198,6 +204,7 @@ def kv_cache_bytes(supernet: Supernet, *, seq_len: int, batch_size: int = 1) -> 
         supernet,
         "kv_cache_bytes",
         lambda a: costs.kv_cache_bytes(supernet, a, seq_len=seq_len, batch_size=batch_size),
+        arguments=(seq_len, batch_size),
     )
 
 
@@ -223,11 +230,27 @@ def latency(supernet: Supernet, *, inputs: Batch | None = None, repeats: int = 9
             reference.append(timed["largest"].median)
         return timed["subnet"].median / timed["largest"].median * reference[0]
 
-    return _measured(supernet, "latency", measure, unit="s")
+    timed_on = _timed_on(supernet, feed if feed is not None else costs.default_inputs(supernet))
+    return _measured(supernet, "latency", measure, unit="s", mode=timed_on)
 
 
-def _cost(supernet: Supernet, name: str, function: Callable[[Architecture], int]) -> Objective:
-    return Objective(name, function, cost=True, related=lambda: related_costs(supernet))
+def _timed_on(supernet: Supernet, feed: Batch) -> str:
+    """What decides about a latency besides the architecture: shapes of the inputs, precision, device."""
+    device = supernet.model.device
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in feed.items())
+    return repr(("latency", shapes, str(supernet.model.dtype), device.type, chip))
+
+
+def _cost(
+    supernet: Supernet, name: str, function: Callable[[Architecture], int], *, arguments: Sequence[int] = ()
+) -> Objective:
+    # A model without elastic layers has the same cost at each architecture, and no MACs at all.
+    extremes = (supernet.space.largest(), supernet.space.smallest()) if supernet.layer_parts else ()
+    family = supernet.model.config.model_type
+    depends_on = (name, tuple(arguments), family, supernet.layer_order, [function(point) for point in extremes])
+    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    return Objective(name, function, cost=True, related=lambda: related_costs(supernet), fingerprint=digest)
 
 
 def related_costs(supernet: Supernet) -> dict[str, Objective]:
@@ -254,8 +277,8 @@ def _measured(
 
 
 def _fingerprint(supernet: Supernet, batches: Sequence[Batch], *, extra: Tensor | None, mode: str) -> str:
-    """Digest of the weights (a sample of each tensor) and of the data, so that a storage mixes no two of them."""
-    digest = hashlib.sha256(mode.encode())
+    """Digest of the weights (a sample of each tensor), the order of layers and the data: a storage mixes no two."""
+    digest = hashlib.sha256(f"{mode}{supernet.layer_order}".encode())
     for name, tensor in supernet.model.state_dict().items():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].double().cpu()
@@ -301,10 +324,5 @@ def _on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def _active(supernet: Supernet, architecture: Architecture) -> Iterator[Any]:
     """The model in evaluation mode, without gradients, with ``architecture`` active."""
-    model, training = supernet.model, supernet.model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), supernet.activate(architecture):
-            yield model
-    finally:
-        model.train(training)
+    with evaluating(supernet.model), torch.inference_mode(), supernet.activate(architecture):
+        yield supernet.model

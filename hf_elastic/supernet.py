@@ -28,17 +28,53 @@ FORMAT = 1
 
 
 class _State:
-    """What is active in a model and which thread may change it; shared by all handles on the model."""
+    """What is active in a model, of which space, and which thread may change it; shared by all handles on the model.
 
-    def __init__(self, active: Architecture) -> None:
-        self.active = active
-        self.owner: int | None = None
+    A thread owns the model while it has an activation open, and after :meth:`Supernet.set_active`, as long as it lives.
+    """
+
+    def __init__(self, active: Architecture, space: SearchSpace) -> None:
+        self.active, self.space = active, space
+        self._lock = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._depth = 0
+        self._pinned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        return _State(self.active)  # a copy of the model may live in another thread
+        return _State(self.active, self.space)  # a copy of the model may live in another thread
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"active": self.active, "owner": None}
+    def __reduce__(self) -> tuple[type[_State], tuple[Architecture, SearchSpace]]:
+        return _State, (self.active, self.space)
+
+    def enter(self) -> None:
+        """Makes this thread the owner, until :meth:`leave` was called as often."""
+        with self._lock:
+            self._claim()
+            self._depth += 1
+
+    def leave(self) -> None:
+        """Ends one :meth:`enter`; does nothing in a thread that meanwhile counted as dead."""
+        with self._lock:
+            if self._owner is threading.current_thread():
+                self._depth -= 1
+
+    def pin(self) -> None:
+        """Makes this thread the owner as long as it lives."""
+        with self._lock:
+            self._claim()
+            self._pinned = self._pinned or not self._depth  # inside a block, its end restores what was
+
+    def _claim(self) -> None:
+        thread = threading.current_thread()
+        if self._owner is thread:
+            return
+        held = self._depth > 0 or self._pinned
+        if self._owner is not None and self._owner.is_alive() and held:
+            raise ActivationError(
+                "this supernet is used from a second thread, which would change the subnet under the first; "
+                "give each thread a copy: Supernet(copy.deepcopy(supernet.model))"
+            )
+        self._owner, self._depth, self._pinned = thread, 0, False
 
 
 class Supernet:
@@ -68,17 +104,24 @@ class Supernet:
                 f"{type(model).__name__} has no elastic part; "
                 "call hf_elastic.make_elastic(model, ElasticConfig(...)) first"
             )
-        self.space: SearchSpace
-        self.refresh_space()
-        state = model.__dict__.get("_hf_elastic_state")
-        if state is None or state.active not in self.space:
-            state = model.__dict__["_hf_elastic_state"] = _State(self.space.largest())
-            self._set(state.active)
-        self._state: _State = state
+        joined = self._joined()
+        known = "_hf_elastic_state" in model.__dict__
+        self._state: _State = model.__dict__.setdefault("_hf_elastic_state", _State(joined.largest(), joined))
+        if not known or self._state.space != joined:  # new, or parts came or went since the last handle was made
+            self._state.space = joined
+            self._set(joined.largest())
+
+    @property
+    def space(self) -> SearchSpace:
+        """The architectures of this model; another one after the order of layers changed, by whichever handle."""
+        return self._state.space
 
     def refresh_space(self) -> None:
         """Joins the choices of the parts again, after the order of layers changed their conditions."""
-        self.space = SearchSpace(join_choices(part.choices for part in self.parts))
+        self._state.space = self._joined()
+
+    def _joined(self) -> SearchSpace:
+        return SearchSpace(join_choices(part.choices for part in self.parts))
 
     @property
     def active(self) -> Architecture:
@@ -93,28 +136,39 @@ class Supernet:
 
         Raises:
             ArchitectureError: the architecture is not a point of this space.
-            ActivationError: another thread has used a handle on this model.
+            ActivationError: another thread has an activation of this model open, or made one active for good.
         """
-        chosen = self._checked(architecture)
-        previous, space = self._state.active, self.space
-        self._set(chosen)
+        self._state.enter()
         try:
-            yield self
+            chosen = self.point(architecture)
+            previous, space = self._state.active, self.space
+            self._set(chosen)
+            try:
+                yield self
+            finally:
+                self._set(previous if self.space is space else self._carried(previous))
         finally:
-            # Another order of layers, set inside, may have put choices of the outer architecture out of effect.
-            self._set(previous if self.space is space else self.space.canonical(previous))
+            self._state.leave()
+
+    def _carried(self, architecture: Architecture) -> Architecture:
+        """An architecture of the space before the order of layers changed, as a point of the space now."""
+        values: dict[str, Value] = dict(self.space.largest())
+        for choice in self.space.choices:
+            if architecture.get(choice.name) in choice.values:  # another layer may have become the one that stays
+                values[choice.name] = architecture[choice.name]
+        return self.space.canonical(values)
 
     def set_active(self, architecture: Architecture | Mapping[str, Value]) -> None:
         """Makes an architecture active until something else is; prefer :meth:`activate`, which restores.
 
+        Outside of :meth:`activate`, other threads are refused from now on, as long as this one lives.
+
         Raises:
             ArchitectureError, ActivationError: as :meth:`activate`.
         """
-        self._set(self._checked(architecture))
-
-    def _checked(self, architecture: Architecture | Mapping[str, Value]) -> Architecture:
-        self._own_thread()
-        return self.point(architecture)
+        chosen = self.point(architecture)
+        self._state.pin()
+        self._set(chosen)
 
     def point(self, architecture: Architecture | Mapping[str, Value]) -> Architecture:
         """Returns the point of this space that is meant: an architecture itself, or a dict of the choices in effect.
@@ -132,20 +186,10 @@ class Supernet:
             return architecture
         return self.space.canonical(architecture)
 
-    def _own_thread(self) -> None:
-        thread = threading.get_ident()
-        if self._state.owner is None:
-            self._state.owner = thread
-        if self._state.owner != thread:
-            raise ActivationError(
-                "this supernet is used from a second thread, which would change the subnet under the first; "
-                "give each thread a copy: Supernet(copy.deepcopy(supernet.model))"
-            )
-
     def _set(self, architecture: Architecture) -> None:
         for part in self.parts:
             part.set(architecture)
-        self.model.__dict__["_hf_elastic_state"].active = architecture
+        self._state.active = architecture
 
     def expected(self, architecture: Architecture) -> dict[str, int]:
         """Sizes that a forward must show while ``architecture`` is active, 0 for what is skipped.
@@ -170,8 +214,7 @@ class Supernet:
     def active_regions(self) -> dict[str, tuple[tuple[slice, ...], ...]]:
         """Active boxes of every elastic parameter, by its name in ``model.named_parameters()``.
 
-        ``()`` means that nothing of it is active (its sublayer is skipped). A parameter that is not named is
-        not
+        ``()`` means that nothing of it is active (its sublayer is skipped). A parameter that is not named is not
         elastic: all of it is always active.
         """
         by_id: dict[int, Region] = {}
@@ -237,14 +280,16 @@ class Supernet:
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Saves the largest model as a stock checkpoint, with ``search_space.json`` beside it.
 
-        Anyone loads the folder with the stock class; :meth:`from_pretrained` restores the supernet bit-equal.
+        Anyone loads the folder with the stock class; :meth:`from_pretrained` restores the supernet bit-equal. The
+        parent's tokenizer is not copied, but its folder or Hub name is kept, so that an export finds it.
 
         Args:
             directory: a folder that does not exist or is empty.
             overwrite: whether a non-empty folder may be replaced.
 
         Raises:
-            CheckpointError: the folder is not empty or cannot be written; nothing is left half-written.
+            CheckpointError: the folder is not empty or cannot be written, or transformers refuses to write the
+                generation config; nothing is left half-written.
         """
         config = self.model.__dict__.get("_hf_elastic_config")
         if config is None:
@@ -253,6 +298,7 @@ class Supernet:
                 "saved; save the supernet that make_elastic returned"
             )
         with whole_folder(directory, overwrite=overwrite) as folder:
+            save_generation_config(self.model, folder)
             with self.activate(self.space.largest()):
                 self.model.save_pretrained(folder)
             record = {
@@ -261,6 +307,7 @@ class Supernet:
                 "elastic_config": config.to_dict(),
                 "family": None if self.family in FAMILIES else self.family.to_dict(),
                 "layer_order": list(self.layer_order),
+                "parent": _parent_of(self.model),
                 "space_digest": self.space.digest,
                 "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
             }
@@ -292,6 +339,9 @@ class Supernet:
             raise CheckpointError(
                 f"{folder / SPACE_FILE} was made for another space than its ElasticConfig gives; save it again"
             )
+        parent = record.get("parent")
+        if isinstance(parent, str) and _can_be_read(parent) and not (folder / "tokenizer_config.json").is_file():
+            model.config._name_or_path = parent
         return supernet
 
     def __repr__(self) -> str:
@@ -299,6 +349,34 @@ class Supernet:
 
     def __str__(self) -> str:
         return costs.describe(self)
+
+
+def save_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the generation config alone, before any work is done, as transformers refuses to write some.
+
+    Raises:
+        CheckpointError: transformers refuses to write it.
+    """
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        raise CheckpointError(
+            f"transformers does not write this generation config: {' '.join(str(error).split())}; "
+            "correct model.generation_config"
+        ) from error
+
+
+def _parent_of(model: PreTrainedModel) -> str:
+    """Folder, absolute, or Hub name that a model was loaded from; empty when it was made from a config."""
+    name = str(model.config._name_or_path or "")
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _can_be_read(parent: str) -> bool:
+    """Whether a parent may still be there: a folder that is, or a name on the Hub."""
+    return bool(parent) and (not Path(parent).is_absolute() or Path(parent).is_dir())
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

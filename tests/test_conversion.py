@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, DECODERS, GROUPED, inputs, outputs, space, supernet_of, tiny
@@ -34,7 +36,9 @@ from hf_elastic import (
     SpaceError,
     Supernet,
     UnsupportedModelError,
+    export,
     make_elastic,
+    set_layer_order,
 )
 from hf_elastic.conversion import replan
 
@@ -449,10 +453,41 @@ def test_heads_that_do_not_divide_the_projections_are_named() -> None:
 
 def test_a_family_without_static_class_refuses_what_only_that_could_hold() -> None:
     row: Family = replace(ROWS["bert"], static_type=None)
-    with pytest.raises(SpaceError, match=r"skip=\['mlp'\]: family 'bert' names no static class"):
+    with pytest.raises(SpaceError, match=r"skip=\['mlp'\]: BertForMaskedLM has no static class"):
         make_elastic(tiny("bert"), ElasticConfig(skip=["mlp"]), family=row)
     supernet = make_elastic(tiny("bert"), ElasticConfig(skip=["layer"], intermediate_size=[16]), family=row)
     assert {supernet.loadability(a) for a in supernet.space.architectures()} == {"stock", "stock-padded"}
+
+
+WITHOUT_STATIC_CLASS = [
+    ("BertForPreTraining", "bert"), ("BertForMultipleChoice", "bert"), ("LlamaForTokenClassification", "llama"),
+    ("GPT2ForTokenClassification", "gpt2"), ("DistilBertForMultipleChoice", "distilbert"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "family"), WITHOUT_STATIC_CLASS)
+def test_a_head_without_static_class_has_only_forms_that_can_be_written(name: str, family: str, tmp_path: Path) -> None:
+    model = getattr(transformers, name)(tiny(family).config).eval()
+    config = ElasticConfig(intermediate_size=[16], skip=["layer"], num_hidden_layers=[1])
+    supernet = make_elastic(model, config)
+    assert supernet.family.static_type is None and "layers.0.skip" not in supernet.space.names
+    for arch in (supernet.space.smallest(), supernet.space.midpoint(), supernet.space.largest()):
+        form = supernet.loadability(arch)
+        assert form in ("stock", "stock-padded")
+        export(supernet, arch, tmp_path / "out", overwrite=True)
+    set_layer_order(supernet, [2, 1, 0])
+    assert {supernet.loadability(a) for a in supernet.space.architectures()} == {"stock", "stock-padded"}
+    supernet.save_pretrained(tmp_path / "saved")
+    assert Supernet.from_pretrained(tmp_path / "saved").space == supernet.space
+
+
+@pytest.mark.parametrize("name", ["BertForPreTraining", "BertForMultipleChoice"])
+def test_a_head_without_static_class_refuses_partial_skips_before_anything_is_done(name: str) -> None:
+    model = getattr(transformers, name)(tiny("bert").config)
+    before = fingerprint(model)
+    with pytest.raises(SpaceError, match=rf"skip=\['attention'\]: {name} has no static class.*use skip=\['layer'\]"):
+        make_elastic(model, ElasticConfig(skip=["attention"]))
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("config", [WIDTHS, ElasticConfig(skip=["layer"])])
@@ -520,6 +555,25 @@ def test_replanning_makes_a_layer_skippable_that_was_not() -> None:
     with supernet.activate(small):
         assert supernet.measured(**inputs(supernet.model)) == supernet.expected(small)
     assert [shape.skipped for shape in supernet.layer_shapes(small)] == [True, False, False]
+
+
+def test_replanning_keeps_what_was_active_in_its_new_form() -> None:
+    supernet = supernet_of("llama")
+    supernet.set_active({**supernet.space.largest(), "layers.0.intermediate_size": 16, "layers.2.skip": "mlp"})
+    replan(supernet, [1, 2, 0])
+    assert supernet.active in supernet.space
+    assert supernet.active["layers.0.intermediate_size"] == 16 and supernet.active["layers.2.skip"] == "mlp"
+    assert supernet.measured(**inputs(supernet.model)) == supernet.expected(supernet.active)
+
+
+def test_replanning_survives_that_another_layer_is_the_one_that_stays() -> None:
+    supernet = make_elastic(tiny("bert"), ElasticConfig(skip=["layer"], loadability="stock"))
+    assert "layers.0.skip" not in supernet.space.names
+    with supernet.activate(supernet.space.smallest()):
+        replan(supernet, [1, 2, 0])
+        assert "layers.1.skip" not in supernet.space.names and supernet.active["layers.2.skip"] == "layer"
+        assert supernet.measured(**inputs(supernet.model)) == supernet.expected(supernet.active)
+    assert supernet.active == supernet.space.largest()
 
 
 def test_a_wrong_order_is_refused_before_anything_changes() -> None:

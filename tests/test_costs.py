@@ -47,7 +47,7 @@ def test_macs_equal_half_the_counted_flops_of_an_eager_forward_of_any_subnet(fam
 
 
 def test_macs_of_multiple_choice_count_every_choice_as_a_sequence() -> None:
-    supernet = make_elastic(tiny("bert", "choice", attn_implementation="eager"), space("bert"))
+    supernet = make_elastic(tiny("bert", "choice", attn_implementation="eager"), space("bert", skip=["layer"]))
     ids = torch.randint(3, 61, (2, 3, 5))
     wanted = counted(supernet.model, input_ids=ids)
     assert costs.macs(supernet, supernet.space.largest(), seq_len=5, batch_size=6) == wanted
@@ -193,6 +193,18 @@ def test_latency_of_architectures_is_measured_in_evaluation_mode_and_restores_ev
         assert supernet.active == supernet.space.midpoint()
     assert set(found) == {"low", "high"} and supernet.model.training
     assert set(seen) == {(False, low), (False, high)}
+
+
+def test_printing_states_macs_at_the_tokens_of_the_limits_and_keeps_every_modules_mode() -> None:
+    supernet = supernet_of("bert")  # of 64 positions
+    supernet.model.train()
+    supernet.model.bert.embeddings.eval()
+    modes = [module.training for module in supernet.model.modules()]
+    lines = {line.split()[0]: line for line in str(supernet).splitlines()[1:]}
+    low, high = (costs._count(costs.macs(supernet, a, seq_len=128))
+                 for a in (supernet.space.smallest(), supernet.space.largest()))  # fmt: skip
+    assert f"{low} to {high} at 1 x 128 tokens" in lines["MACs"] and "at 1 x 62 tokens" in lines["latency"]
+    assert [module.training for module in supernet.model.modules()] == modes
 
 
 def test_mode_is_restored_when_a_measured_call_fails() -> None:

@@ -304,11 +304,11 @@ def test_padding_never_counts() -> None:
 
 
 def test_batches_of_multiple_choice_may_be_padded() -> None:
-    supernet = uneven("bert", "choice")
+    supernet = uneven("bert", "choice", skip=["layer"])
     ids = torch.randint(3, 61, (2, 3, 5))
     mask = torch.ones_like(ids)
     mask[0, 1, 3:] = 0
-    flat = uneven("bert", "choice")
+    flat = uneven("bert", "choice", skip=["layer"])
     rows = [
         {"input_ids": i[None, None, : int(m.sum())]} for i, m in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True)
     ]
@@ -446,3 +446,17 @@ def test_grouped_families_are_sorted_by_group() -> None:
     for family in GROUPED:
         scores = sort_by_importance_(supernet_of(family))
         assert scores["layers.0.num_key_value_heads"].shape == (2,) and "layers.0.num_attention_heads" not in scores
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sorting_keeps_the_gradients_a_user_accumulated_and_every_modules_mode(method: Method) -> None:
+    supernet = uneven("bert")
+    model = supernet.model.train()
+    model.bert.embeddings.eval()
+    frozen = {name for name, module in model.named_modules() if not module.training}
+    parameter = model.get_input_embeddings().weight
+    gradient = parameter.grad = torch.ones_like(parameter)
+    sort_by_importance_(supernet, None if method == "weight" else batches(supernet, labels=True), method=method)
+    assert parameter.grad is gradient and bool((gradient == 1).all())
+    assert all(p.grad is None for p in model.parameters() if p is not parameter)
+    assert {name for name, module in model.named_modules() if not module.training} == frozen

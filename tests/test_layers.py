@@ -24,6 +24,7 @@ from hf_elastic.layers import (
     PartHolder,
     SkippableModule,
     check_linear,
+    evaluating,
     make_elastic_linear,
     make_part_holder,
     make_skippable,
@@ -249,3 +250,15 @@ def test_a_part_holder_computes_what_the_stock_module_does_and_carries_its_parts
     before = module(x)
     holder = make_part_holder(module, parts)
     assert torch.equal(holder(x), before) and holder.elastic_parts is parts and list(holder.state_dict()) == ["scale"]
+
+
+def test_evaluating_gives_each_module_its_own_mode_back_also_after_an_error() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+    model.train()
+    model[1].eval()
+    model[1][0].train()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError("inside")
+    assert [module.training for module in model.modules()] == before

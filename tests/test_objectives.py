@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from hf_elastic import Architecture, DataError, ElasticConfig, Supernet, costs, extract, make_elastic, objectives
 from hf_elastic.distillation import Pooling
+from hf_elastic.errors import StorageError
+from hf_elastic.search import Objective, search_subnets
 
 Batch = dict[str, Tensor]
 
@@ -253,6 +256,15 @@ def test_measuring_leaves_the_mode_and_the_active_subnet_as_they_were() -> None:
     assert supernet.model.training
 
 
+def test_measuring_gives_each_module_its_own_mode_back() -> None:
+    supernet = supernet_of("bert", "base")
+    supernet.model.train()
+    supernet.model.embeddings.eval()  # frozen, as a caller may want it
+    objectives.embedding_cosine(supernet, sentence_batches())(cut(supernet))
+    assert supernet.model.training and supernet.model.encoder.training
+    assert not supernet.model.embeddings.training and not supernet.model.embeddings.dropout.training
+
+
 def test_measuring_is_in_evaluation_mode() -> None:
     supernet = make_elastic(
         tiny("bert", "base", hidden_dropout_prob=0.5).train(), ElasticConfig(intermediate_size=[0.5])
@@ -298,6 +310,61 @@ def test_what_is_active_does_not_change_the_fingerprint() -> None:
     before = fingerprint(supernet, sentence_batches())
     with supernet.activate(cut(supernet)):
         assert fingerprint(supernet, sentence_batches()) == before
+
+
+def _ordered(*order: int) -> Supernet:
+    config = ElasticConfig(num_hidden_layers=[1, 2, 3], layer_order=order)
+    return make_elastic(tiny("bert", "base"), config)
+
+
+def test_the_order_of_layers_is_in_every_fingerprint() -> None:
+    one, other = _ordered(0, 1, 2), _ordered(1, 0, 2)
+    assert one.space.digest == other.space.digest
+    made: list[Callable[[Supernet], Objective]] = [
+        lambda s: objectives.embedding_cosine(s, sentence_batches(), teacher=torch.ones(5, 32)),
+        lambda s: objectives.similarity_structure(s, sentence_batches(), teacher=torch.ones(5, 32)),
+        objectives.latency,
+        objectives.parameters,
+        objectives.total_parameters,
+        objectives.macs,
+        lambda s: objectives.kv_cache_bytes(s, seq_len=8),
+    ]
+    for make in made:
+        assert make(one).fingerprint == make(_ordered(0, 1, 2)).fingerprint != make(other).fingerprint
+
+
+def test_the_fingerprint_of_a_cost_changes_with_its_arguments_and_with_the_model() -> None:
+    supernet = supernet_of("llama")
+    made = [
+        objectives.parameters(supernet),
+        objectives.total_parameters(supernet),
+        objectives.parameters(supernet_of("gpt2")),
+        *(objectives.macs(supernet, seq_len=length, batch_size=size) for length, size in ((16, 1), (4096, 1), (16, 2))),
+        *(objectives.kv_cache_bytes(supernet, seq_len=length) for length in (16, 32)),
+    ]
+    assert len({objective.fingerprint for objective in made}) == len(made)
+    assert objectives.macs(supernet).fingerprint == objectives.macs(supernet_of("llama"), seq_len=128).fingerprint
+
+
+def test_a_storage_does_not_answer_for_macs_at_another_length(tmp_path: Path) -> None:
+    supernet = supernet_of("llama")
+    options = {"evaluations": 4, "storage": f"sqlite:///{tmp_path / 's.db'}", "progress": False}
+    for length in (16, 16):
+        search_subnets(supernet.space, [objectives.macs(supernet, seq_len=length)], **options)
+    with pytest.raises(StorageError, match=r"objectives \(minimize macs \[.{8}\]\) instead of"):
+        search_subnets(supernet.space, [objectives.macs(supernet, seq_len=4096)], **options)
+
+
+def test_the_fingerprint_of_a_latency_changes_with_shapes_and_precision() -> None:
+    made = [
+        objectives.latency(supernet_of("bert", "base"), inputs=inputs) for inputs in (None, padded([5, 6]), padded([5]))
+    ]
+    half = supernet_of("bert", "base")
+    half.model.to(torch.bfloat16)
+    made.append(objectives.latency(half))
+    assert len({objective.fingerprint for objective in made}) == len(made)
+    same = objectives.latency(supernet_of("bert", "base"), inputs=padded([6, 5], seed=3))
+    assert same.fingerprint == made[1].fingerprint
 
 
 def _ignored() -> list[Batch]:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, DECODERS, GROUPED, class_of, disk_full_at, inputs, outputs, space, supernet_of, tiny
+from tiny_models import (
+    CONFIGS,
+    DECODERS,
+    GROUPED,
+    class_of,
+    disk_full_at,
+    inputs,
+    outputs,
+    space,
+    supernet_of,
+    tiny,
+    tokenizer,
+)
 from transformers import BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from hf_elastic import (
     FAMILIES,
+    ActivationError,
     ArchitectureError,
     CheckpointError,
     ElasticConfig,
@@ -134,6 +148,74 @@ def test_an_order_of_layers_set_inside_a_block_leaves_a_point_of_the_new_space()
         assert supernet.active in supernet.space
         assert supernet.measured(**inputs(supernet.model)) == supernet.expected(supernet.active)
     assert supernet.active == supernet.space.largest()
+
+
+def test_an_order_set_by_one_handle_is_the_space_of_all() -> None:
+    supernet = supernet_of("bert")
+    other = Supernet(supernet.model)
+    set_layer_order(supernet, [1, 2, 0])
+    assert other.space is supernet.space and other.layer_order == (1, 2, 0)
+    small = other.space.smallest()
+    with other.activate(small):
+        assert supernet.active == small and other.measured(**inputs(other.model)) == other.expected(small)
+    with other.activate(other.space.midpoint()):
+        set_layer_order(supernet, [2, 0, 1])
+    assert other.active == other.space.largest() == supernet.active
+
+
+def in_a_thread(work: Callable[[], Any]) -> Exception | None:
+    caught: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except ActivationError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return caught[0] if caught else None
+
+
+def test_threads_may_take_turns_but_not_interfere() -> None:
+    supernet = supernet_of("bert")
+    small = supernet.space.smallest()
+
+    def use() -> None:
+        with Supernet(supernet.model).activate(small), supernet.activate(supernet.space.midpoint()):
+            pass
+
+    use()
+    assert in_a_thread(use) is None  # nothing was open
+    with supernet.activate(supernet.space.midpoint()):
+        assert "used from a second thread" in str(in_a_thread(use))
+        assert "used from a second thread" in str(in_a_thread(lambda: supernet.set_active(small)))
+        assert supernet.active == supernet.space.midpoint()
+        supernet.set_active(small)  # undone at the end of the block
+    assert supernet.active == supernet.space.largest() and in_a_thread(use) is None
+
+
+def test_what_a_thread_made_active_for_good_is_its_own_as_long_as_it_lives() -> None:
+    supernet = supernet_of("bert")
+    small = supernet.space.smallest()
+    assert in_a_thread(lambda: supernet.set_active(small)) is None
+    assert supernet.active == small
+    supernet.set_active(supernet.space.largest())  # that thread is dead, this one lives
+    with supernet.activate(small):
+        pass
+    assert in_a_thread(lambda: supernet.set_active(small)) is not None
+    twin = Supernet(copy.deepcopy(supernet.model))
+    assert in_a_thread(lambda: twin.set_active(small)) is None
+
+
+def test_a_refused_architecture_leaves_the_supernet_to_other_threads() -> None:
+    supernet = supernet_of("bert")
+    with pytest.raises(ArchitectureError), supernet.activate({"nonsense": 1}):
+        pass
+    with pytest.raises(ArchitectureError):
+        supernet.set_active({"nonsense": 1})
+    assert in_a_thread(lambda: supernet.set_active(supernet.space.smallest())) is None
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -312,6 +394,38 @@ def test_a_handle_without_elastic_layers_says_that_it_cannot_be_saved(tmp_path: 
     assert not (tmp_path / "x").exists()
 
 
+def test_a_restored_supernet_knows_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("bert").save_pretrained(tmp_path / "parent")
+    monkeypatch.chdir(tmp_path)
+    supernet = make_elastic(BertForMaskedLM.from_pretrained("parent"), space("bert"))
+    supernet.save_pretrained("saved")
+    assert json.loads((tmp_path / "saved" / "search_space.json").read_text())["parent"] == str(tmp_path / "parent")
+    again = Supernet.from_pretrained("saved")
+    assert again.model.config._name_or_path == str(tmp_path / "parent")
+    again.save_pretrained("twice")
+    assert Supernet.from_pretrained("twice").model.config._name_or_path == str(tmp_path / "parent")
+    (tmp_path / "parent").rename(tmp_path / "moved")
+    assert Supernet.from_pretrained("saved").model.config._name_or_path == "saved"
+
+
+def test_a_restored_supernet_knows_the_hub_name_of_its_parent(tmp_path: Path) -> None:
+    supernet = supernet_of("bert")
+    supernet.model.config._name_or_path = "someone/parent"
+    supernet.save_pretrained(tmp_path)
+    assert Supernet.from_pretrained(tmp_path).model.config._name_or_path == "someone/parent"
+    tokenizer().save_pretrained(tmp_path)
+    assert Supernet.from_pretrained(tmp_path).model.config._name_or_path == str(tmp_path)
+
+
+def test_a_generation_config_that_transformers_refuses_leaves_nothing(tmp_path: Path) -> None:
+    supernet = supernet_of("llama")
+    supernet.model.generation_config.temperature = 0.5
+    supernet.model.generation_config.do_sample = False
+    with pytest.raises(CheckpointError, match="does not write this generation config.*temperature") as caught:
+        supernet.save_pretrained(tmp_path / "saved")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def edit(folder: Path, **changes: Any) -> None:
     file = folder / "search_space.json"
     record = json.loads(file.read_text())
@@ -422,12 +536,12 @@ def test_a_folder_that_holds_something_is_overwritten_only_on_request(tmp_path: 
 
 @pytest.mark.parametrize("head", ["base", "lm", "sequence", "token", "qa", "choice"])
 def test_printing_shows_size_costs_latency_and_loadability_of_any_head(head: str) -> None:
-    supernet = supernet_of("bert", head)
+    supernet = supernet_of("bert", head, **({"skip": ["layer"]} if head == "choice" else {}))
     text = str(supernet)
     assert text.startswith(f"{class_of('bert', head).__name__} supernet (bert)")
     lines = [line.split()[0] for line in text.splitlines()[1:]]
     assert lines == ["architectures", "parameters", "MACs", "latency", "loadability", "active"]
-    assert "remote-code" in text and "faster at the smallest" in text
+    assert ("stock-padded" if head == "choice" else "remote-code") in text and "faster at the smallest" in text
     assert supernet.active == supernet.space.largest()
 
 

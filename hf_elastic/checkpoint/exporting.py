@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic import costs
-from hf_elastic.checkpoint.companions import copy_companions
+from hf_elastic.checkpoint.companions import TOKENIZER_FILES, copy_companions
 from hf_elastic.checkpoint.extraction import extract
 from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
+from hf_elastic.layers import evaluating
 from hf_elastic.models import source_files
 from hf_elastic.space import Architecture, Value
-from hf_elastic.supernet import Loadability, Supernet
+from hf_elastic.supernet import Loadability, Supernet, save_generation_config
 
 ARCHITECTURE_FILE = "architecture.json"
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -38,12 +39,14 @@ class ExportReport:
     Attributes:
         directory: the folder.
         loadability: how it loads.
-        note: the same in a sentence.
+        note: the same in a sentence, and that there is no tokenizer where none was found.
         snippet: Python that loads it.
         files: names of the files copied from the parent (tokenizer, chat template, sentence-transformers
             modules).
         max_difference: largest |difference| of outputs between the written model and the supernet, on token
             ids.
+        macs: of one forward over ``macs_seq_len`` tokens; ``None`` in a report that was put together from records.
+        macs_seq_len: tokens at which MACs are stated everywhere, also beyond the positions of the model.
     """
 
     directory: Path
@@ -52,6 +55,8 @@ class ExportReport:
     snippet: str
     files: tuple[str, ...]
     max_difference: float
+    macs: int | None = None
+    macs_seq_len: int = costs.LATENCY_TOKENS
 
 
 def export(
@@ -82,18 +87,34 @@ def export(
     Raises:
         ArchitectureError: the architecture is not a point of the space.
         ExportError: the form cannot hold it, or the written model would not equal the subnet.
-        CheckpointError: the folder cannot be written; nothing is left half-written.
+        CheckpointError: the folder cannot be written, or transformers refuses to write the generation config;
+            nothing is left half-written.
     """
     point = supernet.point(architecture)
     form = loadability or supernet.loadability(point)
+    parent = str(source or supernet.model.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
+        save_generation_config(supernet.model, folder)
         model = extract(supernet, point, loadability=form)
         difference = _check_parity(supernet, point, model)
         _save_model(model, folder, form)
-        names = copy_companions(source or supernet.model.config._name_or_path, folder, tokenizer=tokenizer)
-        write_json(folder / ARCHITECTURE_FILE, _record(supernet, point, form))
-    path = Path(directory)
-    return ExportReport(path, form, NOTES[form], _snippet(model, path, form), names, difference)
+        names = copy_companions(parent, folder, tokenizer=tokenizer)
+        record = _record(supernet, point, form)
+        write_json(folder / ARCHITECTURE_FILE, record)
+    path, has_tokenizer = Path(directory), _has_tokenizer(names)
+    note = NOTES[form] if has_tokenizer else f"{NOTES[form]}; {_no_tokenizer(parent)}"
+    snippet = _snippet(model, path, form, tokenizer=has_tokenizer)
+    macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS)
+    return ExportReport(path, form, note, snippet, names, difference, macs)
+
+
+def _has_tokenizer(names: tuple[str, ...]) -> bool:
+    return any(name in TOKENIZER_FILES and not name.startswith("chat_template") for name in names)
+
+
+def _no_tokenizer(parent: str) -> str:
+    where = parent or "the parent, which was not loaded from a folder"
+    return f"no tokenizer found in {where}; pass tokenizer= or source="
 
 
 def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None:
@@ -106,14 +127,9 @@ def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None
 def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrainedModel) -> float:
     """Compares the extracted model with the supernet on token ids before anything is written."""
     inputs = costs.default_inputs(supernet, seq_len=32)
-    training = supernet.model.training
-    supernet.model.eval()
-    try:
-        with torch.inference_mode(), supernet.activate(architecture):
-            wanted = supernet.model(**inputs)[0]
-            got = model(**inputs)[0]
-    finally:
-        supernet.model.train(training)
+    with evaluating(supernet.model), torch.inference_mode(), supernet.activate(architecture):
+        wanted = supernet.model(**inputs)[0]
+        got = model(**inputs)[0]
     difference, scale = float((wanted - got).abs().max()), float(wanted.abs().max())
     if not difference <= _TOLERANCE.get(wanted.dtype, 5e-2) * max(scale, 1e-6):
         raise ExportError(
@@ -124,7 +140,6 @@ def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrai
 
 
 def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -> dict[str, object]:
-    tokens = costs.default_inputs(supernet)["input_ids"].shape[-1]
     return {
         "architecture": dict(architecture),
         "digest": architecture.digest,
@@ -132,21 +147,22 @@ def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -
         "loadability": form,
         "family": supernet.family.model_type,
         "parent": str(supernet.model.config._name_or_path),
+        "layer_order": list(supernet.layer_order),
         "layers": [asdict(shape) for shape in supernet.layer_shapes(architecture)],
         "parameters": costs.parameters(supernet, architecture),
         "total_parameters": costs.total_parameters(supernet, architecture),
-        "macs": costs.macs(supernet, architecture, seq_len=tokens),
-        "macs_seq_len": tokens,
+        "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS),
+        "macs_seq_len": costs.LATENCY_TOKENS,
         "versions": {name: version(name) for name in ("transformers", "torch")},
     }
 
 
-def _snippet(model: PreTrainedModel, path: Path, form: Loadability) -> str:
-    name = type(model).__name__
-    if form == "remote-code":
-        auto = next(iter(_auto_class(model)), "AutoModel")
-        return f"transformers.{auto}.from_pretrained({json.dumps(str(path))}, trust_remote_code=True)"
-    return f"transformers.{name}.from_pretrained({json.dumps(str(path))})"
+def _snippet(model: PreTrainedModel, path: Path, form: Loadability, *, tokenizer: bool) -> str:
+    where = json.dumps(str(path))
+    if form != "remote-code":
+        return f"transformers.{type(model).__name__}.from_pretrained({where})"
+    names = (next(iter(_auto_class(model)), "AutoModel"), *(["AutoTokenizer"] if tokenizer else []))
+    return "\n".join(f"transformers.{name}.from_pretrained({where}, trust_remote_code=True)" for name in names)
 
 
 def _auto_class(model: PreTrainedModel) -> list[str]:

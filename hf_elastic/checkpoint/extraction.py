@@ -43,7 +43,7 @@ def extract(
 
     Raises:
         ArchitectureError: the architecture is not a point of the space.
-        ExportError: the form asked for cannot hold it, or its family has no static class.
+        ExportError: the form asked for cannot hold it, or the model has no static class.
     """
     point = supernet.point(architecture)
     natural = supernet.loadability(point)
@@ -70,7 +70,7 @@ def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
         )
     if form == "remote-code" and supernet.family.static_type is None:
         raise ExportError(
-            f"family {supernet.family.model_type!r} names no static class to hold per-layer shapes; "
+            f"{type(supernet.model).__name__} has no static class to hold per-layer shapes; "
             "make the space with ElasticConfig(loadability='stock') or export with loadability='stock-padded'"
         )
 
@@ -203,6 +203,9 @@ def _build(
     parent: PreTrainedModel,
 ) -> PreTrainedModel:
     config._attn_implementation = parent.config._attn_implementation
+    if not _shares_what_config_ties(parent):
+        config.tie_word_embeddings = False
+        state = _unshared(state)
     with no_init_weights():
         model = model_class(config)
     # The tensors themselves are taken over: each keeps its dtype, and buffers that no checkpoint holds (the
@@ -212,6 +215,26 @@ def _build(
     if parent.can_generate() and model.can_generate():
         model.generation_config = copy.deepcopy(parent.generation_config)
     return _moved(model, parent.device).eval()
+
+
+def _shares_what_config_ties(model: PreTrainedModel) -> bool:
+    """Whether the parameters that the config ties are one; those that were stored apart are loaded apart."""
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return all(_same_memory(model.get_parameter(a), model.get_parameter(b)) for a, b in pairs.items())
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape)
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors that stand under a second name, as the static class may name one tensor twice."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in state.items():
+        apart[name] = tensor.clone() if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    return apart
 
 
 def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

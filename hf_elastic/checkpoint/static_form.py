@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExportError
-from ..models import config_class, model_class
+from ..models import STATIC_CLASSES, config_class, model_class, static_class_name
 
 Fields = dict[str, Any]
 StockModel = PreTrainedModel | type[PreTrainedModel]
@@ -30,25 +30,6 @@ _DISTILBERT_FIELDS = {
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "seq_classif_dropout": "classifier_dropout",
-}
-_ENCODER_HEADS = (
-    "Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
-)  # fmt: skip
-_DECODER_HEADS = ("Model", "ForCausalLM", "ForSequenceClassification")
-_CLASSES: Mapping[str, tuple[str, str]] = {
-    **{
-        f"{stock}{head}": ("elastic_bert", f"ElasticBert{head}")
-        for stock in ("Bert", "Roberta", "DistilBert")
-        for head in _ENCODER_HEADS
-    },
-    **{
-        f"{stock}{head}": ("elastic_llama", f"ElasticLlama{head}")
-        for stock in ("Llama", "Qwen2", "Qwen3", "Mistral")
-        for head in _DECODER_HEADS
-    },
-    "GPT2Model": ("elastic_gpt2", "ElasticGPT2Model"),
-    "GPT2LMHeadModel": ("elastic_gpt2", "ElasticGPT2ForCausalLM"),
-    "GPT2ForSequenceClassification": ("elastic_gpt2", "ElasticGPT2ForSequenceClassification"),
 }
 _ROBERTA_NAMES = (
     (r"^roberta\.", "bert."),
@@ -87,13 +68,14 @@ def static_class(stock_model: StockModel) -> type[PreTrainedModel]:
         ExportError: there is none for this class.
     """
     stock = _class_of(stock_model)
-    if stock.__name__ not in _CLASSES or not stock.__module__.startswith("transformers."):
-        kin = sorted(name for name in _CLASSES if name[:4] == stock.__name__[:4]) or sorted(_CLASSES)
+    found = static_class_name(stock)
+    if found is None:
+        kin = sorted(name for name in STATIC_CLASSES if name[:4] == stock.__name__[:4]) or sorted(STATIC_CLASSES)
         raise ExportError(
             f"{stock.__name__} has no static class to hold per-layer shapes; supported: {', '.join(kin)}; "
             "make the space with ElasticConfig(loadability='stock'), or convert one of these"
         )
-    return model_class(*_CLASSES[stock.__name__])
+    return model_class(*found)
 
 
 def static_config(

@@ -5,6 +5,7 @@ The other files of this folder travel with an exported checkpoint as remote code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,31 @@ from transformers import AutoConfig, PreTrainedModel
 _SHARED = "elastic_layers"
 _FAMILIES = ("bert", "llama", "gpt2")
 MODEL_TYPES = tuple(f"elastic_{family}" for family in _FAMILIES)
+_ENCODER_HEADS = (
+    "Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
+)  # fmt: skip
+_DECODER_HEADS = ("Model", "ForCausalLM", "ForSequenceClassification")
+STATIC_CLASSES: Mapping[str, tuple[str, str]] = {
+    **{
+        f"{stock}{head}": ("elastic_bert", f"ElasticBert{head}")
+        for stock in ("Bert", "Roberta", "DistilBert")
+        for head in _ENCODER_HEADS
+    },
+    **{
+        f"{stock}{head}": ("elastic_llama", f"ElasticLlama{head}")
+        for stock in ("Llama", "Qwen2", "Qwen3", "Mistral")
+        for head in _DECODER_HEADS
+    },
+    "GPT2Model": ("elastic_gpt2", "ElasticGPT2Model"),
+    "GPT2LMHeadModel": ("elastic_gpt2", "ElasticGPT2ForCausalLM"),
+    "GPT2ForSequenceClassification": ("elastic_gpt2", "ElasticGPT2ForSequenceClassification"),
+}
+"""Stock class -> model type and name of the static class that computes what it does."""
+
+
+def static_class_name(stock: type[PreTrainedModel]) -> tuple[str, str] | None:
+    """Model type and name of the static class of a stock class; ``None`` where there is none, as for a user's class."""
+    return STATIC_CLASSES.get(stock.__name__) if stock.__module__.startswith("transformers.") else None
 
 
 def config_class(model_type: str) -> Any:

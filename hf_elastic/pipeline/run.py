@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import ExportReport, export, extract
-from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE, NOTES
+from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
@@ -44,6 +44,7 @@ Say = Callable[[str], None]
 
 LATENCY_BATCH = 8
 TEACHER_FILE = "teacher.safetensors"
+_REPORTED = {field.name for field in fields(ExportReport)} - {"directory"}
 
 
 @dataclass(frozen=True)
@@ -272,21 +273,17 @@ class CompressRun:
         output = self.options.output_folder
         if not (self.record.finished("export") and (output / ARCHITECTURE_FILE).is_file()):
             cast_parameters_(final.model, read_config(self.options.model).dtype)
-            final.model.config._name_or_path = self.options.model  # it was loaded from the run's folder
             with self.record.stage("export"):
                 report = export(
                     final, architecture, output, loadability=self._form(final, architecture),
                     source=self.options.model, overwrite=True,
                 )  # fmt: skip
-                self.record.note(
-                    "export", loadability=report.loadability, snippet=report.snippet, files=list(report.files),
-                    max_difference=report.max_difference,
-                )  # fmt: skip
+                kept = {name: value for name, value in asdict(report).items() if name != "directory"}
+                self.record.note("export", **{**kept, "files": list(report.files)})
         if not (output / RESULT_FILE).is_file():
             write_json(output / RESULT_FILE, self.record.data)
-        made = self.record.numbers("export")
-        form: Loadability = made["loadability"]
-        return ExportReport(output, form, NOTES[form], made["snippet"], tuple(made["files"]), made["max_difference"])
+        made = {name: value for name, value in self.record.numbers("export").items() if name in _REPORTED}
+        return ExportReport(output, **{**made, "files": tuple(made["files"])})
 
     def _form(self, supernet: Supernet, architecture: Architecture) -> Loadability:
         """How an architecture is written: compact where the options allow remote code, rather than padded."""

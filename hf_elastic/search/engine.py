@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler
 
 from hf_elastic.architecture import shown
 from hf_elastic.errors import SearchError
+from hf_elastic.search.identity import Identity
 from hf_elastic.search.journal import Journal, MemoryJournal
 from hf_elastic.search.limits import Feasibility, Limit, cost_of, resolve_limits
 from hf_elastic.search.loop import Fixed, ProposalSource, SearchLoop
@@ -28,11 +29,13 @@ from hf_elastic.search.proposals import (
     list_feasible,
 )
 from hf_elastic.search.results import Goal, SearchResult
-from hf_elastic.search.samplers import TrialEncoding, algorithm_name, sampler_factory
+from hf_elastic.search.samplers import TrialEncoding, algorithm_identity, algorithm_name, sampler_factory
 from hf_elastic.search.storage import DatabaseJournal
 from hf_elastic.space import Architecture, SearchSpace
 
 Algorithm = str | BaseSampler | Callable[[int], BaseSampler]
+SourceFor = Callable[[int], ProposalSource]
+"""From the number of evaluations planned when the search began to where its proposals come from."""
 
 DEFAULT_EVALUATIONS = 200
 
@@ -57,7 +60,10 @@ def search_subnets(
     unless the limits exclude them; within limits also the largest one whose sizes are all cut in proportion.
     No architecture is evaluated twice. What is proposed is a function of ``seed`` and the finished evaluations
     only: with a storage, a search that was killed and is started again ends as if it had not been, and any
-    number of processes started with the same arguments share the work and return the same result.
+    number of processes started with the same arguments share the work and return the same result. A storage
+    takes only the search it was made for: the same space, objectives, algorithm, limits and seed. With more
+    ``evaluations`` the search is continued, as if by the algorithm it was begun with: NSGA-II keeps the
+    population that the first call planned.
 
     Args:
         space: The search space.
@@ -91,7 +97,7 @@ def search_subnets(
     fixed = _always_evaluated(space, feasibility, include)
     encoding = TrialEncoding(space)
     with _quiet_optuna():
-        source, budget = _proposal_source(
+        source_for, budget = _proposal_source(
             algorithm,
             encoding,
             feasibility,
@@ -101,7 +107,13 @@ def search_subnets(
             evaluations=evaluations,
             seed=seed,
         )
-        journal = _journal(storage, encoding, goals, study_name=study_name, lease_seconds=lease_seconds)
+        journal: Journal = MemoryJournal(planned=budget)
+        if storage is not None:
+            identity = Identity(space, goals, seed, algorithm_identity(algorithm), limits=limits, known=known)
+            journal = DatabaseJournal(
+                storage, encoding, identity, planned=budget, study_name=study_name, lease_seconds=lease_seconds
+            )
+        source = source_for(journal.planned)
         bar = SearchProgress(goals, total=budget, shown=progress)
         loop = SearchLoop(goals, source, journal, limits=limits, feasibility=feasibility, progress=bar)
         try:
@@ -134,8 +146,8 @@ def _proposal_source(
     fixed: Sequence[Fixed],
     evaluations: int | None,
     seed: int,
-) -> tuple[ProposalSource, int]:
-    """Return where proposals come from, and how many architectures are evaluated in all.
+) -> tuple[SourceFor, int]:
+    """Return how to make the source of proposals, and how many architectures are evaluated in all.
 
     Raises:
         SearchError: The algorithm is unknown, or does not fit the space or the number of evaluations.
@@ -149,19 +161,23 @@ def _proposal_source(
             f"evaluations={evaluations} are fewer than the {len(fixed)} architectures that are always "
             f"evaluated ({shown(one.label for one in fixed)}); give at least {len(fixed)}"
         )
-    generator: Generator
-    if algorithm == "random":
-        generator = RandomGenerator(space)
-    else:
-        factory = sampler_factory(algorithm, encoding, goals, evaluations=budget)
-        excess = feasibility.excess if limited else None
-        generator = SamplerGenerator(encoding, factory, goals, excess=excess)
-    return Proposer(space, feasibility, generator, seed=seed), budget
+    if algorithm != "random":  # an unusable one shall not first make a study
+        sampler_factory(algorithm, encoding, goals, evaluations=budget)
+
+    def source_for(planned: int) -> ProposalSource:
+        generator: Generator = RandomGenerator(space)
+        if algorithm != "random":
+            factory = sampler_factory(algorithm, encoding, goals, evaluations=planned)
+            excess = feasibility.excess if limited else None
+            generator = SamplerGenerator(encoding, factory, goals, excess=excess)
+        return Proposer(space, feasibility, generator, seed=seed)
+
+    return source_for, budget
 
 
 def _exhaustive(
     space: SearchSpace, feasibility: Feasibility, *, fixed: Sequence[Fixed], evaluations: int | None
-) -> tuple[ProposalSource, int]:
+) -> tuple[SourceFor, int]:
     if space.size > LISTABLE:
         raise SearchError(
             f"algorithm='exhaustive' lists at most {LISTABLE} architectures, this space has {space.size}; "
@@ -174,20 +190,7 @@ def _exhaustive(
             f"algorithm='exhaustive' evaluates all {points} architectures, evaluations={evaluations} are too "
             "few; leave evaluations= out, or use algorithm='nsga2'"
         )
-    return ListProposer(listed), points
-
-
-def _journal(
-    storage: str | None,
-    encoding: TrialEncoding,
-    goals: Sequence[Objective],
-    *,
-    study_name: str | None,
-    lease_seconds: float,
-) -> Journal:
-    if storage is None:
-        return MemoryJournal()
-    return DatabaseJournal(storage, encoding, goals, study_name=study_name, lease_seconds=lease_seconds)
+    return lambda planned: ListProposer(listed), points
 
 
 def _always_evaluated(

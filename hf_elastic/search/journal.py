@@ -49,6 +49,10 @@ class Record:
 class Journal(Protocol):
     """Keep records and hand out claims: at most one owner per architecture, at most ``budget`` in all."""
 
+    @property
+    def planned(self) -> int:
+        """Evaluations that were planned when the search began; it may be continued with more."""
+
     def read(self) -> list[Record]:
         """Return the records that finished since the last call, by anyone."""
 
@@ -78,9 +82,14 @@ class Journal(Protocol):
 
 
 class MemoryJournal:
-    """Keep the records of one process in memory."""
+    """Keep the records of one process in memory.
 
-    def __init__(self) -> None:
+    Args:
+        planned: Evaluations planned.
+    """
+
+    def __init__(self, *, planned: int) -> None:
+        self.planned = planned
         self._unread: list[Record] = []
         self._claimed = 0
         self._finished = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from hf_elastic.architecture import MAX_JSON_CHARACTERS, read_json_object, shown
 from hf_elastic.errors import CheckpointError, ElasticError, InfeasibleError, SearchError
+from hf_elastic.files import write_json
 from hf_elastic.search.limits import Limit, resolve_limits
 from hf_elastic.search.objective import DIRECTIONS, Objective
 from hf_elastic.space import Architecture, SearchSpace
@@ -165,8 +165,11 @@ class SearchResult:
 
     def to_json(self) -> str:
         """Return the result as a JSON object; equal results give equal texts."""
+        return json.dumps(self._to_data(), allow_nan=False)
+
+    def _to_data(self) -> dict[str, Any]:
         names = [goal.name for goal in self._goals()]
-        data = {
+        return {
             "format": _FORMAT,
             "version": 1,
             "space": json.loads(self.space.to_json()),
@@ -192,7 +195,6 @@ class SearchResult:
                 for f in self.failures
             ],
         }
-        return json.dumps(data, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> SearchResult:
@@ -212,24 +214,12 @@ class SearchResult:
             raise SearchError(f"not a search result: {type(error).__name__} {str(error)[:120]}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to a file, which is replaced as a whole or not at all.
+        """Write the result to a file, which is replaced as a whole or not at all; its folder is made.
 
         Raises:
             CheckpointError: The file cannot be written.
         """
-        target = Path(path)
-        temporary = None
-        try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(target)
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            raise CheckpointError(f"search result cannot be written to {target}: {error.strerror}") from error
+        write_json(Path(path), self._to_data())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchResult:

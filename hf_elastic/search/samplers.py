@@ -184,6 +184,18 @@ def algorithm_name(algorithm: object) -> str:
     return type(algorithm).__name__ if isinstance(algorithm, BaseSampler) else "sampler factory"
 
 
+def algorithm_identity(algorithm: object) -> str:
+    """Return the name by which a storage tells algorithms apart: of a factory, also what it makes.
+
+    Raises:
+        SearchError: The factory makes no Optuna sampler.
+    """
+    name = algorithm_name(algorithm)
+    if callable(algorithm) and not isinstance(algorithm, str | BaseSampler):
+        return f"{name} of {type(_checked_factory(algorithm)(0)).__name__}"
+    return name
+
+
 def _checked_factory(factory: SamplerFactory) -> SamplerFactory:
     def make(seed: int) -> BaseSampler:
         sampler = factory(seed)

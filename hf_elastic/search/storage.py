@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,14 @@ from sqlalchemy.exc import (
 from hf_elastic.architecture import shown
 from hf_elastic.errors import ElasticError, StorageError
 from hf_elastic.search.claims import ClaimTable
+from hf_elastic.search.identity import Identity
 from hf_elastic.search.journal import Proposal, Record
-from hf_elastic.search.objective import Objective
 from hf_elastic.search.samplers import TrialEncoding
 
 DEFAULT_STUDY_NAME = "hf_elastic"
 _IDENTITY = "hf_elastic:identity"  # study attribute: what the study was made for
+_PLANNED = "hf_elastic:planned"  # study attribute: evaluations planned when it was made
+_ARCHITECTURE = "hf_elastic:architecture"  # trial attribute: values by name of the choice
 _DIGEST = "hf_elastic:digest"  # trial attribute: digest of the architecture; other trials are not ours
 _FAILURE = "hf_elastic:failure"  # trial attribute: cause of a failed evaluation
 _STUDY_ATTRS = "hf_elastic:study_attrs"  # trial attribute: what the sampler changed at the study
@@ -60,21 +62,22 @@ class DatabaseJournal:
     Args:
         url: SQLAlchemy URL, such as ``sqlite:///search.db``.
         encoding: Translation of the space.
-        objectives: Objectives of the search.
+        identity: What the study has to be made for.
+        planned: Evaluations planned; it counts when this search is the one that makes the study.
         study_name: Which of the searches in the database.
         lease_seconds: How long a claim holds when its process on another host stops renewing it.
 
     Raises:
-        StorageError: The database is unreachable, unreadable, or holds a search of another space or of other
-            objectives under this name.
+        StorageError: The database is unreachable, unreadable, or holds another search under this name.
     """
 
     def __init__(
         self,
         url: str,
         encoding: TrialEncoding,
-        objectives: Sequence[Objective],
+        identity: Identity,
         *,
+        planned: int,
         study_name: str | None,
         lease_seconds: float,
     ) -> None:
@@ -85,7 +88,8 @@ class DatabaseJournal:
         name = study_name or DEFAULT_STUDY_NAME
         with self._errors("opened"):
             self._storage = _open_database(url)
-            self._study = self._open_study(name, objectives)
+            self._study = self._open_study(name, identity, planned=planned)
+            self.planned = int(self._study.user_attrs[_PLANNED])
             study_id = self._storage.get_study_id_from_name(name)
             self._claims = ClaimTable(self._storage.engine, study_id, lease_seconds=lease_seconds)
 
@@ -150,12 +154,13 @@ class DatabaseJournal:
     def finish(self, proposal: Proposal, values: tuple[float, ...] | None, failure: str | None) -> None:
         """Add the trial and close the claim; a claim that was taken over is left to its new owner."""
         digest = proposal.architecture.digest
-        notes = {_DIGEST: digest} if failure is None else {_DIGEST: digest, _FAILURE: failure[:_MAX_FAILURE]}
+        # One attribute instead of a parameter per choice, for each of which Optuna would query the database.
+        notes: dict[str, Any] = {_DIGEST: digest, _ARCHITECTURE: dict(proposal.architecture)}
+        if failure is not None:
+            notes[_FAILURE] = failure[:_MAX_FAILURE]
         trial = create_trial(
             state=TrialState.FAIL if values is None else TrialState.COMPLETE,
             values=values,
-            params=self._encoding.parameters(proposal.architecture),
-            distributions=self._encoding.distributions,
             user_attrs=notes,
             system_attrs={**proposal.trial_attrs, _STUDY_ATTRS: dict(proposal.study_attrs)},
         )
@@ -174,21 +179,23 @@ class DatabaseJournal:
         self._storage.remove_session()
         self._storage.engine.dispose()
 
-    def _open_study(self, name: str, objectives: Sequence[Objective]) -> optuna.Study:
-        """Open or make the study, and make sure that it is one for these objectives on this space."""
+    def _open_study(self, name: str, identity: Identity, *, planned: int) -> optuna.Study:
+        """Open or make the study, and make sure that it is one of this very search."""
         study = optuna.create_study(
             storage=self._storage,
             study_name=name,
-            directions=[objective.direction for objective in objectives],
+            directions=[objective.direction for objective in identity.objectives],
             load_if_exists=True,
         )
-        wanted = _identity(self._encoding, objectives)
         found = study.user_attrs.get(_IDENTITY)
         if found is None and not study.get_trials(deepcopy=False):
-            study.set_user_attr(_IDENTITY, wanted)
-        elif found != wanted:
+            study.set_user_attr(_PLANNED, planned)  # first, so that what has an identity has a plan
+            study.set_user_attr(_IDENTITY, identity.to_data())
+            return study
+        differences = identity.differences(found)
+        if differences:
             raise StorageError(
-                f"storage {self._shown_url} holds {_described(found)} as {name!r}, not {_described(wanted)}; "
+                f"storage {self._shown_url} holds, as study {name!r}, {differences}; "
                 "pass another study_name= or storage="
             )
         return study
@@ -215,7 +222,7 @@ class DatabaseJournal:
 
     def _record(self, trial: FrozenTrial) -> Record:
         attrs = {key: value for key, value in trial.system_attrs.items() if key != _STUDY_ATTRS}
-        architecture = self._encoding.architecture(trial.params)
+        architecture = self._encoding.space.canonical(trial.user_attrs[_ARCHITECTURE])
         proposal = Proposal(architecture, attrs, trial.system_attrs.get(_STUDY_ATTRS, {}))
         values = tuple(trial.values) if trial.state == TrialState.COMPLETE else None
         return Record(trial.number, proposal, values, trial.user_attrs.get(_FAILURE))
@@ -256,26 +263,6 @@ def _checked_url(url: object) -> str:
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StorageError(f"storage={shown([url])} names no file; write sqlite:///search.db, or storage=None")
     return parsed.render_as_string(hide_password=True)
-
-
-def _identity(encoding: TrialEncoding, objectives: Sequence[Objective]) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "space": encoding.space.digest,
-        "choices": len(encoding.space),
-        "objectives": [[o.name, o.direction, o.fingerprint] for o in objectives],
-    }
-
-
-def _described(identity: Mapping[str, Any] | None) -> str:
-    """Describe what a study was made for, for an error message."""
-    if identity is None:
-        return "a study that hf_elastic did not make"
-    try:
-        goals = [f"{d} {n}" + (f" [{f[:8]}]" if f else "") for n, d, f in identity["objectives"]]
-        return f"a search of space {identity['space'][:8]} ({identity['choices']} choices, {', '.join(goals)})"
-    except (KeyError, TypeError, ValueError):
-        return "a search of another version of hf_elastic"
 
 
 def _reason(error: BaseException) -> str:

@@ -165,7 +165,8 @@ def test_the_record_of_the_architecture_says_what_was_written(tmp_path: Path) ->
     assert supernet.space.canonical(record["architecture"]) == arch
     assert (record["digest"], record["space_digest"]) == (arch.digest, supernet.space.digest)
     assert record["total_parameters"] == sum(p.numel() for p in model.parameters())
-    assert record["macs"] == costs.macs(supernet, arch, seq_len=record["macs_seq_len"])
+    assert record["macs"] == costs.macs(supernet, arch, seq_len=128) and record["macs_seq_len"] == 128
+    assert record["layer_order"] == [0, 2, 1]
     assert [layer["intermediate_size"] for layer in record["layers"]] == [16, 48, 48]
     assert [layer["mlp"] for layer in record["layers"]] == [True, False, True]
     assert record["versions"]["transformers"] == transformers.__version__
@@ -190,6 +191,60 @@ def test_generation_config_tokenizer_and_template_travel(parents: dict[str, Path
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 5
     text = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert text.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
+
+
+def test_an_export_of_a_saved_supernet_finds_the_parents_tokenizer(parents: dict[str, Path], tmp_path: Path) -> None:
+    loaded(parents, "llama").save_pretrained(tmp_path / "saved")
+    again = Supernet.from_pretrained(tmp_path / "saved")
+    report = export(again, again.space.smallest(), tmp_path / "out")
+    assert "tokenizer.json" in report.files and "no tokenizer" not in report.note
+
+
+def test_the_report_says_where_no_tokenizer_was_found_and_what_the_macs_are(tmp_path: Path) -> None:
+    supernet = supernet_of("bert")
+    arch = supernet.space.midpoint()
+    report = export(supernet, arch, tmp_path / "unnamed")
+    assert report.note.endswith("no tokenizer found in the parent, which was not loaded from a folder; "
+                                "pass tokenizer= or source=")  # fmt: skip
+    assert (report.macs, report.macs_seq_len) == (costs.macs(supernet, arch, seq_len=128), 128)
+    (tmp_path / "bare").mkdir()
+    named = export(supernet, arch, tmp_path / "named", source=tmp_path / "bare")
+    assert f"no tokenizer found in {tmp_path / 'bare'}; pass tokenizer= or source=" in named.note
+
+
+def test_the_snippet_of_remote_code_loads_the_tokenizer_in_the_same_way(tmp_path: Path) -> None:
+    supernet = supernet_of("bert")
+    arch = point(supernet, ffn0=16)
+    report = export(supernet, arch, tmp_path / "out", loadability="remote-code", tokenizer=tokenizer())
+    model, text = report.snippet.splitlines()
+    assert "AutoModelForMaskedLM" in model
+    assert text == f'transformers.AutoTokenizer.from_pretrained("{tmp_path / "out"}", trust_remote_code=True)'
+    assert eval(text)("a b")["input_ids"] == [2, 3]  # the snippet is ours
+
+
+def test_a_generation_config_that_transformers_refuses_is_one_line_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supernet = supernet_of("llama")
+    supernet.model.generation_config.temperature = 0.5
+    supernet.model.generation_config.do_sample = False
+
+    def work(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the subnet was extracted")
+
+    monkeypatch.setattr(exporting, "extract", work)
+    with pytest.raises(CheckpointError, match="does not write this generation config.*temperature") as caught:
+        export(supernet, supernet.space.smallest(), tmp_path / "out")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_an_export_keeps_every_modules_mode(tmp_path: Path) -> None:
+    supernet = supernet_of("bert")
+    supernet.model.train()
+    supernet.model.bert.embeddings.eval()
+    modes = [module.training for module in supernet.model.modules()]
+    export(supernet, supernet.space.smallest(), tmp_path / "out")
+    assert [module.training for module in supernet.model.modules()] == modes
 
 
 def test_a_parents_folder_may_be_named_and_a_tokenizer_given(parents: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,12 +159,48 @@ def test_a_row_without_static_class_refuses_remote_code() -> None:
         skip_attention=(), skip_mlp=(), config_names={"intermediate_size": "ffn_dim"},
     )  # fmt: skip
     supernet = make_elastic(OPTForCausalLM(config).eval(), ElasticConfig(intermediate_size=[16]), family=row)
-    with pytest.raises(ExportError, match="family 'opt' names no static class.*loadability='stock-padded'"):
+    with pytest.raises(ExportError, match="OPTForCausalLM has no static class.*loadability='stock-padded'"):
         extract(supernet, point(supernet, ffn0=16))
     assert same(
         logits(extract(supernet, point(supernet, ffn0=16), loadability="stock-padded")),
         outputs(supernet, point(supernet, ffn0=16)),
     )
+
+
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose output head is not its embedding, though its config says so, as a checkpoint may store it."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
+    model.config.tie_word_embeddings = True
+    return model
+
+
+def same_memory(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("form", ["stock", "stock-padded", "remote-code"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "llama", "gpt2"])
+def test_a_head_that_is_not_the_embedding_stays_its_own(family: str, form: Any, tmp_path: Path) -> None:
+    stored = tmp_path / "parent"
+    untied(tiny(family)).save_pretrained(stored)
+    model = class_of(family, "lm").from_pretrained(stored).eval()
+    assert model.config.tie_word_embeddings and not same_memory(model)
+    supernet = make_elastic(model, space(family))
+    arch = point(supernet, ffn0=16, ffn1=16, ffn2=16)
+    wanted = outputs(supernet, arch)
+    cut = extract(supernet, arch, loadability=form)
+    assert not cut.config.tie_word_embeddings and same(logits(cut), wanted)
+    cut.save_pretrained(tmp_path / "cut")
+    again = type(cut).from_pretrained(tmp_path / "cut").eval()
+    assert same(logits(again), wanted) and supernet.model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "llama", "gpt2"])
+def test_a_head_that_is_the_embedding_stays_it(family: str) -> None:
+    supernet = make_elastic(tiny(family, tie_word_embeddings=True), space(family))
+    cut = extract(supernet, supernet.space.midpoint())
+    assert cut.config.tie_word_embeddings and same_memory(cut)
 
 
 def test_a_head_without_static_class_is_refused_in_that_form_only() -> None:

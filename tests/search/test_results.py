@@ -1,7 +1,9 @@
 """Results: fronts, best within limits, saving and loading."""
 
 import json
+import os
 import random
+import stat
 
 import pytest
 
@@ -84,14 +86,21 @@ def test_saved_results_are_equal_and_answer_the_same(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are those of POSIX")
+def test_saved_results_may_be_read_by_others(tmp_path):
+    searched(evaluations=5).save(tmp_path / "new" / "result.json")
+    assert stat.S_IMODE((tmp_path / "new" / "result.json").stat().st_mode) == 0o644
+
+
 def test_results_that_cannot_be_written_or_read_are_named(tmp_path):
     result = searched(evaluations=5)
-    with pytest.raises(CheckpointError, match="No such file"):
-        result.save(tmp_path / "missing" / "result.json")
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match="folder"):
         result.save(tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file"):
+        result.save(tmp_path / "file" / "result.json")
     with pytest.raises(CheckpointError, match="missing.json"):
         SearchResult.load(tmp_path / "missing.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")

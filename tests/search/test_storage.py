@@ -13,11 +13,13 @@ import optuna
 import pytest
 
 import hf_elastic
-from hf_elastic.errors import StorageError
+from hf_elastic.errors import SearchError, StorageError
 from hf_elastic.search import Objective, SearchResult, search_subnets
+from hf_elastic.search import engine as search_engine
 from hf_elastic.search.claims import ClaimTable, is_gone, owner_name
+from hf_elastic.search.identity import Identity
 from hf_elastic.search.journal import Proposal
-from hf_elastic.search.samplers import TrialEncoding
+from hf_elastic.search.samplers import TrialEncoding, sampler_factory
 from hf_elastic.search.storage import DatabaseJournal
 from tests.search.toy import widths_problem
 
@@ -91,7 +93,14 @@ def test_four_processes_share_the_work_and_evaluate_nothing_twice(tmp_path):
 
 def journal(path, lease_seconds=600.0):
     space, objectives = widths_problem(layers=5)
-    return DatabaseJournal(url_of(path), TrialEncoding(space), objectives, study_name=None, lease_seconds=lease_seconds)
+    return DatabaseJournal(
+        url_of(path),
+        TrialEncoding(space),
+        Identity(space, objectives, 0, "nsga2"),
+        planned=10,
+        study_name=None,
+        lease_seconds=lease_seconds,
+    )
 
 
 def test_a_claim_belongs_to_one_owner_and_the_budget_to_all(tmp_path):
@@ -224,9 +233,93 @@ def test_a_storage_of_another_search_is_refused_and_both_are_named(tmp_path, mak
     with pytest.raises(StorageError) as caught:
         search_subnets(other_space, other_objectives, evaluations=3, storage=storage, progress=False)
     message = str(caught.value)
-    assert words in message and "(5 choices, minimize loss, minimize parameters)" in message
+    was = "(5 choices) instead of " if "choices" in words else "(minimize loss, minimize parameters) instead of "
+    assert words in message and was in message
     assert "study_name=" in message and "\n" not in message
     search_subnets(other_space, other_objectives, evaluations=3, storage=storage, study_name="other", progress=False)
+
+
+SEARCHES = {
+    "seed": ({"seed": 1}, "seed 0 instead of 1"),
+    "algorithm": ({"algorithm": "random"}, "algorithm 'nsga2' instead of 'random'"),
+    "factory": (
+        {"algorithm": lambda seed: optuna.samplers.TPESampler(seed=seed)},
+        "algorithm 'nsga2' instead of 'sampler factory of TPESampler'",
+    ),
+    "tighter limit": ({"within": {"loss": 20.0}}, "limits (loss <= 30.0) instead of (loss <= 20.0)"),
+    "no limit": ({"within": None}, "limits (loss <= 30.0) instead of ()"),
+    "two": ({"seed": 1, "within": {"loss": 20.0}}, "seed 0 instead of 1, limits (loss <= 30.0) instead of"),
+}
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_a_storage_is_refused_to_a_search_of_other_arguments_and_the_difference_is_named(tmp_path, case):
+    changed, words = SEARCHES[case]
+    space, objectives = widths_problem(layers=5)
+    options = {"within": {"loss": 30.0}, "evaluations": 6, "storage": url_of(tmp_path / "s.db"), "progress": False}
+    first = search_subnets(space, objectives, **options)
+    with pytest.raises(StorageError) as caught:
+        search_subnets(space, objectives, **{**options, **changed})
+    message = str(caught.value)
+    assert f"holds, as study 'hf_elastic', a search with {words}" in message
+    assert message.endswith("; pass another study_name= or storage=") and "\n" not in message
+    again = search_subnets(space, objectives, study_name="other", **{**options, **changed})
+    assert again.seed == changed.get("seed", 0)
+    assert search_subnets(space, objectives, **options) == first
+
+
+def test_a_storage_is_refused_when_a_limited_cost_changed_its_meaning(tmp_path):
+    space, (loss, cost) = widths_problem(layers=5)
+    options = {"within": {"macs": 900}, "evaluations": 6, "storage": url_of(tmp_path / "s.db"), "progress": False}
+
+    def searched(mark):
+        macs = Objective("macs", cost.function, cost=True, fingerprint=mark)
+        return search_subnets(space, [Objective("loss", loss.function, related=lambda: {"macs": macs})], **options)
+
+    assert searched("one") == searched("one")
+    with pytest.raises(StorageError, match=r"limits \(macs <= 900.0 \[one\]\) instead of \(macs <= 900.0 \[two\]\)"):
+        searched("two")
+
+
+def test_a_study_of_an_earlier_version_is_refused_as_such(tmp_path):
+    space, objectives = widths_problem(layers=5)
+    storage = url_of(tmp_path / "s.db")
+    study = optuna.create_study(study_name="hf_elastic", storage=storage, directions=["minimize"] * 2)
+    study.set_user_attr("hf_elastic:identity", {"version": 1, "space": space.digest})
+    with pytest.raises(StorageError, match="a search of another version of hf_elastic; pass another study_name="):
+        search_subnets(space, objectives, evaluations=5, storage=storage, progress=False)
+
+
+def test_an_unusable_algorithm_leaves_no_study_behind(tmp_path):
+    space, objectives = widths_problem(layers=5)
+    options = {"evaluations": 5, "storage": url_of(tmp_path / "s.db"), "progress": False}
+    for algorithm in ("genetic", lambda seed: "nsga2"):
+        with pytest.raises(SearchError):
+            search_subnets(space, objectives, algorithm=algorithm, **options)
+    assert len(search_subnets(space, objectives, **options).evaluations) == 5
+
+
+def test_a_continued_search_keeps_the_population_it_was_begun_with(tmp_path, monkeypatch):
+    space, objectives = widths_problem(layers=6)
+    populations = []
+
+    def watched(*arguments, evaluations):
+        factory = sampler_factory(*arguments, evaluations=evaluations)
+
+        def make(seed):
+            populations.append(factory(seed).population_size)
+            return factory(seed)
+
+        return make
+
+    monkeypatch.setattr(search_engine, "sampler_factory", watched)
+    results = []
+    for name, budgets in (("short", (120, 150)), ("long", (120, 130, 150))):
+        for budget in budgets:
+            storage = url_of(tmp_path / f"{name}.db")
+            results.append(search_subnets(space, objectives, evaluations=budget, storage=storage, progress=False))
+    assert set(populations) == {12}
+    assert results[1] == results[4] and len(results[1].evaluations) == 150
 
 
 def corrupt(path):
@@ -291,11 +384,10 @@ def test_slots_freed_by_an_interruption_are_used_again(tmp_path):
     assert claims.count() == 3 and not claims.insert("5", "{}", budget=3)
 
 
-def test_stored_values_and_parameters_are_readable_with_optuna(tmp_path):
+def test_stored_values_and_architectures_are_readable_with_optuna(tmp_path):
     space, objectives = widths_problem(layers=2)
     result = search_subnets(space, objectives, evaluations=6, storage=url_of(tmp_path / "s.db"), progress=False)
     study = optuna.load_study(study_name="hf_elastic", storage=url_of(tmp_path / "s.db"))
     for trial, evaluation in zip(study.trials, result.evaluations, strict=True):
         assert trial.values == [evaluation.values["loss"], evaluation.values["parameters"]]
-        indices = space.encode(evaluation.architecture)
-        assert trial.params == dict(zip(space.names, indices, strict=True))
+        assert trial.user_attrs["hf_elastic:architecture"] == dict(evaluation.architecture)
