@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = json.loads((Path(options.output) / "result.json").read_text(encoding="utf-8"))
     parent, small = sts(options.parent, rows), sts(options.output, rows)
     table = [
-        {"model": name, "spearman": value, "kept": value / parent} for name, value in (("parent", parent), ("small", small))
+        {"model": name, "spearman": value, "kept": value / parent}
+        for name, value in (("parent", parent), ("small", small))
     ]
     print_table(table)
     stages = record["stages"]
@@ -61,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "environment": machine,
             "pairs": len(rows),
             "stsb": table,
-            "compared": [
-                {k: v for k, v in row.items() if k != "architecture"} for row in stages["compare"]["rows"]
-            ],
+            "compared": [{k: v for k, v in row.items() if k != "architecture"} for row in stages["compare"]["rows"]],
             "architecture": stages["search"]["architecture"],
             "plan": stages["plan"],
             "seconds": {name: stage.get("seconds") for name, stage in stages.items()},

@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md from the JSON files in benchmarks/results, so that no number in it is typed.
 
-    python benchmarks/render.py
+python benchmarks/render.py
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
-Made by `python benchmarks/render.py` from the JSON files in `benchmarks/results`; every number is measured on the machine
-named with it. Times are compared as ratios within one run.
+Made by `python benchmarks/render.py` from the JSON files in `benchmarks/results`; every number is measured on the
+machine named with it. Times are compared as ratios within one run.
 """
 
 
@@ -62,9 +62,9 @@ def minilm(name: str, result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"## {name}",
-            f"STS-B ({result['pairs']} pairs, never trained or chosen on): {kept['spearman']:.4f} of the parent's "
-            f"{result['stsb'][0]['spearman']:.4f}, **{kept['kept']:.2%}**. Structure and cosine are against the parent, on "
-            "held-out sentences of the text.",
+            f"STS-B ({result['pairs']} pairs, never trained on): {kept['spearman']:.4f} of the parent's "
+            f"{result['stsb'][0]['spearman']:.4f}, **{kept['kept']:.2%}**. Structure and cosine: against the parent, "
+            "on held-out sentences of the text.",
             table(rows),
             f"Stages: {stages}. {result['plan']['supernet_steps']} steps for the supernet and "
             f"{result['plan']['found_steps']} for the subnet found.",
@@ -77,9 +77,8 @@ def stories(result: Mapping[str, Any]) -> str:
     """Section about the small LLaMA checkpoints."""
     parts = [
         "## Real LLaMA weights: perplexity on TinyStories",
-        "FFN widths, key/value groups and skipped sublayers of two small checkpoints. Smaller is better; parameters and "
-        "MACs as shares of the parent's, limit on the parameters: "
-        f"{result['settings']['within']:.0%}.",
+        "FFN widths, key/value groups and skipped sublayers of a small checkpoint. Smaller is better; parameters and "
+        f"MACs as shares of the parent's; limit on the parameters: {result['settings']['within']:.0%}.",
     ]
     for found in result["results"]:
         spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found["seconds"].items())
@@ -93,9 +92,9 @@ def backbone(result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             "## What elasticity costs",
-            f"{settings['layers']} layers x {settings['hidden']}, {settings['batch']} x {settings['length']} tokens, random "
-            f"weights, {settings['pairs']} pairs, {settings['clock']} clock. A bar is met when the 95 % bootstrap interval of "
-            "the median ratio includes it.",
+            f"{settings['layers']} layers x {settings['hidden']}, {settings['batch']} x {settings['length']} tokens, "
+            f"random weights, {settings['pairs']} pairs, {settings['clock']} clock. A bar is met when the bootstrap "
+            "interval (95 %) of the median ratio includes it.",
             table(result["rows"]),
             machine(result["environment"]),
         ]
