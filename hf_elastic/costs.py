@@ -291,10 +291,10 @@ def describe(supernet: Supernet) -> str:
     return "\n".join(
         [
             f"{type(supernet.model).__name__} supernet ({supernet.family.model_type})",
-            f"  architectures  {_count(space.size)} from {len(space)} choices",
-            f"  parameters     {_count(small)} to {_count(large)} without embeddings "
-            f"({small / large:.0%} to 100%), plus {_count(embedding_parameters(supernet))} in embeddings",
-            f"  MACs           {_count(small_macs)} to {_count(large_macs)} at 1 x {tokens} tokens "
+            f"  architectures  {count(space.size)} from {len(space)} choices",
+            f"  parameters     {count(small)} to {count(large)} without embeddings "
+            f"({small / large:.0%} to 100%), plus {count(embedding_parameters(supernet))} in embeddings",
+            f"  MACs           {count(small_macs)} to {count(large_macs)} at 1 x {tokens} tokens "
             f"({small_macs / large_macs:.0%} to 100%)",
             f"  latency        {_latency_line(supernet, low, high)}",
             f"  loadability    {shares} (of {_LOADABILITY_SAMPLES} sampled)",
@@ -314,11 +314,13 @@ def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> 
     return f"{span} ({slow / fast:.2f}x faster at the smallest)"
 
 
-def _count(number: int) -> str:
-    if number >= 10**15:
-        exponent = len(str(number)) - 1  # a space may hold more points than a float can say
-        return f"{number // 10 ** (exponent - 2) / 100:.2f}e+{exponent}"
+def count(number: float) -> str:
+    """A number with a unit: 1.23 M; exact beyond what a float can say, as spaces are."""
+    if abs(number) >= 10**15:
+        whole = int(number)
+        exponent = len(str(abs(whole))) - 1
+        return f"{whole // 10 ** (exponent - 2) / 100:.2f}e+{exponent}"
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
+        if abs(number) >= limit:
             return f"{number / limit:.2f} {unit}"
-    return str(number)
+    return f"{number:g}"

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
-from hf_elastic.costs import LATENCY_TOKENS
+from hf_elastic.costs import LATENCY_TOKENS, count
 from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.families import FAMILIES
 from hf_elastic.files import read_json
@@ -69,14 +69,6 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def _share(value: float, whole: float) -> str:
     return f"{count(value)} ({value / whole:.0%})" if whole else count(value)
-
-
-def count(number: float) -> str:
-    """A number with a unit: 1.23 M."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.2f} {unit}"
-    return f"{number:g}"
 
 
 def stage_times(record: Mapping[str, Any]) -> str:

@@ -201,7 +201,7 @@ def test_printing_states_macs_at_the_tokens_of_the_limits_and_keeps_every_module
     supernet.model.bert.embeddings.eval()
     modes = [module.training for module in supernet.model.modules()]
     lines = {line.split()[0]: line for line in str(supernet).splitlines()[1:]}
-    low, high = (costs._count(costs.macs(supernet, a, seq_len=128))
+    low, high = (costs.count(costs.macs(supernet, a, seq_len=128))
                  for a in (supernet.space.smallest(), supernet.space.largest()))  # fmt: skip
     assert f"{low} to {high} at 1 x 128 tokens" in lines["MACs"] and "at 1 x 62 tokens" in lines["latency"]
     assert [module.training for module in supernet.model.modules()] == modes
@@ -230,4 +230,4 @@ def test_default_inputs_fit_the_positions_and_the_vocabulary(family: str) -> Non
      (3**25 * 2**11, "1.73e+15"), (12345 * 10**500, "1.23e+504")],
 )  # fmt: skip
 def test_counts_are_readable_however_large(number: int, text: str) -> None:
-    assert costs._count(number) == text
+    assert costs.count(number) == text

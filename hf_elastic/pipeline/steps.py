@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_elastic import objectives
 from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
+from hf_elastic.costs import count
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import ArchitectureError, CheckpointError
 from hf_elastic.pipeline.limits import feasibility
@@ -16,7 +17,7 @@ from hf_elastic.pipeline.run import teacher_vectors, text_digest
 from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of
-from hf_elastic.report import aligned, count
+from hf_elastic.report import aligned
 from hf_elastic.search import Evaluation, SearchResult, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import SPACE_FILE, Supernet
