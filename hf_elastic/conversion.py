@@ -262,7 +262,9 @@ class _Builder:
         return (Condition(DEPTH, tuple(v for v in self.depth.values if int(v) > rank)),)
 
     def _skip_choice(self, index: int, present: tuple[Condition, ...]) -> Choice | None:
-        wanted = self._kinds(index) - ({"layer"} if index == self.anchor else set())
+        wanted = self._kinds(index)
+        if index == self.anchor or present:  # what depth may leave out is left out by it alone: one function, one point
+            wanted -= {"layer"}
         if not wanted:
             return None
         values = ("none", *(kind for kind in ("attention", "mlp", "layer") if kind in wanted))

@@ -26,7 +26,8 @@ class ElasticConfig:
         num_attention_heads: head counts (BERT, GPT-2).
         num_key_value_heads: key/value group counts (LLaMA shape); query heads follow their group.
         skip: what a layer may leave out: any of ``"attention"``, ``"mlp"``, ``"layer"``; or a dict by layer.
-        num_hidden_layers: depths; the layers kept are a nested set in the order of :attr:`layer_order`.
+        num_hidden_layers: depths; the layers kept are a nested set in the order of :attr:`layer_order`. A layer
+            that a depth leaves out has no ``"layer"`` among its skips: each function is one point of the space.
         layer_order: layers from the most to the least important. By default first, last, then ascending;
             ``sort_by_importance_`` replaces it by a measured one.
         multiple_of: FFN widths are rounded to multiples of it (hardware-friendly sizes).

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_elastic.errors import UnsupportedModelError
 from hf_elastic.layers import Skip
@@ -246,3 +247,15 @@ def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise UnsupportedModelError(f"{family.layers!r} of {type(model).__name__} is not a non-empty list of layers")
     return layers
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Returns whether position ``t`` is scored against label ``t + 1``, by the model's own loss.
+
+    transformers names the loss of a model (``loss_type``) after its class; GPT-2's class has an older name.
+    """
+    heads = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(
+        getattr(module, "loss_type", None) == "ForCausalLM" or type(module).__name__ in heads
+        for module in model.modules()
+    )

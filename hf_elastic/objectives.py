@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_elastic import costs
 from hf_elastic.distillation import Pooling, label_mask, pooled
 from hf_elastic.errors import DataError
+from hf_elastic.families import shifts_labels
 from hf_elastic.layers import evaluating
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
@@ -79,7 +80,7 @@ def accuracy(supernet: Supernet, validation: Iterable[Batch]) -> Objective:
                 labels = feed["labels"]
                 guess = model(**{k: v for k, v in feed.items() if k != "labels"}).logits.argmax(-1)  # (B,) or (B, T)
                 counted = _scored(supernet, labels)
-                if _shifts_labels(supernet, labels):
+                if shifts_labels(supernet.model):
                     labels = labels.roll(-1, dims=-1)  # position t answers label t + 1; the last is not counted
                 right += int(((guess == labels) & counted).sum())
                 total += int(counted.sum())
@@ -296,14 +297,9 @@ def _labelled(supernet: Supernet, validation: Iterable[Batch]) -> list[Batch]:
     return batches
 
 
-def _shifts_labels(supernet: Supernet, labels: Tensor) -> bool:
-    """Whether position ``t`` is scored against label ``t + 1`` (transformers gives GPT-2 no ``loss_type``)."""
-    return labels.ndim == 2 and supernet.family.causal and supernet.model.loss_type in (None, "ForCausalLM")
-
-
 def _scored(supernet: Supernet, labels: Tensor) -> Tensor:
     """Which entries of the labels, or with a shift which positions, the model's loss counts."""
-    return label_mask(labels, shifted=_shifts_labels(supernet, labels))
+    return label_mask(labels, shifted=shifts_labels(supernet.model))
 
 
 def _listed(batches: Iterable[Batch], *, needs: str) -> list[Batch]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,10 +33,22 @@ from transformers import (
     RobertaForSequenceClassification,
 )  # fmt: skip
 
-from hf_elastic import ElasticConfig, Family, Skip, Supernet, UnsupportedModelError, make_elastic, testing
+from hf_elastic import (
+    ElasticConfig,
+    Family,
+    RandomSubnet,
+    Skip,
+    Supernet,
+    UnsupportedModelError,
+    conversion,
+    make_elastic,
+    testing,
+)
+from hf_elastic.checkpoint import extraction
 from hf_elastic.layers import ElasticLinear, SkippableModule
-from hf_elastic.parts import LayerPart
+from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.testing import Case
+from hf_elastic.training.decay import ActiveSliceStep
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101,
@@ -120,53 +134,86 @@ def test_a_users_row_for_a_family_we_lack_keeps_every_promise() -> None:
     testing.check_family(case)
 
 
-def _break_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ElasticLinear, "forward", nn.Linear.forward)
+Patch = pytest.MonkeyPatch
 
 
-def _break_restore(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Supernet.set_active
-
+def _sticky_activation(patch: Patch) -> None:
     class Sticky:
         def __init__(self, supernet: Supernet, architecture: object) -> None:
-            original(supernet, architecture)  # type: ignore[arg-type]
+            supernet.set_active(architecture)  # type: ignore[arg-type]
 
         def __enter__(self) -> None: ...
         def __exit__(self, *exc: object) -> None: ...
 
-    monkeypatch.setattr(Supernet, "activate", lambda self, arch: Sticky(self, arch))  # noqa: PLW0108 - binds self
+    patch.setattr(Supernet, "activate", lambda self, arch: Sticky(self, arch))  # noqa: PLW0108 - binds self
 
 
-def _break_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_elastic.layers.write_cache_filler", lambda *args: None)
+def _new_names_in_the_state(patch: Patch) -> None:
+    original = conversion.make_part_holder
+
+    def hold(module: nn.Module, parts: list[object]) -> object:
+        module.register_buffer("active_width", torch.zeros(1))
+        return original(module, parts)
+
+    patch.setattr(conversion, "make_part_holder", hold)
 
 
-def _break_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def _wrong_cut(patch: Patch) -> None:
+    original = extraction._take
+    patch.setattr(extraction, "_take", lambda tensor, region: original(tensor, region).flip(0))
+
+
+def _leaking_gradient(patch: Patch) -> None:
+    original = ElasticLinear.forward
+    patch.setattr(ElasticLinear, "forward", lambda self, x: original(self, x) + 1e-3 * self.weight.sum())
+
+
+def _decay_everywhere(patch: Patch) -> None:
+    patch.setattr(ActiveSliceStep, "_boxes", lambda self, parameter: None)
+
+
+def _impure_draw(patch: Patch) -> None:
+    rng = random.Random(0)
+    patch.setattr(RandomSubnet, "draw", lambda self, space, step, micro_step: (space.sample(rng),))
+
+
+def _redrawn_on_recomputation(patch: Patch) -> None:
+    original, seen = ElasticLinear.forward, itertools.count()
+    patch.setattr(ElasticLinear, "forward", lambda self, x: original(self, x) * (1 + 1e-3 * next(seen)))
+
+
+def _no_cache_slot(patch: Patch) -> None:
+    patch.setattr("hf_elastic.layers.write_cache_filler", lambda *args: None)
+
+
+def _another_width(patch: Patch) -> None:
     original = LayerPart.apply
 
-    def apply(self: LayerPart, shape: object) -> None:
-        original(self, replace(shape, intermediate_size=min(shape.intermediate_size + 1, 64)))  # type: ignore[attr-defined, type-var]
+    def apply(self: LayerPart, shape: LayerShape) -> None:
+        original(self, replace(shape, intermediate_size=min(shape.intermediate_size + 1, 64)))
 
-    monkeypatch.setattr(LayerPart, "apply", apply)
+    patch.setattr(LayerPart, "apply", apply)
 
 
 BREAKS = [
-    (_break_forward, testing.check_active_is_measurable),
-    (_break_forward, testing.check_gradients_stay_inside),
-    (_break_restore, testing.check_activation_is_restored),
-    (_break_skip, testing.check_cache_is_exact),
-    (_break_shape, testing.check_active_is_measurable),
+    (2, _sticky_activation, testing.check_activation_is_restored),
+    (3, _new_names_in_the_state, testing.check_state_dict_is_stock),
+    (4, _wrong_cut, testing.check_extracted_equals_active),
+    (5, _leaking_gradient, testing.check_gradients_stay_inside),
+    (5, _decay_everywhere, testing.check_gradients_stay_inside),
+    (6, _impure_draw, testing.check_sampling_is_pure),
+    (6, _redrawn_on_recomputation, testing.check_sampling_is_pure),
+    (7, _no_cache_slot, testing.check_cache_is_exact),
+    (8, _another_width, testing.check_active_is_measurable),
 ]
 
 
-@pytest.mark.parametrize(("damage", "check"), BREAKS, ids=lambda f: f.__name__)
-def test_a_broken_promise_is_found(
-    damage: Callable[[pytest.MonkeyPatch], None],
-    check: Callable[[Case], None],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("promise", "damage", "check"), BREAKS, ids=lambda f: getattr(f, "__name__", None))
+def test_a_broken_promise_is_found_and_named(
+    promise: int, damage: Callable[[Patch], None], check: Callable[[Case], None], monkeypatch: Patch
 ) -> None:
     damage(monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError, match=f"^promise {promise}"):
         check(CASES["llama"])
 
 

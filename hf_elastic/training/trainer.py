@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_elastic.errors import CheckpointError, TrainingError
+from hf_elastic.families import shifts_labels
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.callbacks import Period, SubnetSamplingCallback, check_run, checked_period
@@ -240,7 +240,7 @@ class ElasticTrainerMixin(_Below):
         context = LossContext(
             inputs=inputs,
             pairs=state_pairs(self.supernet, self.supernet.active) if plan.target == "hidden_states" else None,
-            shifted=_shifts_labels(self.supernet.model),
+            shifted=shifts_labels(self.supernet.model),
             **self._normalisation(num_items_in_batch),
         )
         soft = plan.weight * plan.loss(signal, self._elastic_teacher, context=context)
@@ -348,15 +348,3 @@ class ElasticTrainer(ElasticTrainerMixin, Trainer):
         train_dataset=train
         ... ).train()
     """
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Return whether position ``t`` is scored against label ``t + 1``, by the model's own loss.
-
-    transformers names the loss of a model (``loss_type``) after its class; GPT-2's class has an older name.
-    """
-    heads = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(
-        getattr(module, "loss_type", None) == "ForCausalLM" or type(module).__name__ in heads
-        for module in model.modules()
-    )
