@@ -9,18 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hf_elastic.errors import DataError, SpaceError
 from hf_elastic.layers import ElasticLinear, ElasticProjection, evaluating
+from hf_elastic.least_squares import NormalEquations, elimination_order
 from hf_elastic.parts import LayerPart
+from hf_elastic.streams import (
+    SUBLAYERS,
+    Batch,
+    HiddenStates,
+    LayerRunner,
+    Sublayer,
+    Sublayers,
+    checked_batches,
+    kept_weight,
+    output_path,
+    output_projection,
+)
 from hf_elastic.supernet import Supernet
 
-Method = Literal["activation", "weight", "taylor"]
-Batch = Mapping[str, Tensor]
+Method = Literal["activation", "reconstruction", "weight", "taylor"]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -38,6 +50,9 @@ def sort_by_importance_(
 
     * ``activation``: ``E[‖W_u a_u‖²]``, the energy the unit adds to the residual stream (for a neuron
       ``E[a_u²]·‖W_u‖²``; FLAP, An et al. 2024, without its mean subtraction);
+    * ``reconstruction``: how late the unit goes when units are given up one after the other and the rest is refitted
+      by least squares (:func:`hf_elastic.least_squares.elimination_order`); a unit that others can stand in for goes
+      early. The best order before a :func:`hf_elastic.refit`. One layer's normal equations are in memory at a time;
     * ``taylor``: ``E[|Σ_{i∈u} a_i g_i|]``, the first-order change of the loss when the unit is removed
       (Molchanov et al. 2017, eq. 6; per token, as Kwon et al. 2022 need the gradient of the mask);
     * ``weight``: ``‖W_u‖_F · Π ‖V_u‖_F`` over the unit's rows ``V_u`` in its input projections; no
@@ -63,15 +78,17 @@ def sort_by_importance_(
             loss.
         SpaceError: the method is unknown.
     """
-    data = None if batches is None else _checked(batches)
-    chosen = method or ("weight" if data is None else "activation")
-    if chosen not in ("activation", "weight", "taylor"):
-        raise SpaceError(f"method={chosen!r} is not one of 'activation', 'weight', 'taylor'")
+    chosen = method or ("weight" if batches is None else "activation")
+    if chosen not in get_args(Method):
+        raise SpaceError(f"method={chosen!r} is not one of {', '.join(map(repr, get_args(Method)))}")
+    data = checked_batches(batches) if batches is not None else None
     if chosen != "weight" and not data:
         raise DataError(f"method={chosen!r} needs calibration batches; pass batches=[...] or method='weight'")
     with supernet.activate(supernet.space.largest()), evaluating(supernet.model):
         scores = _weight_scores(supernet) if chosen == "weight" else {}
-        if data:
+        if data and chosen == "reconstruction":
+            scores = _Eliminator(supernet, data).run()
+        elif data:
             meter = _Meter(supernet, chosen)
             meter.run(data, loss_function or _model_loss)
             scores = {**meter.scores(), **scores}
@@ -81,19 +98,6 @@ def sort_by_importance_(
     if data:
         _set_layer_order(supernet, scores["layers"])
     return scores
-
-
-def _checked(batches: Iterable[Batch]) -> list[Batch]:
-    data = [batches] if isinstance(batches, Mapping) else list(batches)
-    for batch in data:
-        entries = batch if isinstance(batch, Mapping) else {"the batch": None}
-        if bad := [name for name, value in entries.items() if not isinstance(value, Tensor)]:
-            got = batch[bad[0]] if isinstance(batch, Mapping) else batch
-            raise DataError(
-                f"a calibration batch must be a dict of tensors such as input_ids, got a {type(got).__name__} for "
-                f"{bad[0]}; use a data collator with return_tensors='pt'"
-            )
-    return data
 
 
 def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -225,6 +229,58 @@ class _Meter:
             score = total if path == part.family.ffn_out else _per_group(part, total)
             found[_score_name(self.supernet, index, path)] = score / self.tokens
         return found
+
+
+class _Eliminator:
+    """Orders the units of one layer after the other, on the hidden states of the unchanged model."""
+
+    def __init__(self, supernet: Supernet, data: list[Batch]) -> None:
+        self.supernet, self.data = supernet, data
+        self.runner, self.states = LayerRunner(supernet), HiddenStates()
+        self.influence: list[float] = []
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Tensor]:
+        try:
+            scores: dict[str, Tensor] = {}
+            for part in self.supernet.layer_parts:
+                for sublayer, sums in self._sums(part).items():
+                    name = _score_name(self.supernet, part.index, output_path(part, sublayer))
+                    scores[name] = self._scores(part, sublayer, sums)
+            return {"layers": torch.tensor(self.influence, dtype=torch.float64), **scores}
+        finally:
+            self.states.close()
+
+    def _sums(self, part: LayerPart) -> dict[Sublayer, NormalEquations]:
+        device = self.supernet.model.device
+        sums = {s: NormalEquations(len(_unit_columns(part, output_path(part, s))), device=device) for s in SUBLAYERS}
+        moved, tokens = 0.0, 0
+        for index, batch in enumerate(self.data):
+            calls = self.runner.calls(batch)
+            hidden = calls.hidden if part.index == 0 else self.states[index]
+            seen = Sublayers(part)
+            with seen:
+                after = self.runner.run(part.index, hidden, calls)
+            self.states[index] = after
+            for sublayer, total in sums.items():
+                total.add(calls.rows(seen.inputs[sublayer]))
+            before, behind = calls.rows(hidden).float(), calls.rows(after).float()
+            moved += float((1 - nn.functional.cosine_similarity(before, behind, dim=-1)).double().sum())
+            tokens += len(before)
+        if not tokens:
+            raise DataError("the calibration batches hold no token that attention_mask does not hide")
+        self.influence.append(moved / tokens)
+        return sums
+
+    def _scores(self, part: LayerPart, sublayer: Sublayer, sums: NormalEquations) -> Tensor:
+        """Units by how late they go, ``(U,)``: the first to go scores 1."""
+        weight, bias = kept_weight(output_projection(part, sublayer), len(sums.gram))
+        ratio = part.full.num_attention_heads // part.full.num_key_value_heads
+        unit = 1 if sublayer == "mlp" else part.head_dim * ratio
+        order = elimination_order(sums.scatter(centred=bias is not None), weight, unit=unit)
+        scores = torch.empty(len(order), dtype=torch.float64, device=order.device)
+        scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float64, device=order.device)
+        return scores
 
 
 def _score_name(supernet: Supernet, index: int, path: str) -> str:

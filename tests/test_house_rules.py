@@ -26,9 +26,11 @@ LAYERS = (
     {"architecture", "counting"},
     {"space"},
     {"search"},
-    {"layers", "quantgrid", "distillation", "models"},
-    {"families", "parts", "supernet", "declaration", "conversion", "importance", "refit", "costs"},
+    {"layers", "quantgrid", "distillation", "least_squares", "models"},
+    {"families", "parts", "supernet", "declaration", "conversion", "importance", "costs", "streams", "fingerprints"},
     STRANGERS,
+    {"repair"},
+    {"tables"},
     {"objectives"},
     {"report", "pipeline", "cli", "testing"},
 )

@@ -23,7 +23,7 @@ from hf_elastic import (
 from hf_elastic.parts import LayerPart
 
 Method = Any
-METHODS = ("activation", "taylor", "weight")
+METHODS = ("activation", "reconstruction", "taylor", "weight")
 FAMILIES = ("bert", "distilbert", "llama", "qwen3", "gpt2")
 
 
@@ -126,6 +126,45 @@ def mask_gradient(part: LayerPart, path: str, supernet: Supernet, feed: dict[str
     handle.remove()
     (gradient,) = torch.autograd.grad(loss, masks)
     return gradient[feed["attention_mask"].bool()].double().abs().sum(0)
+
+
+def entering(part: LayerPart, path: str, supernet: Supernet, feed: dict[str, Tensor]) -> Tensor:
+    """What enters an output projection at real tokens, (tokens, N)."""
+    caught: list[Tensor] = []
+    handle = part.layer.get_submodule(path).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        supernet.model(**feed)
+    handle.remove()
+    return caught[0][feed["attention_mask"].bool()].double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reconstruction_scores_tell_how_late_a_unit_can_be_spared(family: str) -> None:
+    """The unit with score 1 is the one without which a float64 least-squares fit of the output loses least."""
+    supernet = uneven(family)
+    ids = inputs(supernet.model, batch_size=16, tokens=12)["input_ids"]
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    losses = {}
+    for part in supernet.layer_parts:
+        for path in (part.family.ffn_out, part.family.attention_out):
+            x = torch.cat([entering(part, path, supernet, feed) for feed in data])
+            bias = part.layer.get_submodule(path).bias
+            x = x if bias is None else x - x.mean(0)
+            y = x @ columns(part, path).double()
+            per = unit_of(part, path)
+            if path == part.family.attention_out:
+                per *= part.full.num_attention_heads // part.full.num_key_value_heads
+            errors = []
+            for start in range(0, x.shape[1], per):
+                kept = torch.cat([x[:, :start], x[:, start + per :]], dim=1)
+                fit = torch.linalg.lstsq(kept, y).solution if kept.shape[1] else torch.zeros(0, y.shape[1]).double()
+                errors.append(float((kept @ fit - y).square().sum()))
+            losses[name_of(part, path)] = torch.tensor(errors)
+    found = sort_by_importance_(supernet, data, method="reconstruction")
+    for name, errors in losses.items():
+        assert sorted(found[name].tolist()) == list(range(1, len(errors) + 1)), name
+        first = int(found[name].argmin())
+        assert errors[first] <= errors.min() * 1.05 + 1e-9, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -367,7 +406,7 @@ def test_bfloat16_models_are_sorted() -> None:
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "no data": (None, {"method": "activation"}, DataError, "method='activation' needs calibration batches"),
     "no data for taylor": (None, {"method": "taylor"}, DataError, "method='taylor' needs calibration batches"),
-    "empty": ([], {}, DataError, "method='activation' needs calibration batches"),
+    "empty": ([], {}, DataError, "there is no calibration batch"),
     "unknown method": ([], {"method": "magnitude"}, SpaceError, "method='magnitude' is not one of"),
     "texts": (["a text"], {}, DataError, "must be a dict of tensors such as input_ids, got a str"),
     "tensors": ([torch.ones(1, 2)], {}, DataError, "got a Tensor for the batch"),

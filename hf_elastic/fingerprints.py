@@ -1,0 +1,32 @@
+"""Digests of weights and data, by which what was measured is recognised again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+_SAMPLE = 64  # entries of each tensor that are read: enough to notice another checkpoint, or the same one trained on
+
+
+def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] = (), *, rest: Iterable[object] = ()) -> str:
+    """Hexadecimal SHA-256 of a sample of each weight, of all data, and of whatever else a measurement depends on.
+
+    Args:
+        model: its ``state_dict`` is read.
+        batches: read whole.
+        rest: tensors are read whole, of other things their ``repr``.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)].double().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    for name, value in [pair for batch in batches for pair in sorted(batch.items())] + [("", value) for value in rest]:
+        if isinstance(value, Tensor):
+            shape = f"{name}{tuple(value.shape)}".encode()
+            digest.update(shape + value.detach().double().cpu().numpy().tobytes())
+        else:
+            digest.update(f"{name}{value!r}".encode())
+    return digest.hexdigest()

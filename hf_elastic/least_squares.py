@@ -1,0 +1,243 @@
+"""Least squares in closed form: normal equations summed over batches, ridge solutions, which inputs to give up.
+
+Pure linear algebra on ``y = x W + b`` with ``x`` of ``(N, I)``, ``W`` of ``(I, O)``; sums are in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_elastic.errors import DataError
+
+_ROWS = 1024  # summed in float32 at once, for inputs in half precision
+_LARGEST_SPREAD = 1e12  # of a factor's diagonal, squared: beyond, float64 says nothing
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved layer.
+
+    Attributes:
+        weight: ``(I, O)``, float64.
+        bias: ``(O,)``, float64; ``None`` where the layer has none.
+        error_before, error_after: mean squared error per row of the start and of the solution, on the rows summed.
+        rows: how many rows were summed.
+        rank: how many inputs the rows determine; ``None`` where there are twice as many rows as inputs.
+        ridge: the multiple of the identity that was added to the normal equations.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    error_before: float
+    error_after: float
+    rows: int
+    rank: int | None
+    ridge: float
+
+
+class NormalEquations:
+    """Sums of ``xᵀx``, ``xᵀy`` and the means over batches of rows.
+
+    Products are taken in float64; for inputs in half precision in float32 over at most 1,024 rows, whose sums are
+    added in float64.
+
+    Args:
+        inputs: ``I``.
+        outputs: ``O``; 0 to sum ``xᵀx`` alone.
+        device: where the sums live.
+    """
+
+    def __init__(self, inputs: int, outputs: int = 0, *, device: torch.device | str = "cpu") -> None:
+        wide = {"dtype": torch.float64, "device": device}
+        self.gram = torch.zeros(inputs, inputs, **wide)  # type: ignore[call-overload]
+        self.cross = torch.zeros(inputs, outputs, **wide)  # type: ignore[call-overload]
+        self.sum_x = torch.zeros(inputs, **wide)  # type: ignore[call-overload]
+        self.sum_y = torch.zeros(outputs, **wide)  # type: ignore[call-overload]
+        self.square_y = 0.0
+        self.rows = 0
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Adds rows.
+
+        Args:
+            x: ``(N, I)``.
+            y: ``(N, O)``.
+        """
+        step = len(x) if x.dtype in (torch.float32, torch.float64) else _ROWS
+        wide = torch.float64 if step == len(x) else torch.float32
+        for start in range(0, len(x), max(1, step)):
+            part = x[start : start + step].to(wide)  # (n, I)
+            self.gram += part.t() @ part
+            self.sum_x += part.sum(0, dtype=torch.float64)
+            if y is not None:
+                target = y[start : start + step].to(wide)  # (n, O)
+                self.cross += part.t() @ target
+                self.sum_y += target.sum(0, dtype=torch.float64)
+                self.square_y += float(target.double().square().sum())
+        self.rows += len(x)
+
+    def toward(self, weight: Tensor, bias: Tensor | None) -> NormalEquations:
+        """Returns the same sums with the outputs of a linear layer of all inputs as targets, without any data.
+
+        Args:
+            weight: ``(I, O)``.
+            bias: ``(O,)``.
+        """
+        made = NormalEquations(0, 0, device=self.gram.device)
+        made.gram, made.sum_x, made.rows = self.gram, self.sum_x, self.rows
+        weight = weight.double()
+        shift = torch.zeros_like(weight[0]) if bias is None else bias.double()  # (O,)
+        made.cross = self.gram @ weight + self.sum_x[:, None] * shift
+        made.sum_y = self.sum_x @ weight + self.rows * shift
+        products = (weight * (self.gram @ weight)).sum() + 2 * (self.sum_x @ weight) @ shift
+        made.square_y = float(products + self.rows * shift.square().sum())
+        return made
+
+    def prefix(self, size: int) -> NormalEquations:
+        """Returns the sums of the first ``size`` inputs."""
+        made = NormalEquations(0, 0, device=self.gram.device)
+        made.gram, made.cross, made.sum_x = self.gram[:size, :size], self.cross[:size], self.sum_x[:size]
+        made.sum_y, made.square_y, made.rows = self.sum_y, self.square_y, self.rows
+        return made
+
+    def scatter(self, *, centred: bool) -> Tensor:
+        """``xᵀx``, ``(I, I)``; around the mean where a bias takes the mean up."""
+        if not centred:
+            return self.gram
+        mean = self.sum_x / self.rows
+        return self.gram - self.rows * torch.outer(mean, mean)
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Mean squared error per row, summed over outputs, of a layer on the rows."""
+        weight = weight.double()
+        shift = torch.zeros_like(self.sum_y) if bias is None else bias.double()
+        fitted = (weight * (self.gram @ weight)).sum() - 2 * (weight * self.cross).sum()
+        moved = 2 * shift @ (weight.t() @ self.sum_x - self.sum_y) + self.rows * shift.square().sum()
+        return max(0.0, float(fitted + moved) + self.square_y) / max(1, self.rows)
+
+    def solve(self, weight: Tensor, bias: Tensor | None, *, ridge: float) -> Solution:
+        r"""Minimises :math:`\sum\|xW + b - y\|^2 + \lambda \|W - W_0\|^2` over ``W`` and, where there is one, ``b``.
+
+        :math:`\lambda` is ``ridge`` times the mean diagonal of :math:`X^TX` (centred where there is a bias, which is
+        not penalised), so the solution is never worse on the rows than the start.
+
+        Args:
+            weight: the start :math:`W_0`, ``(I, O)``.
+            bias: its bias, ``(O,)``.
+            ridge: relative strength, above 0.
+
+        Raises:
+            DataError: the sums are not finite, or too few rows determine the solution.
+        """
+        if not (torch.isfinite(self.gram).all() and torch.isfinite(self.cross).all()):
+            raise DataError("the calibration activations hold NaN or infinity; check the weights and the batches")
+        rank = self._rank()
+        start = weight.double()
+        gram, cross = self.scatter(centred=bias is not None).clone(), self.cross.clone()
+        if bias is not None:
+            mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
+            cross -= self.rows * torch.outer(mean_x, mean_y)
+        strength = ridge * float(gram.diagonal().mean())
+        before = self.error(weight, bias)
+        if strength <= 0:  # every input is constant: there is nothing to learn a weight from
+            solved = start
+        else:
+            gram.diagonal().add_(strength)
+            cross += strength * start
+            solved = torch.cholesky_solve(cross, _factor(gram))
+        shift = None if bias is None else mean_y - solved.t() @ mean_x
+        after = self.error(solved, shift)
+        if after > before:  # by rounding, where the start was the solution
+            return Solution(start, None if bias is None else bias.double(), before, before, self.rows, rank, strength)
+        return Solution(solved, shift, before, after, self.rows, rank, strength)
+
+    def _rank(self) -> int | None:
+        """How many inputs the rows determine, where that is in doubt.
+
+        Raises:
+            DataError: there are fewer rows than inputs.
+        """
+        inputs = len(self.gram)
+        if self.rows >= 2 * inputs:
+            return None
+        if self.rows < inputs:
+            raise DataError(
+                f"{self.rows} calibration tokens cannot determine {inputs} inputs (rank at most {self.rows}); "
+                f"pass at least {inputs} tokens, better {10 * inputs}"
+            )
+        return int(torch.linalg.matrix_rank(self.gram, hermitian=True))
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """Cholesky factor.
+
+    Raises:
+        DataError: the matrix is singular in float64.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.diagonal()
+    if int(failed) or float((diagonal.max() / diagonal.min()) ** 2) > _LARGEST_SPREAD:
+        raise DataError(
+            "the calibration activations do not determine a solution (inputs that are constant or copies of others); "
+            "pass more text, or a larger ridge="
+        )
+    return factor
+
+
+def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: float = 1e-3, at_once: int = 64) -> Tensor:
+    r"""Orders inputs so that each prefix reconstructs the outputs well by least squares: the last can go first.
+
+    Backward elimination with the saliency of the optimal brain surgeon: with :math:`H = X^TX + \lambda I`, giving up
+    unit ``u`` and refitting the others costs :math:`\mathrm{tr}(W_u^T [(H^{-1})_{uu}]^{-1} W_u)`; the cheapest goes,
+    ``W`` and :math:`H^{-1}` are updated (Hassibi & Stork 1993; structured: Kurtic et al. 2023, ZipLM, arXiv 2302.04089,
+    Algorithm 1). We give up a 64th of what is left at once, where ZipLM gives up one by one.
+
+    Args:
+        gram: ``XᵀX``, ``(I, I)``.
+        weight: ``(I, O)``.
+        unit: consecutive inputs that go together (the size of a head).
+        ridge: relative to the mean diagonal.
+        at_once: the share of the remaining units that goes in a step is one in so many, at least one unit.
+
+    Returns:
+        Units ``(I / unit,)``, the most important first.
+    """
+    units = len(gram) // unit
+    hessian = gram.double().clone()
+    hessian.diagonal().add_(ridge * float(gram.diagonal().mean()) or 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    weights = weight.double().clone()
+    left = torch.arange(units, device=gram.device)
+    gone: list[Tensor] = []
+    while len(left) > 1:
+        scores = _saliency(inverse, weights, unit)
+        count = max(1, len(left) // at_once)
+        cheapest = scores.argsort(stable=True)[:count]
+        gone.append(left[cheapest].flip(0))
+        keep = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        keep[cheapest] = False
+        inverse, weights = _without(inverse, weights, keep.repeat_interleave(unit))
+        left = left[keep]
+    return torch.cat([left, *reversed(gone)])
+
+
+def _saliency(inverse: Tensor, weights: Tensor, unit: int) -> Tensor:
+    """Cost of giving up each unit, (U,)."""
+    if unit == 1:
+        return weights.square().sum(1) / inverse.diagonal()
+    units = len(inverse) // unit
+    index = torch.arange(units, device=inverse.device)
+    blocks = inverse.unflatten(0, (units, unit)).unflatten(2, (units, unit))[index, :, index]  # (U, d, d)
+    rows = weights.unflatten(0, (units, unit))  # (U, d, O)
+    return (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+
+
+def _without(inverse: Tensor, weights: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse and weights of the inputs that stay, refitted without those that go."""
+    block = inverse[~keep][:, ~keep]  # (G, G)
+    bridge = torch.linalg.solve(block, inverse[~keep][:, keep])  # (G, K)
+    across = inverse[keep][:, ~keep]  # (K, G)
+    return inverse[keep][:, keep] - across @ bridge, weights[keep] - bridge.t() @ weights[~keep]

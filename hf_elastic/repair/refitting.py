@@ -1,0 +1,287 @@
+"""``refit``: the output projections of a cut subnet, solved by least squares so that it follows its parent again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_elastic.checkpoint import extract
+from hf_elastic.errors import DataError
+from hf_elastic.layers import ElasticProjection, evaluating
+from hf_elastic.least_squares import NormalEquations, Solution
+from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.space import Architecture, Value
+from hf_elastic.streams import (
+    MEMORY_LIMIT,
+    Batch,
+    HiddenStates,
+    LayerCalls,
+    LayerRunner,
+    Sublayer,
+    Sublayers,
+    checked_batches,
+    kept_weight,
+    output_projection,
+    shaped,
+)
+from hf_elastic.supernet import Loadability, Supernet
+
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class SublayerFit:
+    """What solving one output projection gave.
+
+    Attributes:
+        layer: number of the layer in the parent.
+        sublayer: ``"attention"`` or ``"mlp"``.
+        inputs: how many inputs are kept.
+        rows: calibration tokens.
+        rank: how many of the inputs they determine; ``None`` where there are at least twice as many tokens.
+        ridge: the absolute ridge.
+        error_before, error_after: root mean squared error per token of the residual stream, at the sublayer.
+    """
+
+    layer: int
+    sublayer: str
+    inputs: int
+    rows: int
+    rank: int | None
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+@dataclass
+class RefitReport:
+    """What a refit did.
+
+    Attributes:
+        sublayers: every projection that was solved, in order.
+        error_cut: relative error of the last hidden state on the calibration data, of the cut without repair.
+        error: the same after the repair.
+        repaired: whether the repair is in effect; a repair that would end farther from the parent is dropped.
+    """
+
+    sublayers: list[SublayerFit] = field(default_factory=list)
+    error_cut: float = 0.0
+    error: float = 0.0
+    repaired: bool = True
+
+
+def refit(
+    supernet: Supernet,
+    architecture: Architecture | Mapping[str, Value],
+    batches: Iterable[Batch],
+    *,
+    ridge: float = RIDGE,
+    loadability: Loadability | None = None,
+    memory: int = MEMORY_LIMIT,
+    on_report: Callable[[RefitReport], object] | None = None,
+) -> PreTrainedModel:
+    """Extracts a subnet and repairs it in closed form, without training and without labels.
+
+    See :func:`refitted`, which does the same inside the supernet. Sort by importance first; the result has the shapes
+    and the loadability of ``extract(supernet, architecture)``.
+
+    Args:
+        supernet: where from; unchanged.
+        architecture: what.
+        batches: calibration inputs, ``input_ids`` of ``(B, T)`` and what else the model takes; some ten times as many
+            tokens as FFN neurons are kept are enough.
+        ridge: strength of the pull to the weights as they were, relative to the mean square of the inputs.
+        loadability: form of the result, as for :func:`hf_elastic.extract`.
+        memory: bytes of hidden states kept in memory; the rest waits on disk.
+        on_report: called with what was solved.
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
+        DataError: there are fewer tokens than kept neurons, or the activations are not finite.
+        ExportError: as :func:`hf_elastic.extract`.
+    """
+    with refitted(supernet, architecture, batches, ridge=ridge, memory=memory) as report:
+        if on_report is not None:
+            on_report(report)
+        return extract(supernet, architecture, loadability=loadability)
+
+
+@contextmanager
+def refitted(
+    supernet: Supernet,
+    architecture: Architecture | Mapping[str, Value],
+    batches: Iterable[Batch],
+    *,
+    ridge: float = RIDGE,
+    memory: int = MEMORY_LIMIT,
+) -> Iterator[RefitReport]:
+    r"""Repairs a subnet inside the supernet for the length of a ``with`` block, to export or to evaluate it there.
+
+    Layer by layer, first attention and then the FFN, the output projection of the kept heads or neurons is solved for
+
+    .. math:: \min_{W,b} \sum_t \|x_t W + b + r_t - (x'_t W' + b' + r'_t)\|^2 + \lambda \|W - W_K\|^2
+
+    over the calibration tokens, with :math:`x_t, r_t` what enters the projection and the residual in the *subnet as
+    repaired so far* and primes for the parent: the error made so far is carried in and corrected. :math:`W_K` are the
+    kept rows of the parent's :math:`W'`. It is the reconstruction of "A Free Lunch in LLM Compression" (arXiv
+    2510.14444) and of OSSCAR (arXiv 2403.12983) with the parent's own residual stream as target; Kwon et al. 2022
+    (arXiv 2204.09656, section 4.3) solve for one factor per unit instead. What stands before the first cut stays as it
+    is, bit for bit.
+
+    Args:
+        supernet: its weights are the parent's; inside the block the kept part of its output projections is the
+            repaired one. Give the weights back by leaving the block before the supernet is used for anything else.
+        architecture, batches, ridge, memory: as :func:`refit`.
+
+    Yields:
+        The report. The architecture is not active; activate or extract it inside.
+
+    Raises:
+        ArchitectureError, DataError: as :func:`refit`.
+    """
+    point = supernet.point(architecture)
+    data = checked_batches(batches)
+    if not 0 < ridge < float("inf"):
+        raise DataError(f"ridge={ridge!r} must be a number above 0")
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(supernet.model))
+        work = _Refit(supernet, point, data, ridge=ridge, memory=memory)
+        stack.callback(work.restore)
+        with torch.no_grad(), supernet.activate(supernet.space.largest()):
+            work.run()
+        yield work.report
+
+
+class _Refit:
+    """One repair: the parent's stream, the subnet's as repaired, and the subnet's as only cut."""
+
+    def __init__(
+        self, supernet: Supernet, point: Architecture, data: list[Batch], *, ridge: float, memory: int
+    ) -> None:
+        self.supernet, self.data, self.ridge = supernet, data, ridge
+        self.runner = LayerRunner(supernet)
+        self.shapes = supernet.layer_shapes(point)
+        self.parent, self.student, self.cut, self.targets = (HiddenStates(memory=memory // 4) for _ in range(4))
+        self.report = RefitReport()
+        self.behind_a_cut = False
+        self._originals: list[tuple[Tensor, Tensor]] = []
+
+    def restore(self) -> None:
+        """Gives the supernet its weights back."""
+        with torch.no_grad():
+            for place, values in reversed(self._originals):
+                place.copy_(values)
+        self._originals.clear()
+
+    def run(self) -> None:
+        try:
+            touched = False
+            for part, shape in zip(self.supernet.layer_parts, self.shapes, strict=True):
+                touched = touched or shape != part.full
+                self._start(part, shape, touched=touched)
+                if touched:
+                    self._finish(part, shape)
+                    self.behind_a_cut = True
+            self._judge()
+        finally:
+            for states in (self.parent, self.student, self.cut, self.targets):
+                states.close()
+
+    def _start(self, part: LayerPart, shape: LayerShape, *, touched: bool) -> None:
+        """Advances the parent and the mere cut through a layer, and solves the subnet's attention on the way."""
+        follows = self.behind_a_cut or shape.num_attention_heads != part.full.num_attention_heads
+        sums = None
+        if touched and shape.attention and follows:
+            sums = self._sums(part, shape.num_attention_heads * part.head_dim)
+        for index, batch in enumerate(self.data):
+            calls = self.runner.calls(batch)
+            hidden = self._entering(self.parent, part, index, calls)
+            seen = Sublayers(part)
+            with seen:
+                self.parent[index] = after = self.runner.run(part.index, hidden, calls)
+            if not touched:
+                self.student[index] = self.cut[index] = after
+                continue
+            self.targets[index] = seen.stream("mlp", hidden)
+            cut, student = (self._entering(states, part, index, calls) for states in (self.cut, self.student))
+            with shaped(part, shape):
+                if sums is not None:
+                    mine = Sublayers(part, until="attention")
+                    with mine:
+                        self.runner.run(part.index, student, calls)
+                    wanted = seen.stream("attention", hidden) - student
+                    sums.add(calls.rows(mine.inputs["attention"]), calls.rows(wanted))
+                self.cut[index] = self.runner.run(part.index, cut, calls)
+        if sums is not None:
+            self._solve(part, "attention", sums)
+
+    def _finish(self, part: LayerPart, shape: LayerShape) -> None:
+        """Solves the subnet's FFN, behind its solved attention, and advances the subnet."""
+        with shaped(part, shape):
+            if shape.mlp:
+                sums = self._sums(part, shape.intermediate_size)
+                for index, batch in enumerate(self.data):
+                    calls = self.runner.calls(batch)
+                    student = self._entering(self.student, part, index, calls)
+                    mine = Sublayers(part, until="mlp")
+                    with mine:
+                        self.runner.run(part.index, student, calls)
+                    wanted = self.targets[index] - mine.residual("mlp", student)
+                    sums.add(calls.rows(mine.inputs["mlp"]), calls.rows(wanted))
+                self._solve(part, "mlp", sums)
+            for index, batch in enumerate(self.data):
+                calls = self.runner.calls(batch)
+                student = self._entering(self.student, part, index, calls)
+                self.student[index] = self.runner.run(part.index, student, calls)
+
+    def _entering(self, states: HiddenStates, part: LayerPart, index: int, calls: LayerCalls) -> Tensor:
+        return calls.hidden if part.index == 0 else states[index]
+
+    def _sums(self, part: LayerPart, inputs: int) -> NormalEquations:
+        return NormalEquations(inputs, part.hidden_size, device=self.supernet.model.device)
+
+    def _solve(self, part: LayerPart, sublayer: Sublayer, sums: NormalEquations) -> None:
+        projection = output_projection(part, sublayer)
+        weight, bias = kept_weight(projection, len(sums.gram))
+        try:
+            solved = sums.solve(weight, bias, ridge=self.ridge)
+        except DataError as error:
+            raise DataError(f"layer {part.index}, {sublayer}: {error}") from None
+        for place, values in solved_places(projection, solved):
+            self._originals.append((place, place.clone()))
+            place.copy_(values.to(place.dtype))
+        self.report.sublayers.append(
+            SublayerFit(
+                part.index, sublayer, len(sums.gram), solved.rows, solved.rank, solved.ridge,
+                solved.error_before**0.5, solved.error_after**0.5,
+            )
+        )  # fmt: skip
+
+    def _judge(self) -> None:
+        """Measures cut and repair at the last hidden state, and drops a repair that ended farther away."""
+        size, errors = 0.0, [0.0, 0.0]
+        for index, batch in enumerate(self.data):
+            calls = self.runner.calls(batch)
+            wanted = calls.rows(self.parent[index]).double()
+            size += float(wanted.square().sum())
+            for number, states in enumerate((self.cut, self.student)):
+                errors[number] += float((calls.rows(states[index]).double() - wanted).square().sum())
+        self.report.error_cut, self.report.error = ((error / size) ** 0.5 for error in errors)
+        if self.report.error > self.report.error_cut:
+            self.restore()
+            self.report.repaired, self.report.error = False, self.report.error_cut
+
+
+def solved_places(projection: ElasticProjection, solved: Solution) -> list[tuple[Tensor, Tensor]]:
+    """Where a solution belongs in a projection: pairs of a view on its parameters and the values."""
+    weight, bias = kept_weight(projection, len(solved.weight))
+    places = [(weight, solved.weight)]
+    if bias is not None:
+        assert solved.bias is not None
+        places.append((bias, solved.bias))
+    return places

@@ -1,0 +1,382 @@
+"""Measured quality: the damage of cutting one sublayer of an otherwise whole parent, after its closed-form repair.
+
+The damage of an architecture is predicted as the sum over its layers, an additive objective: exact search
+answers in seconds. How far the sum is from the truth is measured too (:func:`additivity`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from hf_elastic.errors import CheckpointError, DataError
+from hf_elastic.files import read_json, write_json
+from hf_elastic.fingerprints import fingerprint
+from hf_elastic.layers import evaluating
+from hf_elastic.least_squares import NormalEquations
+from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.repair.refitting import RIDGE, refitted, solved_places
+from hf_elastic.space import Architecture, SearchSpace
+from hf_elastic.streams import (
+    SUBLAYERS,
+    Batch,
+    HiddenStates,
+    LayerRunner,
+    Sublayer,
+    Sublayers,
+    checked_batches,
+    kept_weight,
+    output_projection,
+    shaped,
+)
+from hf_elastic.supernet import Supernet
+from hf_elastic.tables.measures import Measure, layer_outputs, measure_named
+
+FORMAT = 1
+WHOLE = "layer"
+"""Entry for leaving out a layer as a whole."""
+
+
+@dataclass(frozen=True)
+class QualityTable:
+    """Damages by layer and option; 0 where a layer is whole.
+
+    Attributes:
+        measure: what is measured.
+        fingerprint: of the weights, the data and the settings.
+        damages: per layer, by ``"mlp/WIDTH"``, ``"attention/HEADS"`` (0: left out) and ``"layer"``.
+    """
+
+    measure: str
+    fingerprint: str
+    damages: tuple[Mapping[str, float], ...]
+
+    def damage(self, part: LayerPart, shape: LayerShape) -> float:
+        """Damage of one layer in a shape; between measured sizes by linear interpolation.
+
+        Raises:
+            DataError: the table does not reach the shape.
+        """
+        entries = self.damages[part.index]
+        if shape.skipped:
+            return entries[WHOLE]
+        heads = shape.num_key_value_heads if shape.attention else 0
+        width = shape.intermediate_size if shape.mlp else 0
+        return _interpolated(entries, "attention", heads) + _interpolated(entries, "mlp", width)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as JSON, whole or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        write_json(Path(path), {"format": FORMAT, **vars(self), "damages": [dict(entries) for entries in self.damages]})
+
+    @classmethod
+    def load(cls, path: str | Path) -> QualityTable:
+        """Reads a table.
+
+        Raises:
+            CheckpointError: the file holds none.
+        """
+        data = read_json(Path(path))
+        damages = data.get("damages")
+        sound = data.get("format") == FORMAT and isinstance(damages, list) and isinstance(data.get("measure"), str)
+        if not sound or not isinstance(data.get("fingerprint"), str) or not all(map(_is_row, damages or ())):
+            raise CheckpointError(f"{path} holds no quality table of format {FORMAT}; delete it and measure again")
+        return cls(data["measure"], data["fingerprint"], tuple(damages or ()))
+
+
+def _is_row(entries: Any) -> bool:
+    return isinstance(entries, dict) and all(type(v) in (int, float) and math.isfinite(v) for v in entries.values())
+
+
+def _interpolated(entries: Mapping[str, float], sublayer: str, size: int) -> float:
+    exact = entries.get(f"{sublayer}/{size}")
+    if exact is not None:
+        return exact
+    known = sorted(int(name.partition("/")[2]) for name in entries if name.startswith(f"{sublayer}/"))
+    below, above = [s for s in known if 0 < s < size], [s for s in known if s > size]
+    if not below or not above:
+        raise DataError(f"the quality table has no {sublayer} of size {size}, only {known}; measure it for this space")
+    low, high = below[-1], above[0]
+    share = (size - low) / (high - low)
+    return (1 - share) * entries[f"{sublayer}/{low}"] + share * entries[f"{sublayer}/{high}"]
+
+
+def measure_quality_table(
+    supernet: Supernet,
+    calibration: Iterable[Batch],
+    validation: Iterable[Batch],
+    *,
+    measure: str | Callable[[nn.Module], float],
+    sizes: int = 6,
+    ridge: float = RIDGE,
+    path: str | Path | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> QualityTable:
+    """Measures the damage of every option of every layer, each alone in the otherwise whole parent.
+
+    The cut sublayer is repaired first: as everything before it is exact, one set of normal equations per layer gives
+    the least-squares solution of every size without further data.
+
+    Args:
+        supernet: sorted by importance; unchanged afterwards.
+        calibration: batches to repair on.
+        validation: batches to measure on.
+        measure: ``"hidden"``, ``"kl"``, ``"similarity"`` (see :mod:`hf_elastic.tables.measures`), or a function of the
+            model whose value grows with the damage.
+        sizes: at most so many widths per layer are measured, spread evenly; the others are interpolated.
+        ridge: as for :func:`hf_elastic.refit`.
+        path: keeps what is measured; an interrupted measurement goes on, a finished one is read.
+        progress: called with the measurements done and to be done.
+
+    Raises:
+        DataError: a batch is unusable, or the measure does not fit the model.
+        CheckpointError: ``path`` holds a table of another model, other data or other settings.
+    """
+    data, held = checked_batches(calibration), checked_batches(validation)
+    name = measure if isinstance(measure, str) else getattr(measure, "__qualname__", type(measure).__name__)
+    options = [sublayer_options(part, sizes=sizes) for part in supernet.layer_parts]
+    settings = (name, ridge, options, supernet.layer_order)
+    table = QualityTable(name, fingerprint(supernet.model, [*data, *held], rest=settings), tuple({} for _ in options))
+    if path is not None and Path(path).is_file():
+        table = _continued(QualityTable.load(path), table.fingerprint, path)
+    if any(set(wanted) - set(row) for wanted, row in zip(options, table.damages, strict=True)):
+        with evaluating(supernet.model), torch.no_grad(), supernet.activate(supernet.space.largest()):
+            work = _Measurement(supernet, data, held, measure=measure_named(measure, supernet), ridge=ridge)
+            table = work.run(table, options, save=path, progress=progress)
+    return table
+
+
+def _continued(found: QualityTable, wanted: str, path: str | Path) -> QualityTable:
+    if found.fingerprint != wanted:
+        raise CheckpointError(
+            f"{path} was measured on another model, other data or other settings; delete it or choose another file"
+        )
+    return found
+
+
+def sublayer_options(part: LayerPart, *, sizes: int) -> list[str]:
+    """Names of the entries a layer needs for the space it is in, the largest sizes first."""
+    shapes = {part.shape(point) for point in SearchSpace(part.choices).architectures()}
+    widths = sorted({s.intermediate_size if s.mlp else 0 for s in shapes if not s.skipped}, reverse=True)
+    heads = sorted({s.num_key_value_heads if s.attention else 0 for s in shapes if not s.skipped}, reverse=True)
+    chosen = [f"mlp/{width}" for width in _spread(widths, sizes)] + [f"attention/{count}" for count in heads]
+    return chosen + ([WHOLE] if any(s.skipped for s in shapes) else [])
+
+
+def _spread(sizes: list[int], count: int) -> list[int]:
+    """At most ``count`` of the positive sizes, first and last among them, and 0 where it is."""
+    positive = [size for size in sizes if size]
+    if len(positive) > count:
+        last = len(positive) - 1
+        positive = [positive[round(i * last / (count - 1))] for i in range(count)] if count > 1 else positive[:1]
+    return positive + [size for size in sizes if not size]
+
+
+class _Measurement:
+    """Walks through the parent once; at each layer, tries every option and runs what is behind it."""
+
+    def __init__(
+        self, supernet: Supernet, data: list[Batch], held: list[Batch], *, measure: Measure, ridge: float
+    ) -> None:
+        self.supernet, self.data, self.held, self.measure, self.ridge = supernet, data, held, measure, ridge
+        self.runner = LayerRunner(supernet)
+        self.states, self.entering = HiddenStates(), HiddenStates()
+
+    def run(
+        self,
+        table: QualityTable,
+        options: Sequence[Sequence[str]],
+        *,
+        save: str | Path | None,
+        progress: Callable[[int, int], object] | None,
+    ) -> QualityTable:
+        total = sum(len(wanted) for wanted in options)
+        rows = [dict(entries) for entries in table.damages]
+        try:
+            self.measure.start(self.runner, self.held)
+            for part, wanted, row in zip(self.supernet.layer_parts, options, rows, strict=True):
+                sums = self._enter(part)
+                for option in wanted:
+                    if option not in row:
+                        row[option] = self._damage(part, option, sums)
+                    if progress is not None:
+                        progress(sum(map(len, rows)), total)
+                table = QualityTable(table.measure, table.fingerprint, tuple(rows))
+                if save is not None:
+                    table.save(save)
+                self._leave(part)
+            return table
+        finally:
+            self.states.close()
+            self.entering.close()
+            self.measure.close()
+
+    def _enter(self, part: LayerPart) -> dict[Sublayer, NormalEquations]:
+        """Sums over what enters the projections of a layer in the parent; the parent moves on through it."""
+        device = self.supernet.model.device
+        sums = {s: NormalEquations(len(kept_weight(output_projection(part, s))[0]), device=device) for s in SUBLAYERS}
+        for index, batch in enumerate(self.data):
+            calls = self.runner.calls(batch)
+            hidden = calls.hidden if part.index == 0 else self.states[index]
+            with Sublayers(part) as seen:
+                self.states[index] = self.runner.run(part.index, hidden, calls)
+            for sublayer, total in sums.items():
+                total.add(calls.rows(seen.inputs[sublayer]))
+        return sums
+
+    def _leave(self, part: LayerPart) -> None:
+        """Moves the held-out batches of the parent through a layer."""
+        for index, batch in enumerate(self.held):
+            calls = self.runner.calls(batch)
+            hidden = calls.hidden if part.index == 0 else self.entering[index]
+            self.entering[index] = self.runner.run(part.index, hidden, calls)
+
+    def _damage(self, part: LayerPart, option: str, sums: Mapping[Sublayer, NormalEquations]) -> float:
+        shape = shape_of_option(part, option)
+        if shape == part.full:
+            return 0.0
+        with self._cut(part, shape, option, sums):
+            return self.measure.damage(self.runner, self._last(part))
+
+    def _last(self, part: LayerPart) -> Iterator[tuple[Batch, Tensor]]:
+        """Each held-out batch with what leaves the last layer, ``(B, T, D)``."""
+        for index, batch in enumerate(self.held):
+            calls = self.runner.calls(batch)
+            hidden = calls.hidden if part.index == 0 else self.entering[index]
+            for number in range(part.index, len(self.runner.layers)):
+                hidden = self.runner.run(number, hidden, calls)
+            yield batch, hidden
+
+    @contextmanager
+    def _cut(
+        self, part: LayerPart, shape: LayerShape, option: str, sums: Mapping[Sublayer, NormalEquations]
+    ) -> Iterator[None]:
+        """Cuts and repairs a layer inside the block."""
+        originals: list[tuple[Tensor, Tensor]] = []
+        sublayer, _, size = option.partition("/")
+        if option != WHOLE and int(size):
+            kind: Sublayer = "attention" if sublayer == "attention" else "mlp"
+            projection = output_projection(part, kind)
+            weight, bias = kept_weight(projection)
+            kept = shape.num_attention_heads * part.head_dim if kind == "attention" else shape.intermediate_size
+            solved = sums[kind].toward(weight, bias).prefix(kept).solve(weight[:kept], bias, ridge=self.ridge)
+            for place, values in solved_places(projection, solved):
+                originals.append((place, place.clone()))
+                place.copy_(values.to(place.dtype))
+        try:
+            with shaped(part, shape):
+                yield
+        finally:
+            for place, values in originals:
+                place.copy_(values)
+
+
+def shape_of_option(part: LayerPart, option: str) -> LayerShape:
+    """The shape of an otherwise whole layer with one of its options."""
+    full = part.full
+    if option == WHOLE:
+        return LayerShape(full.intermediate_size, full.num_attention_heads, full.num_key_value_heads, False, False)
+    sublayer, _, text = option.partition("/")
+    size = int(text)
+    if sublayer == "mlp":
+        width = size or full.intermediate_size
+        return LayerShape(width, full.num_attention_heads, full.num_key_value_heads, mlp=bool(size))
+    groups = size or full.num_key_value_heads
+    heads = groups * (full.num_attention_heads // full.num_key_value_heads)
+    return LayerShape(full.intermediate_size, heads, groups, attention=bool(size))
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """How well the sum over layers predicts the damage of whole architectures.
+
+    Attributes:
+        predicted, measured: damages of random architectures, each repaired as a whole.
+        rank_correlation: Spearman's, between the two.
+        mean_ratio: geometric mean of measured over predicted.
+    """
+
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    rank_correlation: float = field(init=False)
+    mean_ratio: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        pairs = [(p, m) for p, m in zip(self.predicted, self.measured, strict=True) if p > 0 and m > 0]
+        logs = [math.log(m / p) for p, m in pairs]
+        object.__setattr__(self, "rank_correlation", float(spearmanr(self.predicted, self.measured).statistic))
+        object.__setattr__(self, "mean_ratio", math.exp(sum(logs) / len(logs)) if logs else math.nan)
+
+    def __str__(self) -> str:
+        return (
+            f"the sum over layers ranks {len(self.predicted)} random architectures with a correlation of "
+            f"{self.rank_correlation:.2f} to their true damage, which is {self.mean_ratio:.2f} times the sum"
+        )
+
+
+def predicted_damage(supernet: Supernet, table: QualityTable, architecture: Architecture) -> float:
+    """Damage of an architecture as the sum over its layers."""
+    pairs = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
+    return math.fsum(table.damage(part, shape) for part, shape in pairs)
+
+
+def true_damage(
+    supernet: Supernet,
+    architecture: Architecture,
+    *,
+    calibration: Iterable[Batch],
+    validation: Iterable[Batch],
+    measure: str | Callable[[nn.Module], float],
+) -> float:
+    """Damage of an architecture that was repaired as a whole (:func:`hf_elastic.repair.refitting.refitted`)."""
+    held = checked_batches(validation)
+    judge, runner = measure_named(measure, supernet), LayerRunner(supernet)
+    with evaluating(supernet.model), torch.no_grad(), supernet.activate(supernet.space.largest()):
+        judge.start(runner, held)
+    try:
+        with (
+            refitted(supernet, architecture, calibration),
+            evaluating(supernet.model),
+            torch.no_grad(),
+            supernet.activate(architecture),
+        ):
+            return judge.damage(runner, layer_outputs(runner, held))
+    finally:
+        judge.close()
+
+
+def additivity(
+    supernet: Supernet,
+    table: QualityTable,
+    architectures: Sequence[Architecture],
+    *,
+    calibration: Iterable[Batch],
+    validation: Iterable[Batch],
+    measure: str | Callable[[nn.Module], float],
+) -> Additivity:
+    """Measures the additivity error of a table on architectures, each cut and repaired as a whole.
+
+    Raises:
+        DataError: there are fewer than three architectures.
+    """
+    if len(architectures) < 3:
+        raise DataError(f"additivity needs at least 3 architectures to order, got {len(architectures)}")
+    data, held = checked_batches(calibration), checked_batches(validation)
+    return Additivity(
+        tuple(predicted_damage(supernet, table, point) for point in architectures),
+        tuple(
+            true_damage(supernet, point, calibration=data, validation=held, measure=measure)
+            for point in architectures
+        ),
+    )  # fmt: skip
