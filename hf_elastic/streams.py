@@ -143,7 +143,7 @@ _TARGETS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
 class _Enough(Exception):
-    """Ends the run of a layer once its inputs were seen."""
+    """Ends the run of a layer once its projection has run."""
 
 
 class Sublayers:
@@ -151,7 +151,7 @@ class Sublayers:
 
     Args:
         part: the layer.
-        until: stop the layer where this sublayer's projection would run; its output is not needed.
+        until: stop the layer behind this sublayer's projection; the layer's output is not needed.
 
     Attributes:
         inputs: what entered the projection of each sublayer that ran, ``(B, T, N)``.
@@ -172,7 +172,7 @@ class Sublayers:
             projection = output_projection(part, sublayer)
             self._hook(projection, lambda module, args, name=sublayer: self._on_inputs(name, args))
             handle = projection.register_forward_hook(
-                lambda module, args, output, name=sublayer: self.outputs.__setitem__(name, output)
+                lambda module, args, output, name=sublayer: self._on_output(name, output)
             )
             self._hooks.callback(handle.remove)
         return self
@@ -189,6 +189,9 @@ class Sublayers:
 
     def _on_inputs(self, name: str, args: tuple[Tensor, ...]) -> None:
         self.inputs[name] = args[0]
+
+    def _on_output(self, name: str, output: Tensor) -> None:
+        self.outputs[name] = output
         if name == self.until:
             raise _Enough
 

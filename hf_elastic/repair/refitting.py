@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from hf_elastic.streams import (
 from hf_elastic.supernet import Loadability, Supernet
 
 RIDGE = 1e-3
+CARRY = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SublayerFit:
         rows: calibration tokens.
         rank: how many of the inputs they determine; ``None`` where there are at least twice as many tokens.
         ridge: the absolute ridge.
-        error_before, error_after: root mean squared error per token of the residual stream, at the sublayer.
+        error_before, error_after: root mean squared error per token, against what the projection was to give.
     """
 
     layer: int
@@ -81,6 +82,7 @@ def refit(
     batches: Iterable[Batch],
     *,
     ridge: float = RIDGE,
+    carry: float = CARRY,
     loadability: Loadability | None = None,
     memory: int = MEMORY_LIMIT,
     on_report: Callable[[RefitReport], object] | None = None,
@@ -96,6 +98,7 @@ def refit(
         batches: calibration inputs, ``input_ids`` of ``(B, T)`` and what else the model takes; some ten times as many
             tokens as FFN neurons are kept are enough.
         ridge: strength of the pull to the weights as they were, relative to the mean square of the inputs.
+        carry: how much of the error made so far each projection is to make up for, from 0 to 1; see :func:`refitted`.
         loadability: form of the result, as for :func:`hf_elastic.extract`.
         memory: bytes of hidden states kept in memory; the rest waits on disk.
         on_report: called with what was solved.
@@ -105,7 +108,7 @@ def refit(
         DataError: there are fewer tokens than kept neurons, or the activations are not finite.
         ExportError: as :func:`hf_elastic.extract`.
     """
-    with refitted(supernet, architecture, batches, ridge=ridge, memory=memory) as report:
+    with refitted(supernet, architecture, batches, ridge=ridge, carry=carry, memory=memory) as report:
         if on_report is not None:
             on_report(report)
         return extract(supernet, architecture, loadability=loadability)
@@ -118,25 +121,28 @@ def refitted(
     batches: Iterable[Batch],
     *,
     ridge: float = RIDGE,
+    carry: float = CARRY,
     memory: int = MEMORY_LIMIT,
 ) -> Iterator[RefitReport]:
     r"""Repairs a subnet inside the supernet for the length of a ``with`` block, to export or to evaluate it there.
 
     Layer by layer, first attention and then the FFN, the output projection of the kept heads or neurons is solved for
 
-    .. math:: \min_{W,b} \sum_t \|x_t W + b + r_t - (x'_t W' + b' + r'_t)\|^2 + \lambda \|W - W_K\|^2
+    .. math:: \min_{W,b} \sum_t \|x_t W + b - y_t - c\,(h'_t - h_t)\|^2 + \lambda \|W - W_K\|^2
 
-    over the calibration tokens, with :math:`x_t, r_t` what enters the projection and the residual in the *subnet as
-    repaired so far* and primes for the parent: the error made so far is carried in and corrected. :math:`W_K` are the
-    kept rows of the parent's :math:`W'`. It is the reconstruction of "A Free Lunch in LLM Compression" (arXiv
-    2510.14444) and of OSSCAR (arXiv 2403.12983) with the parent's own residual stream as target; Kwon et al. 2022
-    (arXiv 2204.09656, section 4.3) solve for one factor per unit instead. What stands before the first cut stays as it
-    is, bit for bit.
+    over the calibration tokens. :math:`x_t` is what enters the kept part in the *subnet as repaired so far*,
+    :math:`y_t` what the whole sublayer of the parent makes of the same stream, :math:`h_t` the residual stream that
+    this leads to and :math:`h'_t` the parent's at that place; :math:`W_K` are the kept rows of the parent's weight.
+    With :math:`c = 1` (``carry``) each projection has to make up for all the error so far, as in "A Free Lunch in LLM
+    Compression" (arXiv 2510.14444) and OSSCAR (arXiv 2403.12983); with 0 for that of its own cut. Part of it is best:
+    on a sentence encoder that lost a layer, 1 brings the hidden states nearest but shrinks what it cannot predict
+    (docs/benchmarks.md). Kwon et al. 2022 (arXiv 2204.09656, section 4.3) solve for one factor per unit instead. What
+    stands before the first cut stays as it is, bit for bit.
 
     Args:
         supernet: its weights are the parent's; inside the block the kept part of its output projections is the
             repaired one. Give the weights back by leaving the block before the supernet is used for anything else.
-        architecture, batches, ridge, memory: as :func:`refit`.
+        architecture, batches, ridge, carry, memory: as :func:`refit`.
 
     Yields:
         The report. The architecture is not active; activate or extract it inside.
@@ -148,9 +154,11 @@ def refitted(
     data = checked_batches(batches)
     if not 0 < ridge < float("inf"):
         raise DataError(f"ridge={ridge!r} must be a number above 0")
+    if not 0 <= carry <= 1:
+        raise DataError(f"carry={carry!r} must be a number from 0 to 1")
     with ExitStack() as stack:
         stack.enter_context(evaluating(supernet.model))
-        work = _Refit(supernet, point, data, ridge=ridge, memory=memory)
+        work = _Refit(supernet, point, data, ridge=ridge, carry=carry, memory=memory)
         stack.callback(work.restore)
         with torch.no_grad(), supernet.activate(supernet.space.largest()):
             work.run()
@@ -161,9 +169,9 @@ class _Refit:
     """One repair: the parent's stream, the subnet's as repaired, and the subnet's as only cut."""
 
     def __init__(
-        self, supernet: Supernet, point: Architecture, data: list[Batch], *, ridge: float, memory: int
+        self, supernet: Supernet, point: Architecture, data: list[Batch], *, ridge: float, carry: float, memory: int
     ) -> None:
-        self.supernet, self.data, self.ridge = supernet, data, ridge
+        self.supernet, self.data, self.ridge, self.carry = supernet, data, ridge, carry
         self.runner = LayerRunner(supernet)
         self.shapes = supernet.layer_shapes(point)
         self.parent, self.student, self.cut, self.targets = (HiddenStates(memory=memory // 4) for _ in range(4))
@@ -201,43 +209,53 @@ class _Refit:
         for index, batch in enumerate(self.data):
             calls = self.runner.calls(batch)
             hidden = self._entering(self.parent, part, index, calls)
-            seen = Sublayers(part)
-            with seen:
+            with Sublayers(part) as seen:
                 self.parent[index] = after = self.runner.run(part.index, hidden, calls)
             if not touched:
                 self.student[index] = self.cut[index] = after
                 continue
             self.targets[index] = seen.stream("mlp", hidden)
-            cut, student = (self._entering(states, part, index, calls) for states in (self.cut, self.student))
+            if sums is not None:
+                student = self._entering(self.student, part, index, calls)
+                self._add(sums, part, "attention", student, calls=calls, wanted=seen.stream("attention", hidden))
             with shaped(part, shape):
-                if sums is not None:
-                    mine = Sublayers(part, until="attention")
-                    with mine:
-                        self.runner.run(part.index, student, calls)
-                    wanted = seen.stream("attention", hidden) - student
-                    sums.add(calls.rows(mine.inputs["attention"]), calls.rows(wanted))
-                self.cut[index] = self.runner.run(part.index, cut, calls)
+                self.cut[index] = self.runner.run(part.index, self._entering(self.cut, part, index, calls), calls)
         if sums is not None:
             self._solve(part, "attention", sums)
 
     def _finish(self, part: LayerPart, shape: LayerShape) -> None:
         """Solves the subnet's FFN, behind its solved attention, and advances the subnet."""
-        with shaped(part, shape):
-            if shape.mlp:
-                sums = self._sums(part, shape.intermediate_size)
+        if shape.mlp:
+            sums = self._sums(part, shape.intermediate_size)
+            with shaped(part, replace(shape, intermediate_size=part.full.intermediate_size)):
                 for index, batch in enumerate(self.data):
                     calls = self.runner.calls(batch)
                     student = self._entering(self.student, part, index, calls)
-                    mine = Sublayers(part, until="mlp")
-                    with mine:
-                        self.runner.run(part.index, student, calls)
-                    wanted = self.targets[index] - mine.residual("mlp", student)
-                    sums.add(calls.rows(mine.inputs["mlp"]), calls.rows(wanted))
-                self._solve(part, "mlp", sums)
+                    self._add(sums, part, "mlp", student, calls=calls, wanted=self.targets[index])
+            self._solve(part, "mlp", sums)
+        with shaped(part, shape):
             for index, batch in enumerate(self.data):
                 calls = self.runner.calls(batch)
                 student = self._entering(self.student, part, index, calls)
                 self.student[index] = self.runner.run(part.index, student, calls)
+
+    def _add(
+        self,
+        sums: NormalEquations,
+        part: LayerPart,
+        sublayer: Sublayer,
+        student: Tensor,
+        *,
+        calls: LayerCalls,
+        wanted: Tensor,
+    ) -> None:
+        """Adds a batch: the subnet's stream through the whole sublayer, of whose inputs the first are kept."""
+        with Sublayers(part, until=sublayer) as own:
+            self.runner.run(part.index, student, calls)
+        alone = own.outputs[sublayer].reshape(student.shape)  # (B, T, D)
+        carried = wanted - own.residual(sublayer, student)
+        target = alone + self.carry * (carried - alone)
+        sums.add(calls.rows(own.inputs[sublayer])[:, : len(sums.gram)], calls.rows(target))
 
     def _entering(self, states: HiddenStates, part: LayerPart, index: int, calls: LayerCalls) -> Tensor:
         return calls.hidden if part.index == 0 else states[index]

@@ -40,8 +40,8 @@ def layer_outputs(runner: LayerRunner, held: Sequence[Batch]) -> Iterator[tuple[
         yield batch, hidden
 
 
-class HiddenError:
-    """``Σ‖h - h'‖² / Σ‖h'‖²`` over the real tokens behind the last layer."""
+class _AgainstParent:
+    """Keeps what leaves the parent's last layer."""
 
     def __init__(self) -> None:
         self._parent = HiddenStates()
@@ -49,6 +49,13 @@ class HiddenError:
     def start(self, runner: LayerRunner, held: Sequence[Batch]) -> None:
         for index, (_, hidden) in enumerate(layer_outputs(runner, held)):
             self._parent[index] = hidden
+
+    def close(self) -> None:
+        self._parent.close()
+
+
+class HiddenError(_AgainstParent):
+    """``Σ‖h - h'‖² / Σ‖h'‖²`` over the real tokens behind the last layer."""
 
     def damage(self, runner: LayerRunner, last: Last) -> float:
         error, size = 0.0, 0.0
@@ -59,19 +66,9 @@ class HiddenError:
             size += float(wanted.square().sum())
         return error / size
 
-    def close(self) -> None:
-        self._parent.close()
 
-
-class Divergence:
+class Divergence(_AgainstParent):
     """Mean ``KL(p' ‖ p)`` in nats per real token, of the parent's next-token (or masked-token) distribution."""
-
-    def __init__(self) -> None:
-        self._parent = HiddenStates()
-
-    def start(self, runner: LayerRunner, held: Sequence[Batch]) -> None:
-        for index, (_, hidden) in enumerate(layer_outputs(runner, held)):
-            self._parent[index] = hidden
 
     def damage(self, runner: LayerRunner, last: Last) -> float:
         total, tokens = 0.0, 0
@@ -84,9 +81,6 @@ class Divergence:
             total += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
             tokens += len(ours)
         return total / tokens
-
-    def close(self) -> None:
-        self._parent.close()
 
 
 class SimilarityError:

@@ -95,6 +95,36 @@ def test_the_last_ffn_is_the_dense_least_squares_solution(family: str) -> None:
         np.testing.assert_allclose(projection.bias.double().detach().numpy(), expected[16], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("carry", [0.0, 0.4, 1.0])
+def test_the_error_of_a_skipped_layer_is_carried_as_stated(family: str, carry: float) -> None:
+    """Attention behind a skipped layer, against one dense system made of both streams as hooks see them."""
+    made = supernet(family, num_hidden_layers=None)
+    data = calibration(made)
+    point = narrow(made, **{"layers.1.skip": "layer"})
+    part = made.layer_parts[2]
+    projection = part.layer.get_submodule(part.family.attention_out)
+    parent = [*tapped(made.model, projection, data), tapped(made.model, part.layer, data)[0]]
+    with made.activate(point):
+        x, alone = tapped(made.model, projection, data)
+        residual = tapped(made.model, part.layer, data)[0]
+    target = alone + carry * ((parent[1] + parent[2]) - (alone + residual))
+    weight = projection.weight.double().detach()
+    start = (weight if family == "gpt2" else weight.t()).numpy()
+    kept, has_bias = x.numpy(), projection.bias is not None
+    strength = RIDGE * np.square(kept - kept.mean(0) if has_bias else kept).sum(0).mean()
+    rows = np.hstack([kept, np.ones((len(kept), 1))]) if has_bias else kept
+    penalty = np.sqrt(strength) * np.eye(len(start), rows.shape[1])
+    expected = np.linalg.lstsq(
+        np.vstack([rows, penalty]), np.vstack([target.numpy(), np.sqrt(strength) * start]), rcond=None
+    )[0]
+    with refitted(made, point, data, ridge=RIDGE, carry=carry):
+        found = projection.weight.double().detach().clone()
+    np.testing.assert_allclose(
+        (found if family == "gpt2" else found.t()).numpy(), expected[: len(start)], rtol=1e-3, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_report_tells_of_every_projection_in_order(family: str) -> None:
     made = supernet(family)
@@ -238,6 +268,8 @@ def test_nonsense_is_refused_in_one_line() -> None:
         refit(made, narrow(made, num_attention_heads=2), [{"input_ids": torch.tensor([[3, 4]])}])
     with pytest.raises(DataError, match="ridge"):
         refit(made, point, data, ridge=0.0)
+    with pytest.raises(DataError, match="carry=1.5"):
+        refit(made, point, data, carry=1.5)
     with pytest.raises(DataError, match="input_ids"):
         refit(made, point, [{"attention_mask": torch.ones(1, 2)}])
     with pytest.raises(ArchitectureError):
