@@ -208,7 +208,7 @@ class _Refit:
             sums = self._sums(part, shape.num_attention_heads * part.head_dim)
         for index, batch in enumerate(self.data):
             calls = self.runner.calls(batch)
-            hidden = self._entering(self.parent, part, index, calls)
+            hidden = self._entering(self.parent, part, index, calls=calls)
             with Sublayers(part) as seen:
                 self.parent[index] = after = self.runner.run(part.index, hidden, calls)
             if not touched:
@@ -216,10 +216,12 @@ class _Refit:
                 continue
             self.targets[index] = seen.stream("mlp", hidden)
             if sums is not None:
-                student = self._entering(self.student, part, index, calls)
-                self._add(sums, part, "attention", student, calls=calls, wanted=seen.stream("attention", hidden))
+                student = self._entering(self.student, part, index, calls=calls)
+                self._add(
+                    sums, part, "attention", student=student, calls=calls, wanted=seen.stream("attention", hidden)
+                )
             with shaped(part, shape):
-                self.cut[index] = self.runner.run(part.index, self._entering(self.cut, part, index, calls), calls)
+                self.cut[index] = self.runner.run(part.index, self._entering(self.cut, part, index, calls=calls), calls)
         if sums is not None:
             self._solve(part, "attention", sums)
 
@@ -230,13 +232,13 @@ class _Refit:
             with shaped(part, replace(shape, intermediate_size=part.full.intermediate_size)):
                 for index, batch in enumerate(self.data):
                     calls = self.runner.calls(batch)
-                    student = self._entering(self.student, part, index, calls)
-                    self._add(sums, part, "mlp", student, calls=calls, wanted=self.targets[index])
+                    student = self._entering(self.student, part, index, calls=calls)
+                    self._add(sums, part, "mlp", student=student, calls=calls, wanted=self.targets[index])
             self._solve(part, "mlp", sums)
         with shaped(part, shape):
             for index, batch in enumerate(self.data):
                 calls = self.runner.calls(batch)
-                student = self._entering(self.student, part, index, calls)
+                student = self._entering(self.student, part, index, calls=calls)
                 self.student[index] = self.runner.run(part.index, student, calls)
 
     def _add(
@@ -244,8 +246,8 @@ class _Refit:
         sums: NormalEquations,
         part: LayerPart,
         sublayer: Sublayer,
-        student: Tensor,
         *,
+        student: Tensor,
         calls: LayerCalls,
         wanted: Tensor,
     ) -> None:
@@ -257,7 +259,7 @@ class _Refit:
         target = alone + self.carry * (carried - alone)
         sums.add(calls.rows(own.inputs[sublayer])[:, : len(sums.gram)], calls.rows(target))
 
-    def _entering(self, states: HiddenStates, part: LayerPart, index: int, calls: LayerCalls) -> Tensor:
+    def _entering(self, states: HiddenStates, part: LayerPart, index: int, *, calls: LayerCalls) -> Tensor:
         return calls.hidden if part.index == 0 else states[index]
 
     def _sums(self, part: LayerPart, inputs: int) -> NormalEquations:

@@ -202,25 +202,22 @@ class _Measurement:
         progress: Callable[[int, int], object] | None,
     ) -> QualityTable:
         total = sum(len(wanted) for wanted in options)
-        rows = [dict(entries) for entries in table.damages]
+        rows, tell = [dict(entries) for entries in table.damages], progress or (lambda done, total: None)
         try:
             self.measure.start(self.runner, self.held)
             for part, wanted, row in zip(self.supernet.layer_parts, options, rows, strict=True):
                 sums = self._enter(part)
-                for option in wanted:
-                    if option not in row:
-                        row[option] = self._damage(part, option, sums)
-                    if progress is not None:
-                        progress(sum(map(len, rows)), total)
+                for option in (option for option in wanted if option not in row):
+                    row[option] = self._damage(part, option, sums)
+                    tell(sum(map(len, rows)), total)
                 table = QualityTable(table.measure, table.fingerprint, tuple(rows))
                 if save is not None:
                     table.save(save)
                 self._leave(part)
             return table
         finally:
-            self.states.close()
-            self.entering.close()
-            self.measure.close()
+            for kept in (self.states, self.entering, self.measure):
+                kept.close()
 
     def _enter(self, part: LayerPart) -> dict[Sublayer, NormalEquations]:
         """Sums over what enters the projections of a layer in the parent; the parent moves on through it."""
@@ -246,7 +243,7 @@ class _Measurement:
         shape = shape_of_option(part, option)
         if shape == part.full:
             return 0.0
-        with self._cut(part, shape, option, sums):
+        with self._cut(part, shape, option, sums=sums):
             return self.measure.damage(self.runner, self._last(part))
 
     def _last(self, part: LayerPart) -> Iterator[tuple[Batch, Tensor]]:
@@ -260,7 +257,7 @@ class _Measurement:
 
     @contextmanager
     def _cut(
-        self, part: LayerPart, shape: LayerShape, option: str, sums: Mapping[Sublayer, NormalEquations]
+        self, part: LayerPart, shape: LayerShape, option: str, *, sums: Mapping[Sublayer, NormalEquations]
     ) -> Iterator[None]:
         """Cuts and repairs a layer inside the block."""
         originals: list[tuple[Tensor, Tensor]] = []

@@ -53,7 +53,9 @@ def test_a_subnet_with_different_layers_is_a_model_of_the_static_class(family: s
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_padded_subnet_is_a_stock_model_with_the_same_outputs(family: str) -> None:
-    supernet = supernet_of(family, skip=["attention", "mlp"] if family in DECODERS else ["layer"])
+    supernet = supernet_of(
+        family, skip=["attention", "mlp"] if family in DECODERS else ["layer"], num_hidden_layers=None
+    )
     changes = {
         "ffn0": 16,
         "ffn1": 24,
@@ -90,7 +92,7 @@ def test_a_padded_subnet_may_be_asked_for_where_stock_would_do() -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_of_a_model_without_any_layer_the_rest_stays(family: str) -> None:
-    supernet = supernet_of(family)
+    supernet = supernet_of(family, skip=["layer"], num_hidden_layers=None)
     arch = point(supernet, skip0="layer", skip1="layer", skip2="layer")
     model = extract(supernet, arch)
     assert same(logits(model), outputs(supernet, arch))

@@ -25,6 +25,7 @@ from transformers import (
 from hf_elastic import Supernet
 from hf_elastic.distillation import embedding_loss, hidden_state_loss, label_mask, logits_loss, pooled
 from hf_elastic.errors import ArchitectureError, TrainingError
+from hf_elastic.families import shifts_labels
 from hf_elastic.space import Architecture
 from hf_elastic.training import (
     Distillation,
@@ -35,7 +36,6 @@ from hf_elastic.training import (
     SandwichRule,
     SubnetSamplingCallback,
 )
-from hf_elastic.training.trainer import _shifts_labels
 
 Arguments = Callable[..., TrainingArguments]
 
@@ -527,7 +527,7 @@ def test_causal_models_shift_their_labels_whatever_their_class_is_called() -> No
     )
     ids = torch.randint(3, 31, (2, 8), generator=torch.Generator().manual_seed(0))
     for model in [*causal, masked]:
-        shifted = _shifts_labels(model)
+        shifted = shifts_labels(model)
         output = model.eval()(input_ids=ids, labels=ids)
         logits, labels = (output.logits[:, :-1], ids[:, 1:]) if shifted else (output.logits, ids)
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
