@@ -48,7 +48,7 @@ def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
     """
     supernet.space.validate(architecture)
     largest = sum(parameter.numel() for parameter in supernet.model.parameters())
-    return largest - sum(_removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
+    return largest - sum(removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
 
 
 def embedding_parameters(supernet: Supernet) -> int:
@@ -118,7 +118,7 @@ def _cached_tokens(supernet: Supernet, part: LayerPart, seq_len: int) -> int:
     return min(seq_len, window - 1) if slides and window is not None else seq_len
 
 
-def _removed_parameters(part: LayerPart, shape: LayerShape) -> int:
+def removed_parameters(part: LayerPart, shape: LayerShape) -> int:
     """Parameters of one layer that a shape does without; a search asks this thousands of times."""
     row, attention_paths = part.family, part.attention_paths()
     removed = 0

@@ -9,7 +9,7 @@ keeps nothing the loss is 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ Pooling = Literal["mean", "cls", "last"]
 StateDistance = Literal["mse", "cosine", "relative"]
 
 IGNORED_LABEL = -100  # what the losses of transformers leave out
+
+_LOG_ZERO = -1e4  # log-probability of what cannot be: its exponential is 0, and half precision holds it
 
 
 def logits_loss(
@@ -59,19 +61,104 @@ def logits_loss(
             asked for over one class, where it is always 0.
     """
     _check_same_shape(student, teacher, what="logits")
-    if not temperature > 0:
-        raise TrainingError(f"the distillation temperature must be positive, got {temperature!r}")
+    _check_temperature(temperature)
     if divergence == "mse":
         per_position = (student.float() - teacher.detach().float()).square().mean(-1)  # (...)
         return masked_mean(per_position, mask, count=count)
     if divergence not in ("forward", "reverse"):
         raise TrainingError(f"unknown divergence {divergence!r}; allowed: 'forward', 'reverse', 'mse'")
-    if student.shape[-1] == 1:
-        raise TrainingError(
-            "a KL divergence over logits of one class is always 0; use divergence='mse' for a regression head"
-        )
+    _check_several(student)
     log_s = F.log_softmax(student.float() / temperature, dim=-1)  # (..., C)
     log_t = F.log_softmax(teacher.detach().float() / temperature, dim=-1)  # (..., C)
+    target, source = (log_t, log_s) if divergence == "forward" else (log_s, log_t)
+    per_position = F.kl_div(source, target, reduction="none", log_target=True).sum(-1)  # (...)
+    return temperature**2 * masked_mean(per_position, mask, count=count)
+
+
+class TopK(NamedTuple):
+    """A distribution over classes, of which the ``k`` most likely are told apart and the others are one class.
+
+    Attributes:
+        log_probabilities: ``(..., k)``.
+        indices: which classes they are, ``(..., k)``.
+        log_tail: log-probability of all other classes together, ``(...)``.
+    """
+
+    log_probabilities: Tensor
+    indices: Tensor
+    log_tail: Tensor
+
+
+def top_k_distribution(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
+    r"""Keep the most likely classes of :math:`p = \mathrm{softmax}(z / \tau)`, and the mass of the rest.
+
+    Args:
+        logits: ``(..., C)``.
+        k: how many classes to keep, at most ``C``.
+        temperature: :math:`\tau > 0`.
+
+    Raises:
+        TrainingError: ``k`` or the temperature is out of range.
+    """
+    classes = logits.shape[-1]
+    if not 1 <= k <= classes:
+        raise TrainingError(f"top_k={k} is not within 1..{classes}, the classes of the logits")
+    _check_temperature(temperature)
+    scaled = logits.float() / temperature  # (..., C)
+    values, indices = scaled.topk(k, dim=-1)  # (..., k)
+    total = scaled.logsumexp(-1)  # (...)
+    rest = scaled.scatter(-1, indices, -torch.inf).logsumexp(-1)  # (...), -inf where k = C
+    log_probabilities = (values - total.unsqueeze(-1)).clamp(min=_LOG_ZERO)
+    return TopK(log_probabilities, indices, (rest - total).clamp(min=_LOG_ZERO))
+
+
+def top_k_loss(
+    student: Tensor,
+    teacher: TopK,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward",
+    mask: Tensor | None = None,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    r"""Compute the divergence of a student from the most likely classes of a teacher, all others as one class.
+
+    With :math:`K` the teacher's :math:`k` classes and :math:`p_R = 1 - \sum_{i \in K} p_i` (:math:`q_R` likewise of
+    the student, over the same :math:`K`), ``forward`` is
+
+    .. math:: \tau^2 \Big( \sum_{i \in K} p_i \log \frac{p_i}{q_i} + p_R \log \frac{p_R}{q_R} \Big)
+
+    and ``reverse`` the same with :math:`p` and :math:`q` exchanged. By the log-sum inequality it is at most
+    :func:`logits_loss`, and equal to it with all classes kept, or where student and teacher agree on the proportions
+    within the tail. Without the tail's term the student would be drawn to the renormalised top (Anshumann et al.
+    2025, arXiv 2503.16870); they sample instead of merging the tail.
+
+    Args:
+        student: logits ``(..., C)``.
+        teacher: of :func:`top_k_distribution`, maybe rounded: it is normalised again. Made with the same temperature.
+        temperature: :math:`\tau > 0`.
+        divergence: ``forward`` or ``reverse``; a squared error of logits needs all of them.
+        mask: ``(...)``, as for :func:`logits_loss`.
+        count: likewise.
+
+    Raises:
+        TrainingError: shapes do not fit, an argument is out of range, or there is one class, where it is always 0.
+    """
+    _check_temperature(temperature)
+    if divergence not in ("forward", "reverse"):
+        raise TrainingError(f"divergence={divergence!r} needs all logits; of the top k: 'forward', 'reverse'")
+    _check_several(student)
+    kept, positions = teacher.indices.shape[-1], student.shape[:-1]
+    if teacher.indices.shape[:-1] != positions or kept > student.shape[-1]:
+        raise TrainingError(f"student logits {_shape(student)} do not fit a teacher's top {_shape(teacher.indices)}")
+    scaled, indices = student.float() / temperature, teacher.indices.long()
+    log_s = scaled.gather(-1, indices)  # (..., k)
+    log_t = teacher.log_probabilities.detach().float()  # (..., k)
+    if kept < student.shape[-1]:
+        rest = scaled.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)  # (..., 1)
+        log_s = torch.cat([log_s, rest], dim=-1)  # (..., k + 1)
+        log_t = torch.cat([log_t, teacher.log_tail.detach().float().unsqueeze(-1)], dim=-1)  # (..., k + 1)
+    log_s, log_t = log_s.log_softmax(-1), log_t.log_softmax(-1)
     target, source = (log_t, log_s) if divergence == "forward" else (log_s, log_t)
     per_position = F.kl_div(source, target, reduction="none", log_target=True).sum(-1)  # (...)
     return temperature**2 * masked_mean(per_position, mask, count=count)
@@ -208,8 +295,7 @@ def hidden_state_loss(
     for i, j in pairs:
         if not (0 <= i < len(student) and 0 <= j < len(teacher)):
             raise TrainingError(
-                f"pair ({i}, {j}) is outside the {len(student)} and {len(teacher)} hidden states "
-                "of student and teacher"
+                f"pair ({i}, {j}) is outside the {len(student)} and {len(teacher)} hidden states of student and teacher"
             )
         _check_same_shape(student[i], teacher[j], what="hidden states")
         wanted = teacher[j].detach().float()
@@ -278,6 +364,18 @@ def _state_distance(distance: StateDistance) -> Callable[[Tensor, Tensor], Tenso
     if distance == "cosine":
         return lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1)
     raise TrainingError(f"unknown distance {distance!r}; allowed: 'mse', 'cosine', 'relative'")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise TrainingError(f"the distillation temperature must be positive, got {temperature!r}")
+
+
+def _check_several(logits: Tensor) -> None:
+    if logits.shape[-1] == 1:
+        raise TrainingError(
+            "a KL divergence over logits of one class is always 0; use divergence='mse' for a regression head"
+        )
 
 
 def _check_same_shape(student: Tensor, teacher: Tensor, *, what: str) -> None:

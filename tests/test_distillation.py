@@ -18,6 +18,8 @@ from hf_elastic.distillation import (
     masked_mean,
     pooled,
     relational_loss,
+    top_k_distribution,
+    top_k_loss,
 )
 from hf_elastic.errors import TrainingError
 
@@ -90,9 +92,7 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 5), padding=st.integers(0, 4), seed=st.integers(0, 99))
-def test_padding_and_repetition_of_the_batch_leave_masked_losses_unchanged(
-    rows: int, padding: int, seed: int
-) -> None:
+def test_padding_and_repetition_of_the_batch_leave_masked_losses_unchanged(rows: int, padding: int, seed: int) -> None:
     student, teacher = drawn(rows, 3, 5, seed=seed), drawn(rows, 3, 5, seed=seed + 1)
     mask = torch.ones(rows, 3)
     plain = logits_loss(student, teacher, mask=mask)
@@ -155,9 +155,7 @@ def test_mean_pooling_of_a_sequence_without_tokens_is_zero() -> None:
 
 def test_embedding_loss_is_one_minus_the_mean_cosine_and_ignores_length() -> None:
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
-    assert embedding_loss(student, teacher).item() == pytest.approx(
-        ((1 - 1) + (1 - math.sqrt(0.5))) / 2, abs=1e-6
-    )
+    assert embedding_loss(student, teacher).item() == pytest.approx(((1 - 1) + (1 - math.sqrt(0.5))) / 2, abs=1e-6)
     torch.testing.assert_close(embedding_loss(5 * student, teacher), embedding_loss(student, teacher))
 
 
@@ -239,3 +237,74 @@ def test_relative_distance_is_the_share_of_the_teachers_energy_that_is_missed() 
     assert float(found) == pytest.approx(missed / energy, rel=1e-5)
     scaled = hidden_state_loss([7 * student], [7 * teacher], mask=mask, distance="relative")
     assert float(scaled) == pytest.approx(float(found), rel=1e-5)
+
+
+def bucketed(logits: torch.Tensor, classes: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """Dense float64 probabilities of some classes and, last, of all others together."""
+    p = (logits.double() / temperature).softmax(-1)
+    rest = torch.ones_like(p).scatter(-1, classes, 0.0)
+    return torch.cat([p.gather(-1, classes), (p * rest).sum(-1, keepdim=True)], dim=-1)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 1.0), (4, 1.0), (4, 2.5), (10, 0.5)])
+def test_divergence_of_the_top_k_has_the_rest_as_one_class(k: int, temperature: float, divergence: str) -> None:
+    student, teacher = 3 * drawn(2, 5, 11, seed=1), 3 * drawn(2, 5, 11, seed=2)
+    classes = teacher.argsort(-1, descending=True)[..., :k]
+    p, q = (bucketed(logits, classes, temperature=temperature) for logits in (teacher, student))
+    p, q = (p, q) if divergence == "forward" else (q, p)
+    expected = temperature**2 * (p * (p / q).log()).sum(-1)  # (2, 5)
+    kept = top_k_distribution(teacher, k, temperature=temperature)
+    settings = {"temperature": temperature, "divergence": divergence}
+    assert top_k_loss(student, kept, **settings).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]])
+    masked = top_k_loss(student, kept, mask=mask, count=3, **settings)
+    assert masked.item() == pytest.approx(expected[mask.bool()].sum().item() / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_divergence_of_the_top_k_grows_with_k_up_to_that_of_all_classes(divergence: str) -> None:
+    student, teacher = 2 * drawn(6, 9, seed=1), 2 * drawn(6, 9, seed=2)
+    losses = [top_k_loss(student, top_k_distribution(teacher, k), divergence=divergence).item() for k in range(1, 10)]
+    whole = logits_loss(student, teacher, divergence=divergence).item()
+    assert losses[-1] == pytest.approx(whole, rel=1e-5) and losses[0] < 0.9 * whole
+    assert all(a <= b + 1e-6 for a, b in zip(losses, losses[1:], strict=False))  # data processing inequality
+
+
+def test_the_top_k_may_be_rounded_to_half_precision() -> None:
+    student, teacher = 2 * drawn(40, 50, seed=1), 2 * drawn(40, 50, seed=2)
+    exact = top_k_distribution(teacher, 8)
+    rounded = exact._replace(log_probabilities=exact.log_probabilities.half(), indices=exact.indices.int())
+    assert top_k_loss(student, rounded).item() == pytest.approx(top_k_loss(student, exact).item(), rel=1e-3)
+    teacher[:, 3] = -torch.inf  # a class that cannot be
+    kept = top_k_distribution(teacher, 50)
+    assert torch.isfinite(kept.log_probabilities.half()).all() and torch.isfinite(top_k_loss(student, kept))
+
+
+def test_gradient_of_the_top_k_divergence_matches_finite_differences() -> None:
+    student, kept = drawn(2, 7, seed=1).requires_grad_(), top_k_distribution(drawn(2, 7, seed=2), 3)
+    top_k_loss(student, kept).backward()
+    assert student.grad is not None
+    for place in range(7):
+        moved = student.detach().double()
+        step = torch.zeros_like(moved)
+        step[1, place] = 1e-2
+        slope = (top_k_loss(moved + step, kept) - top_k_loss(moved - step, kept)) / 2e-2
+        assert student.grad[1, place].item() == pytest.approx(slope.item(), abs=2e-4)
+
+
+def test_a_top_k_that_cannot_be_is_refused() -> None:
+    kept = top_k_distribution(drawn(4, 9), 3)
+    for k in (0, 10):
+        with pytest.raises(TrainingError, match=rf"top_k={k} is not within 1\.\.9"):
+            top_k_distribution(drawn(4, 9), k)
+    with pytest.raises(TrainingError, match="do not fit a teacher's top"):
+        top_k_loss(drawn(5, 9), kept)
+    with pytest.raises(TrainingError, match="do not fit a teacher's top"):
+        top_k_loss(drawn(4, 2), kept)
+    with pytest.raises(TrainingError, match="needs all logits"):
+        top_k_loss(drawn(4, 9), kept, divergence="mse")
+    with pytest.raises(TrainingError, match="temperature"):
+        top_k_distribution(drawn(4, 9), 3, temperature=0)
+    with pytest.raises(TrainingError, match="one class"):
+        top_k_loss(drawn(4, 1), top_k_distribution(drawn(4, 1), 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from hf_elastic.errors import ExportError
 from hf_elastic.layers import Region
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Architecture, Value
-from hf_elastic.supernet import Loadability, Supernet
+from hf_elastic.streams import shaped
+from hf_elastic.supernet import Loadability, Supernet, shapes_loadability
 
 
 def extract(
@@ -51,11 +53,44 @@ def extract(
     _check_form(supernet, form, natural)
     cut = _Cut.of(supernet, point)
     if form == "remote-code":
-        return _static_model(supernet, cut)
+        return _static_model(supernet, cut, cut.state_dict(None))
     target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
     state = cut.state_dict(target if form == "stock-padded" else None)
     config = _stock_config(supernet, cut, target)
     return _build(type(supernet.model), config, state=state, parent=supernet.model)
+
+
+def extract_shapes(
+    supernet: Supernet, shapes: Sequence[LayerShape], *, weights: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """Makes a model of the class, config and memory layout that :func:`extract` gives, to be timed and not to be used.
+
+    Its parameters are compact, and views of the parent's: any number of such models needs no memory. What they hold
+    means nothing, which does not change how long a forward takes.
+
+    Args:
+        supernet: where from; unchanged.
+        shapes: one per layer, also such as no architecture of the space has; skipped layers are dropped.
+        weights: the parent's ``state_dict()``, where it is to be in another dtype or on another device.
+
+    Returns:
+        A stock model if the stock class holds the shapes without padding, else one of the static class.
+
+    Raises:
+        ExportError: that would be the static class, and the model has none.
+    """
+    with supernet.activate(supernet.space.largest()), ExitStack() as stack:
+        for part, shape in zip(supernet.layer_parts, shapes, strict=True):
+            stack.enter_context(shaped(part, shape))
+        cut = _Cut.active(supernet, shapes, weights or supernet.model.state_dict())
+    first = supernet.layer_parts[0]
+    natural = shapes_loadability(tuple(shapes), supernet.family, hidden_size=first.hidden_size, parent=first.full)
+    state = cut.views()
+    if natural != "stock":
+        return _static_model(supernet, cut, state)
+    return _build(
+        type(supernet.model), _stock_config(supernet, cut, cut.kept[0][1]), state=state, parent=supernet.model
+    )
 
 
 def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
@@ -86,14 +121,17 @@ class _Cut:
 
     @classmethod
     def of(cls, supernet: Supernet, architecture: Architecture) -> _Cut:
-        pairs = [(part, part.shape(architecture)) for part in supernet.layer_parts]
-        kept = tuple((part, shape) for part, shape in pairs if not shape.skipped) or (pairs[0],)
         with supernet.activate(architecture):
-            regions = supernet.active_regions()
-        model = supernet.model
-        names = {id(module): name for name, module in model.named_modules()}
+            return cls.active(supernet, supernet.layer_shapes(architecture), supernet.model.state_dict())
+
+    @classmethod
+    def active(cls, supernet: Supernet, shapes: Sequence[LayerShape], weights: Mapping[str, Tensor]) -> _Cut:
+        """The cut along what is active now, which has these shapes."""
+        pairs = list(zip(supernet.layer_parts, shapes, strict=True))
+        kept = tuple((part, shape) for part, shape in pairs if not shape.skipped) or (pairs[0],)
+        names = {id(module): name for name, module in supernet.model.named_modules()}
         prefix = names[id(pairs[0][0].layer)].rsplit(".", 1)[0] + "."
-        return cls(kept, regions, model.state_dict(), prefix)
+        return cls(kept, supernet.active_regions(), dict(weights), prefix)
 
     def state_dict(self, target: LayerShape | None) -> dict[str, Tensor]:
         """Weights of the kept layers, renumbered; cut, or padded with zeros to ``target``."""
@@ -109,6 +147,19 @@ class _Cut:
                     state[new + name] = tensor.clone()
                 elif region:
                     state[new + name] = _take(tensor, region)
+        return state
+
+    def views(self) -> dict[str, Tensor]:
+        """As :meth:`state_dict` in names and shapes, but of the memory of the parent, with whatever it holds there."""
+        state = {name: t for name, t in self.weights.items() if not name.startswith(self.prefix)}
+        for number, (part, shape) in enumerate(self.kept):
+            old, new = f"{self.prefix}{part.index}.", f"{self.prefix}{number}."
+            row = part.family  # a space without skips has no region that says so
+            absent = (() if shape.attention else row.skip_attention) + (() if shape.mlp else row.skip_mlp)
+            for name in part.layer.state_dict():
+                tensor, region = self.weights[old + name], self.regions.get(old + name)
+                if not name.startswith(tuple(f"{rule.module}." for rule in absent)):
+                    state[new + name] = tensor if region is None else _resized(tensor, region)
         return state
 
 
@@ -129,6 +180,12 @@ def _boxes_of(part: LayerPart, shape: LayerShape) -> dict[str, Region]:
 def _take(tensor: Tensor, region: Region) -> Tensor:
     """Copies the boxes of a region side by side along the last dimension."""
     return torch.cat([tensor[box] for box in region], dim=-1).clone()
+
+
+def _resized(tensor: Tensor, region: Region) -> Tensor:
+    """The first entries of a tensor in the shape that its region has when it is cut out."""
+    shape = _take(tensor.to("meta"), region).shape
+    return tensor.flatten()[: shape.numel()].view(shape)
 
 
 def _padded(tensor: Tensor, region: Region | None, target: Region | None) -> Tensor:
@@ -173,7 +230,7 @@ def _stock_config(supernet: Supernet, cut: _Cut, shape: LayerShape) -> PreTraine
     return config
 
 
-def _static_model(supernet: Supernet, cut: _Cut) -> PreTrainedModel:
+def _static_model(supernet: Supernet, cut: _Cut, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     row, parent = supernet.family, supernet.model
     source = copy.deepcopy(parent.config)
     types = getattr(source, "layer_types", None)
@@ -191,7 +248,7 @@ def _static_model(supernet: Supernet, cut: _Cut) -> PreTrainedModel:
         skipped = [kind for kind, there in (("attention", shape.attention), ("mlp", shape.mlp)) if not there]
         per_layer[number] = {**entry, **({"skip": skipped} if skipped else {})}
     config = static_config(source, per_layer, parent=parent)
-    state = static_state_dict(parent, cut.state_dict(None))
+    state = static_state_dict(parent, weights)
     return _build(static_class(parent), config, state=state, parent=parent)
 
 
@@ -214,7 +271,7 @@ def _build(
     model.tie_weights()
     if parent.can_generate() and model.can_generate():
         model.generation_config = copy.deepcopy(parent.generation_config)
-    return _moved(model, parent.device).eval()
+    return _moved(model, next(iter(state.values())).device).eval()
 
 
 def _shares_what_config_ties(model: PreTrainedModel) -> bool:

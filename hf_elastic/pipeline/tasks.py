@@ -38,7 +38,8 @@ from hf_elastic.training.targets import Target
 Feature = dict[str, Any]
 Batch = dict[str, Tensor]
 
-VALIDATION, CALIBRATION = 512, 256  # examples kept for choosing and for measuring importance
+VALIDATION = 512  # examples kept for choosing
+CALIBRATION = 20_480  # tokens for measuring importance and for the closed-form repair
 _BATCH = 64
 
 
@@ -254,6 +255,16 @@ def _batches(features: list[Feature], collate: Callable[[list[Feature]], Batch])
     return [dict(collate(ordered[i : i + _BATCH])) for i in range(0, len(ordered), _BATCH)]
 
 
+def _calibration(features: list[Feature]) -> list[Feature]:
+    """The first examples that make enough tokens."""
+    tokens = 0
+    for number, feature in enumerate(features):
+        if tokens >= CALIBRATION:
+            return features[:number]
+        tokens += len(feature["input_ids"])
+    return features
+
+
 def _padder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Batch]:
     """Pads token ids; stacks labels."""
 
@@ -290,7 +301,7 @@ def _embedding_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options
     collate = _padder(tokenizer)
     features = _encode(tokenizer, train, options)
     validation = _batches(_encode(tokenizer, held, options), collate)
-    return TaskData(features, validation, _batches(features[:CALIBRATION], collate), collate, tuple(held))
+    return TaskData(features, validation, _batches(_calibration(features), collate), collate, tuple(held))
 
 
 def _causal_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
@@ -302,7 +313,7 @@ def _causal_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: C
         ids = torch.tensor([f["input_ids"] for f in chosen])  # (B, T)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
-    return TaskData(train, _batches(held, collate), _batches(train[:CALIBRATION], collate), collate)
+    return TaskData(train, _batches(held, collate), _batches(_calibration(train), collate), collate)
 
 
 def _masked_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
@@ -319,7 +330,7 @@ def _masked_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: C
         masker.generator = torch.Generator().manual_seed(batch_digest + options.seed)
         return dict(masker(chosen))
 
-    return TaskData(train, _batches(held, collate), _batches(train[:CALIBRATION], collate), collate)
+    return TaskData(train, _batches(held, collate), _batches(_calibration(train), collate), collate)
 
 
 def _token_blocks(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> list[list[int]]:
@@ -345,7 +356,7 @@ def _label_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: Co
         feature["labels"] = label
     train, held = _split(features, options, what="labelled rows")
     collate = _padder(tokenizer)
-    return TaskData(train, _batches(held, collate), _batches(train[:CALIBRATION], collate), collate)
+    return TaskData(train, _batches(held, collate), _batches(_calibration(train), collate), collate)
 
 
 def _label(value: Any, known: Mapping[str, int]) -> int:

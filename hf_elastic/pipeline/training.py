@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from hf_elastic.errors import TrainingError
 from hf_elastic.pipeline.options import CompressOptions
-from hf_elastic.pipeline.tasks import Batch, Feature, Task, TaskData
+from hf_elastic.pipeline.tasks import Batch, Task, TaskData
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.training import Distillation, ElasticTrainer, SamplingRule, last_complete_checkpoint
+from hf_elastic.training.order import InOrder, training_order
+from hf_elastic.training.preparation import prepared_for_distillation
 
 _PROBE_STEPS = 8
-_BATCHES_PER_POOL = 50
 _SAVES = 5
 
 
@@ -51,69 +49,11 @@ def train_phase(
         sampling=rule,
         distill=Distillation(target=task.target, teacher=teacher, state_distance="relative"),
         args=_arguments(options, folder=folder, steps=steps, bf16=bf16),
-        train_dataset=_InOrder(data.train, order),
+        train_dataset=InOrder(data.train, order),
         data_collator=data.collate,
     )
     with prepared_for_distillation(supernet.model, freeze_embeddings=sentences):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-
-
-class _InOrder(Dataset[Feature]):
-    """Examples in the order in which all steps of a training see them."""
-
-    def __init__(self, features: Sequence[Feature], order: Sequence[int]) -> None:
-        self.features, self.order = features, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: int) -> Feature:
-        return self.features[self.order[position]]
-
-
-def training_order(lengths: Sequence[int], *, batch_size: int, steps: int, seed: int) -> list[int]:
-    """Which examples the batches of all steps hold: ``steps · batch_size`` indices, a pure function of the seed.
-
-    Every epoch is shuffled anew, and batches are made of examples of similar length (less padding) out of 50
-    batches. The samplers of the Trainer draw from the random state that all libraries share, so with them a training
-    that is continued after its first epoch sees other batches than one that was not interrupted.
-    """
-    order: list[int] = []
-    epoch, pool = 0, _BATCHES_PER_POOL * batch_size
-    while len(order) < steps * batch_size:
-        rng = random.Random(f"{seed}/{epoch}")
-        shuffled = list(range(len(lengths)))
-        rng.shuffle(shuffled)
-        pools = [sorted(shuffled[s : s + pool], key=lengths.__getitem__) for s in range(0, len(shuffled), pool)]
-        grouped = [index for pooled in pools for index in pooled]
-        batches = [grouped[s : s + batch_size] for s in range(0, len(grouped), batch_size)]
-        whole = [batch for batch in batches if len(batch) == batch_size] or batches
-        rng.shuffle(whole)
-        order += [i for batch in whole for i in batch]
-        epoch += 1
-    return order[: steps * batch_size]
-
-
-@contextmanager
-def prepared_for_distillation(model: nn.Module, *, freeze_embeddings: bool) -> Iterator[None]:
-    """Inside, dropout is off (a short distillation underfits) and embedding tables are frozen where asked."""
-    modules = list(model.modules())
-    dropouts = [(m, "p", m.p) for m in modules if isinstance(m, nn.Dropout)]
-    # LLaMA's attention holds its rate as a number
-    rates = [(m, "attention_dropout", getattr(m, "attention_dropout", None)) for m in modules]
-    switched = dropouts + [entry for entry in rates if isinstance(entry[2], float)]
-    tables = [m.weight for m in modules if freeze_embeddings and isinstance(m, nn.Embedding) and m.weight.requires_grad]
-    for module, name, _ in switched:
-        setattr(module, name, 0.0)
-    for weight in tables:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, name, rate in switched:
-            setattr(module, name, rate)
-        for weight in tables:
-            weight.requires_grad_(True)
 
 
 def _arguments(options: CompressOptions, *, folder: Path, steps: int, bf16: bool) -> TrainingArguments:

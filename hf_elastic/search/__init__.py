@@ -1,4 +1,4 @@
-"""Search a space of subnets: Optuna samplers or exhaustive, hard limits, many processes on one storage.
+"""Search a space of subnets: Optuna samplers, exhaustive or exact; hard limits, many processes on one storage.
 
 Needs neither torch nor transformers: an objective is any function of an architecture.
 """

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 
 from hf_elastic.architecture import shown
-from hf_elastic.errors import SearchError
+from hf_elastic.errors import InfeasibleError, SearchError
+from hf_elastic.search.exact import ExactSearch
 from hf_elastic.search.identity import Identity
 from hf_elastic.search.journal import Journal, MemoryJournal
 from hf_elastic.search.limits import Feasibility, Limit, cost_of, resolve_limits
@@ -28,7 +31,7 @@ from hf_elastic.search.proposals import (
     SamplerGenerator,
     list_feasible,
 )
-from hf_elastic.search.results import Goal, SearchResult
+from hf_elastic.search.results import Evaluation, Goal, SearchResult
 from hf_elastic.search.samplers import TrialEncoding, algorithm_identity, algorithm_name, sampler_factory
 from hf_elastic.search.storage import DatabaseJournal
 from hf_elastic.space import Architecture, SearchSpace
@@ -56,6 +59,10 @@ def search_subnets(
 ) -> SearchResult:
     """Search a space for architectures that are good in every objective within limits.
 
+    ``algorithm="exact"`` evaluates nothing and finds the complete Pareto front of objectives that are sums over groups
+    of choices (:attr:`Objective.additive`), of any space, in seconds; with one objective, its optimum within the
+    limits. See :class:`~hf_elastic.search.exact.ExactSearch`.
+
     The midpoint architecture and those in ``include`` are always evaluated, the largest and the smallest
     unless the limits exclude them; within limits also the largest one whose sizes are all cut in proportion.
     No architecture is evaluated twice. What is proposed is a function of ``seed`` and the finished evaluations
@@ -68,18 +75,18 @@ def search_subnets(
     Args:
         space: The search space.
         objectives: What to optimise; any number.
-        algorithm: ``"nsga2"``, ``"tpe"``, ``"random"``, ``"exhaustive"``, a function from a seed to an Optuna
-            sampler (preferred), or an Optuna sampler.
+        algorithm: ``"nsga2"``, ``"tpe"``, ``"random"``, ``"exhaustive"``, ``"exact"``, a function from a seed to an
+            Optuna sampler (preferred), or an Optuna sampler.
         evaluations: How many distinct architectures may be evaluated, over all processes and restarts, failed
-            ones included; 200 unless given, for ``"exhaustive"`` all.
+            ones included; 200 unless given, for ``"exhaustive"`` all; not for ``"exact"``.
         within: Limits by name of an objective or a related cost. A float in (0, 1] on a cost is a fraction of
             the largest architecture's; any other number is absolute. Upper bounds, lower ones for what is
             maximized. Limits on costs are hard: what exceeds them is shrunk or redrawn, not evaluated.
-        storage: None, or a database URL such as ``"sqlite:///search.db"``.
+        storage: None, or a database URL such as ``"sqlite:///search.db"``; not for ``"exact"``.
         study_name: Which search in the storage.
         seed: Seed of all proposals.
         include: Architectures that are always evaluated.
-        progress: Whether to show a bar with the time left and the best so far.
+        progress: Whether to show a bar with the time left and, except for ``"exact"``, the best so far.
         lease_seconds: After this time without a sign of life from another host its claim is taken over.
 
     Raises:
@@ -91,10 +98,26 @@ def search_subnets(
     _check_numbers(evaluations=evaluations, seed=seed, lease_seconds=lease_seconds)
     known = known_objectives(goals)
     limits = resolve_limits(within, known, space)
-    _check_measured(limits, goals)
+    result = partial(
+        SearchResult,
+        space=space,
+        objectives=tuple(Goal(o.name, o.direction, o.unit, o.cost) for o in goals),
+        within=dict(within or {}),
+        limits=limits,
+        seed=seed,
+        algorithm=algorithm_name(algorithm),
+        references={o.name: cost_of(o, space.largest()) for o in known.values() if o.cost},
+        known=known,
+    )
     feasibility = Feasibility(space, limits, known)
+    if algorithm == "exact":
+        _check_exact(evaluations=evaluations, storage=storage)
+        exact = ExactSearch(space, goals, limits=limits, known=known)
+        evaluated, even = _solved(exact, feasibility, space=space, include=include, progress=progress)
+        return result(evaluations=evaluated, even_architecture=even)
+    _check_measured(limits, goals)
     feasibility.require_some()
-    fixed = _always_evaluated(space, feasibility, include)
+    fixed = _always_evaluated(space, feasibility, include, even=feasibility.even())
     encoding = TrialEncoding(space)
     with _quiet_optuna():
         source_for, budget = _proposal_source(
@@ -121,19 +144,29 @@ def search_subnets(
         finally:
             bar.close()
             journal.close()
-    return SearchResult(
-        space=space,
-        objectives=tuple(Goal(o.name, o.direction, o.unit, o.cost) for o in goals),
-        within=dict(within or {}),
-        limits=limits,
-        seed=seed,
-        algorithm=algorithm_name(algorithm),
-        evaluations=evaluated,
-        failures=failures,
-        even_architecture=feasibility.even(),
-        references={o.name: cost_of(o, space.largest()) for o in known.values() if o.cost},
-        known=known,
-    )
+    return result(evaluations=evaluated, failures=failures, even_architecture=feasibility.even())
+
+
+def _solved(
+    exact: ExactSearch,
+    feasibility: Feasibility,
+    *,
+    space: SearchSpace,
+    include: Sequence[Architecture],
+    progress: bool,
+) -> tuple[tuple[Evaluation, ...], Architecture | None]:
+    """Return what is always evaluated, then the front, and the largest architecture cut in proportion."""
+    for architecture in include:  # before minutes of work
+        space.validate(architecture)
+    front = exact.front(progress=progress)
+    even: Architecture | None = None
+    # The way to the even architecture starts from one that keeps the limits, found by descent: limits that only few
+    # architectures keep may leave it without one, though the front is not empty.
+    with suppress(InfeasibleError):
+        even = feasibility.even()
+    given = [one.architecture for one in _always_evaluated(space, feasibility, include, even=even)]
+    found = [*map(exact.evaluate, given), *(one for one in front if one.architecture not in given)]
+    return tuple(replace(one, number=number) for number, one in enumerate(found)), even
 
 
 def _proposal_source(
@@ -194,11 +227,12 @@ def _exhaustive(
 
 
 def _always_evaluated(
-    space: SearchSpace, feasibility: Feasibility, include: Sequence[Architecture]
+    space: SearchSpace, feasibility: Feasibility, include: Sequence[Architecture], *, even: Architecture | None
 ) -> tuple[Fixed, ...]:
     """Return the midpoint, the extremes within the limits, and what the caller wants, each once."""
     extremes = (Fixed("largest", space.largest()), Fixed("smallest", space.smallest()))
-    wanted = [Fixed("midpoint", space.midpoint()), Fixed("even", feasibility.even())]
+    wanted = [Fixed("midpoint", space.midpoint())]
+    wanted += [] if even is None else [Fixed("even", even)]
     wanted += [extreme for extreme in extremes if feasibility.allows(extreme.architecture)]
     for architecture in include:
         space.validate(architecture)
@@ -216,6 +250,19 @@ def _check_numbers(*, evaluations: int | None, seed: int, lease_seconds: float) 
         raise SearchError(f"seed={seed!r} is not an integer")
     if not isinstance(lease_seconds, int | float) or not 0 < lease_seconds < math.inf:
         raise SearchError(f"lease_seconds={lease_seconds!r} is not a positive number of seconds")
+
+
+def _check_exact(*, evaluations: int | None, storage: str | None) -> None:
+    if evaluations is not None:
+        raise SearchError(
+            f"algorithm='exact' adds up tables and evaluates nothing, evaluations={evaluations} does not apply; "
+            "leave it out"
+        )
+    if storage is not None:
+        raise SearchError(
+            f"algorithm='exact' takes seconds and keeps nothing, storage={storage!r} does not apply; leave it out and "
+            "save the result"
+        )
 
 
 def _check_measured(limits: Sequence[Limit], goals: Sequence[Objective]) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_elastic.architecture import MAX_JSON_CHARACTERS, read_json_object, shown
 from hf_elastic.errors import CheckpointError, ElasticError, InfeasibleError, SearchError
 from hf_elastic.files import write_json
+from hf_elastic.search.front import nondominated
 from hf_elastic.search.limits import Limit, resolve_limits
 from hf_elastic.search.objective import DIRECTIONS, Objective
 from hf_elastic.space import Architecture, SearchSpace
@@ -104,15 +108,18 @@ class SearchResult:
 
     @property
     def front(self) -> tuple[Evaluation, ...]:
-        """Pareto-optimal feasible evaluations, best in the first objective first."""
-        points = [(self._oriented(evaluation), evaluation) for evaluation in self.feasible]
-        points.sort(key=lambda point: (point[0], point[1].architecture.digest))
-        kept: list[tuple[tuple[float, ...], Evaluation]] = []
-        for values, evaluation in points:
-            # Sorted lexicographically, only an earlier point can dominate a later one.
-            if not any(_dominates(other, values) for other, _ in kept):
-                kept.append((values, evaluation))
-        return tuple(evaluation for _, evaluation in kept)
+        """Pareto-optimal feasible evaluations, best in the first objective first; of equal values all."""
+        feasible = self.feasible
+        if not feasible:
+            return ()
+        points = [self._oriented(evaluation) for evaluation in feasible]
+        kept = nondominated([np.array(column) for column in zip(*points, strict=True)])
+        best = {points[place] for place in kept}
+        found = [(values, e) for values, e in zip(points, feasible, strict=True) if values in best]
+        equal = Counter(values for values, _ in found)
+        # A digest takes longer to compute than all else here, and is asked of what ties only.
+        found.sort(key=lambda pair: (pair[0], pair[1].architecture.digest if equal[pair[0]] > 1 else ""))
+        return tuple(evaluation for _, evaluation in found)
 
     @property
     def midpoint(self) -> Evaluation | None:
@@ -279,10 +286,6 @@ def goal_objective(goal: Goal, references: Mapping[str, float]) -> Objective:
         cost=goal.cost,
         unit=goal.unit,
     )
-
-
-def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def _joined(limits: Iterable[Limit]) -> str:

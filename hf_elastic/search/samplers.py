@@ -21,7 +21,7 @@ from hf_elastic.search.objective import Objective
 from hf_elastic.space import Architecture, SearchSpace
 
 SamplerFactory = Callable[[int], BaseSampler]
-NAMED_ALGORITHMS = ("nsga2", "tpe", "random", "exhaustive")
+NAMED_ALGORITHMS = ("nsga2", "tpe", "random", "exhaustive", "exact")
 
 _POPULATION = (10, 50)  # smallest and largest
 _GENERATIONS = 10  # aimed at; evaluations / generations is the population

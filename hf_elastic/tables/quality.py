@@ -23,7 +23,7 @@ from hf_elastic.fingerprints import fingerprint
 from hf_elastic.layers import evaluating
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.parts import LayerPart, LayerShape
-from hf_elastic.repair.refitting import RIDGE, refitted, solved_places
+from hf_elastic.repair.refitting import RIDGE, refitted, repaired_shapes, solved_places
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.streams import (
     SUBLAYERS,
@@ -41,6 +41,7 @@ from hf_elastic.supernet import Supernet
 from hf_elastic.tables.measures import Measure, layer_outputs, measure_named
 
 FORMAT = 1
+_REACH = 3  # layers repaired behind one that is left out
 WHOLE = "layer"
 """Entry for leaving out a layer as a whole."""
 
@@ -126,7 +127,8 @@ def measure_quality_table(
     """Measures the damage of every option of every layer, each alone in the otherwise whole parent.
 
     The cut sublayer is repaired first: as everything before it is exact, one set of normal equations per layer gives
-    the least-squares solution of every size without further data.
+    the least-squares solution of every size without further data. Of a layer that is left out nothing is left to
+    repair, so the three layers behind it are (:func:`hf_elastic.repair.refitting.refitted`).
 
     Args:
         supernet: sorted by importance; unchanged afterwards.
@@ -243,7 +245,18 @@ class _Measurement:
         shape = shape_of_option(part, option)
         if shape == part.full:
             return 0.0
+        if option == WHOLE:
+            return self._damage_without(part, shape)
         with self._cut(part, shape, option, sums=sums):
+            return self.measure.damage(self.runner, self._last(part))
+
+    def _damage_without(self, part: LayerPart, shape: LayerShape) -> float:
+        """Damage of leaving a layer out: what stands behind it is what can be repaired."""
+        shapes = [shape if other is part else other.full for other in self.supernet.layer_parts]
+        with (
+            repaired_shapes(self.supernet, shapes, self.data, ridge=self.ridge, judged=False, reach=_REACH),
+            shaped(part, shape),
+        ):
             return self.measure.damage(self.runner, self._last(part))
 
     def _last(self, part: LayerPart) -> Iterator[tuple[Batch, Tensor]]:

@@ -89,12 +89,7 @@ class Distillation:
                 raise TrainingError(
                     f"Distillation({name}={getattr(self, name)!r}) is unknown; allowed: {', '.join(values)}"
                 )
-        if (
-            not self.weight > 0
-            or self.label_weight < 0
-            or self.relational_weight < 0
-            or not self.temperature > 0
-        ):
+        if not self.weight > 0 or self.label_weight < 0 or self.relational_weight < 0 or not self.temperature > 0:
             raise TrainingError(
                 "Distillation needs weight > 0, temperature > 0, label_weight >= 0, relational_weight >= 0, "
                 f"got {self.weight}, {self.temperature}, {self.label_weight}, {self.relational_weight}"
@@ -140,7 +135,7 @@ class Distillation:
         inputs, count = context.inputs, None
         if self.target == "logits":
             pairs = list(zip(_as_tuple(student), _as_tuple(teacher), strict=True))
-            mask, count = _scored(pairs[0][0], context)
+            mask, count = scored_positions(pairs[0][0], context)
             loss = torch.stack([self._logits_loss(s, t, mask=mask, count=count) for s, t in pairs]).mean()
         elif self.target in ("hidden_states", "last_hidden_state"):
             loss = hidden_state_loss(
@@ -184,8 +179,14 @@ class LossContext:
     steps: int = 1
 
 
-def _scored(logits: Tensor, context: LossContext) -> tuple[Tensor | None, Tensor | float | None]:
-    """Return which positions count, and what to divide their sum by (``None``: by their number)."""
+def scored_positions(logits: Tensor, context: LossContext) -> tuple[Tensor | None, Tensor | float | None]:
+    """Return which positions of logits ``(..., C)`` count, and what to divide the sum of their losses by.
+
+    Those with a label where there is one label per position, else those of real tokens.
+
+    Returns:
+        A mask ``(...)`` (``None``: all count), and the divisor (``None``: their number).
+    """
     positions = logits.shape[:-1]
     labels, attention = context.inputs.get("labels"), context.inputs.get("attention_mask")
     if isinstance(labels, Tensor) and labels.shape == positions and not labels.is_floating_point():

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoints import options
-from tiny_models import inputs, supernet_of, tiny
-from torch import nn
+from tiny_models import inputs, supernet_of
 
 from hf_elastic import ElasticTrainer, FixedSubnet, Supernet, TrainingError, make_elastic
 from hf_elastic.pipeline.options import CompressOptions, default_space
@@ -16,11 +14,9 @@ from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import (
     device_of,
-    prepared_for_distillation,
     random_batches,
     step_seconds,
     train_phase,
-    training_order,
 )
 
 Find = Callable[[str], Path]
@@ -36,61 +32,6 @@ def opened(given: CompressOptions) -> tuple[Task, TaskData, Supernet]:
 
 def weights(supernet: Supernet) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in supernet.model.named_parameters()}
-
-
-def test_every_epoch_of_the_order_holds_each_example_at_most_once() -> None:
-    order = training_order([5] * 30, batch_size=4, steps=20, seed=0)
-    assert len(order) == 80
-    for start in range(0, 80, 28):  # 7 whole batches of 30 examples; the other two wait for another epoch
-        assert max(Counter(order[start : start + 28]).values()) == 1
-    assert set(order) == set(range(30))
-
-
-def test_the_order_is_a_function_of_the_seed_and_longer_trainings_begin_alike() -> None:
-    lengths = [n % 7 for n in range(50)]
-    order = training_order(lengths, batch_size=4, steps=40, seed=1)
-    assert order == training_order(lengths, batch_size=4, steps=40, seed=1)
-    assert order[:80] == training_order(lengths, batch_size=4, steps=20, seed=1)
-    assert order != training_order(lengths, batch_size=4, steps=40, seed=2)
-
-
-def test_batches_are_of_similar_length_and_not_sorted_by_it() -> None:
-    lengths = [1 + (n * 37) % 60 for n in range(240)]
-    order = training_order(lengths, batch_size=8, steps=30, seed=0)
-    batches = [[lengths[i] for i in order[s : s + 8]] for s in range(0, len(order), 8)]
-    assert max(max(batch) - min(batch) for batch in batches) <= 3
-    longest = [max(batch) for batch in batches]
-    assert longest not in (sorted(longest), sorted(longest, reverse=True))
-
-
-def test_fewer_examples_than_a_batch_holds_are_repeated() -> None:
-    order = training_order([1, 2, 3], batch_size=8, steps=2, seed=0)
-    assert len(order) == 16 and set(Counter(order).values()) <= {5, 6}
-
-
-@pytest.mark.parametrize("family", ["bert", "distilbert", "llama", "gpt2"])
-def test_dropout_and_frozen_embeddings_last_as_long_as_the_training(family: str) -> None:
-    rates = {
-        "bert": {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}, "llama": {"attention_dropout": 0.5},
-        "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
-        "distilbert": {"dropout": 0.5, "attention_dropout": 0.5},
-    }[family]  # fmt: skip
-    model = tiny(family, "base", **rates).train()
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    tables[-1].requires_grad_(False)  # by the caller, and not ours to undo
-
-    def noisy() -> bool:
-        with torch.no_grad():
-            return not torch.equal(model(**inputs(model))[0], model(**inputs(model))[0])
-
-    assert noisy()
-    with pytest.raises(KeyboardInterrupt), prepared_for_distillation(model, freeze_embeddings=True):
-        assert not noisy()
-        assert not any(table.requires_grad for table in tables)
-        assert all(p.requires_grad for p in model.parameters() if not any(p is table for table in tables))
-        raise KeyboardInterrupt
-    assert noisy()
-    assert [table.requires_grad for table in tables] == [True] * (len(tables) - 1) + [False]
 
 
 @pytest.mark.parametrize("kind", ["embedding", "classification", "masked-lm", "causal-lm"])

@@ -284,5 +284,3 @@ def test_one_cut_and_uniform_spaces_are_repaired_too() -> None:
     small = refit(made, point, data)
     assert type(small).__name__ == "BertModel" and small.config.num_hidden_layers == 2
     assert distance(small, made.model, data) < distance(extract(made, point), made.model, data)
-
-

@@ -123,7 +123,7 @@ def test_damages_are_those_of_a_parent_cut_and_repaired_by_hand(family: str) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("option", "skip"), [("mlp/0", "mlp"), ("attention/0", "attention"), (WHOLE, "layer")])
+@pytest.mark.parametrize(("option", "skip"), [("mlp/0", "mlp"), ("attention/0", "attention")])
 def test_damages_of_skips_are_those_of_the_active_subnet(family: str, option: str, skip: str) -> None:
     supernet, data, held = made(family)
     table = measure_quality_table(supernet, data, held, measure="hidden")
@@ -133,6 +133,16 @@ def test_damages_of_skips_are_those_of_the_active_subnet(family: str, option: st
         with supernet.activate(point):
             ours = states(supernet.model, held, layer=last_layer(supernet.model, supernet))
         assert row[option] == pytest.approx(float((ours - theirs).square().sum() / theirs.square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_damage_of_a_missing_layer_is_that_after_what_follows_was_refitted(family: str) -> None:
+    supernet, data, held = made(family)
+    table = measure_quality_table(supernet, data, held, measure="hidden")
+    for index, row in enumerate(table.damages):
+        point = supernet.space.canonical({**supernet.space.largest(), f"layers.{index}.skip": "layer"})
+        refitted = true_damage(supernet, point, calibration=data, validation=held, measure="hidden")
+        assert row[WHOLE] == pytest.approx(refitted, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,58 @@
+"""What the folder of a recovery says about its run, so that only the same run is continued there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_elastic.errors import CheckpointError
+from hf_elastic.files import read_json, write_json
+
+RUN_FILE = "recover.json"
+
+_FORMAT = 1
+
+
+class RunFile:
+    """What a run folder says about its run: models, data, settings, and the number of steps.
+
+    Args:
+        folder: of the run; it is made when something is noted.
+        identity: of the run that is to be begun or continued there.
+
+    Raises:
+        CheckpointError: the folder holds another run, or something else.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self._file, self._identity = folder / RUN_FILE, dict(identity)
+        self.steps: int | None = None
+        self.step_seconds: float | None = None
+        if not self._file.is_file():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise CheckpointError(f"{folder} holds no run of recover(); give another folder")
+            return
+        found = read_json(self._file)
+        if difference := _difference(found, self._identity):
+            raise CheckpointError(f"{folder} holds a run with {difference}; give another folder, or delete it")
+        try:
+            self.steps, self.step_seconds = int(found["steps"]), found["step_seconds"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._file} describes no run of recover(): {error!r}") from error
+
+    def note(self, *, steps: int, step_seconds: float | None) -> None:
+        """Writes the file."""
+        self.steps, self.step_seconds = steps, step_seconds
+        write_json(self._file, {"format": _FORMAT, **self._identity, "steps": steps, "step_seconds": step_seconds})
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    if found.get("model") != wanted["model"]:
+        return "other weights of the model at its beginning (a run is continued from the model it began with)"
+    for name in ("teacher", "data"):
+        if found.get(name) != wanted[name]:
+            return f"other {name}" if name == "data" else f"another {name}"
+    before, now = found.get("settings", {}), wanted["settings"]
+    changed = [f"{name}={before.get(name)!r} instead of {now[name]!r}" for name in now if before.get(name) != now[name]]
+    return changed[0] if changed else None
