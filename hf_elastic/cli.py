@@ -22,7 +22,7 @@ from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
 from hf_elastic.pipeline import CompressRun, front_row, open_supernet, search_run
-from hf_elastic.pipeline.options import Device, Precision, TaskName
+from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
 from hf_elastic.supernet import Loadability as Form
@@ -51,7 +51,10 @@ def compress_command(
     output: Annotated[str, typer.Option(help="Folder of the smaller model; the work is kept in OUTPUT.run.")],
     within: Within = ["parameters=0.6"],  # noqa: B006 - typer reads the default, nothing changes it
     task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
-    minutes: Annotated[float, typer.Option(help="Training time.")] = Default.minutes,
+    recipe: Annotated[
+        Recipe, typer.Option(help="fast: no training; balanced: trains its answer; best: searches a supernet.")
+    ] = Default.recipe,
+    minutes: Annotated[float, typer.Option(help="Training time, unless fast.")] = Default.minutes,
     evaluations: Annotated[int, typer.Option(help="Architectures to evaluate.")] = Default.evaluations,
     loadability: Annotated[Loadability, typer.Option(help="any may need trust_remote_code.")] = Default.loadability,
     space: Annotated[
@@ -74,6 +77,7 @@ def compress_command(
         output=output,
         within=parse_limits(within),
         task=task,
+        recipe=recipe,
         minutes=minutes,
         evaluations=evaluations,
         loadability=loadability,

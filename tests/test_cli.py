@@ -18,7 +18,10 @@ from tiny_checkpoints import classifier, language_model, sentence_encoder, write
 from hf_elastic import SearchResult, SpaceError
 from hf_elastic.cli import main, parse_limits
 
-FAST = ["--minutes", "0", "--evaluations", "6", "--sequence-length", "24", "--batch-size", "8", "--device", "cpu"]
+FAST = [
+    "--recipe", "best", "--minutes", "0", "--evaluations", "6", "--sequence-length", "24", "--batch-size", "8",
+    "--device", "cpu",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,9 @@ def decoder_classifier(folder: Path, family: str = "llama", **changes: Any) -> P
 
 
 def options(model: Path, data: Path, output: Path, **changes: Any) -> CompressOptions:
-    """Options of a run of seconds; without training unless ``minutes`` says otherwise."""
+    """Options of a run of seconds with every stage; without training unless ``minutes`` says otherwise."""
     settings: dict[str, Any] = {
-        "within": {"parameters": 0.7}, "minutes": 0.0, "evaluations": 6, "sequence_length": 24, "batch_size": 8,
-        "precision": "fp32", "device": "cpu",
+        "recipe": "best", "within": {"parameters": 0.7}, "minutes": 0.0, "evaluations": 6, "sequence_length": 24,
+        "batch_size": 8, "precision": "fp32", "device": "cpu",
     }  # fmt: skip
     return CompressOptions(str(model), (str(data),), str(output), **{**settings, **changes})

@@ -17,6 +17,7 @@ from hf_elastic.families import family_of, layers_of
 TaskName = Literal["auto", "embedding", "causal-lm", "masked-lm", "classification"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+Recipe = Literal["fast", "balanced", "best"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class CompressOptions:
         within: limits by name of a cost (``parameters``, ``total_parameters``, ``macs``); up to 1 a fraction of the
             parent's, above 1 an absolute number.
         task: what the model is for; ``auto`` reads it off the checkpoint's class.
-        minutes: training time on this machine: supernet and found subnet together; 0 trains nothing.
-        share: part of that time that trains the supernet; the rest trains the found subnet.
+        recipe: ``fast`` trains nothing: measured tables, exact search, closed-form repair. ``balanced`` then trains
+            what that found. ``best`` trains a supernet, searches it, and trains what it found.
+        minutes: training time on this machine; 0 trains nothing.
+        share: with ``best``, the part of that time that trains the supernet; the rest trains the found subnet.
         evaluations: how many architectures the search may evaluate; at least 3.
         loadability: ``stock`` keeps to what ordinary checkpoints hold; ``any`` may need ``trust_remote_code``. A
             ``space`` has its own.
@@ -50,6 +53,7 @@ class CompressOptions:
     output: str
     within: Mapping[str, float] = field(default_factory=lambda: {"parameters": 0.6})
     task: TaskName = "auto"
+    recipe: Recipe = "best"
     minutes: float = 8.0
     share: float = 0.4
     evaluations: int = 80
@@ -116,6 +120,7 @@ class CompressOptions:
 
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "task": get_args(TaskName),
+    "recipe": get_args(Recipe),
     "loadability": get_args(Loadability),
     "precision": get_args(Precision),
     "device": get_args(Device),
@@ -123,8 +128,9 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
 # The search evaluates the midpoint, the even cut and the smallest architecture before it proposes any.
 _LEAST: Mapping[str, int] = {"evaluations": 3, "sequence_length": 4, "batch_size": 1, "seed": 0}
 _ERRORS: Mapping[str, type[ElasticError]] = {
-    "task": DataError, "loadability": SpaceError, "precision": TrainingError, "device": TrainingError,
-    "evaluations": SearchError, "sequence_length": DataError, "batch_size": TrainingError, "seed": SearchError,
+    "task": DataError, "recipe": TrainingError, "loadability": SpaceError, "precision": TrainingError,
+    "device": TrainingError, "evaluations": SearchError, "sequence_length": DataError, "batch_size": TrainingError,
+    "seed": SearchError,
 }  # fmt: skip
 
 
@@ -132,8 +138,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+_MOST_WIDTHS = 48
+
+
 def default_space(model: PreTrainedModel, loadability: Loadability) -> ElasticConfig:
-    """A space for any supported model: FFN widths in eighths and whole layers; with ``any`` heads and sublayers too.
+    """A space for any supported model: FFN widths and whole layers; with ``any`` heads and sublayers too.
+
+    Widths are multiples of what hardware likes (32; 8 of small models) from a quarter up, at most 48 where one width
+    holds for all layers, else eighths.
 
     Args:
         model: to read its family and sizes.
@@ -141,11 +153,16 @@ def default_space(model: PreTrainedModel, loadability: Loadability) -> ElasticCo
     """
     family = family_of(model)
     widths = [eighths / 8 for eighths in range(2, 9)]
-    layers = len(layers_of(model, family))
+    modules = layers_of(model, family)
+    layers = len(modules)
     multiple = 32 if model.config.hidden_size >= 256 else 8
     if loadability == "stock":
-        finer = [sixteenths / 16 for sixteenths in range(4, 17)]
-        return ElasticConfig(intermediate_size=finer, skip=["layer"], multiple_of=multiple, loadability="stock")
+        neurons = modules[0].get_parameter(f"{family.ffn_out}.weight").numel() // model.config.hidden_size
+        step = multiple
+        while neurons > _MOST_WIDTHS * step:
+            step *= 2
+        finer = [width for width in range(step, neurons + 1, step) if 4 * width >= neurons]
+        return ElasticConfig(intermediate_size=finer or None, skip=["layer"], multiple_of=multiple, loadability="stock")
     kinds = ["layer"] if loadability == "stock-padded" and not family.pre_norm else ["attention", "mlp"]
     heads = {family.heads_choice: [0.25, 0.5, 0.75, 1.0]}
     return ElasticConfig(

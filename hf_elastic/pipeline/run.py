@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_elastic import costs, objectives
-from hf_elastic.checkpoint import ExportReport, export, extract
+from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
@@ -24,26 +23,25 @@ from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
+from hf_elastic.pipeline.comparison import Candidate, compare
+from hf_elastic.pipeline.fast import candidates, measured, quality_table, ranking_batches, tried
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, read_config, resolve_task
 from hf_elastic.pipeline.texts import Row, digest, read_rows
-from hf_elastic.pipeline.training import (
-    device_of,
-    random_batches,
-    step_seconds,
-    train_phase,
-)  # fmt: skip
+from hf_elastic.pipeline.training import device_of, random_batches, step_seconds, train_phase
+from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table
-from hf_elastic.search import search_subnets
+from hf_elastic.search import Objective, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
 from hf_elastic.training import FixedSubnet
 
 Say = Callable[[str], None]
 
-LATENCY_BATCH = 8
 TEACHER_FILE = "teacher.safetensors"
+QUALITY_FILE = "quality.json"
+UNIFORM_REPAIRED = "uniform width, refit"
 _OVERHEAD = 1.3  # optimizer, collation, checkpoints and logging, as measured on MiniLM
 _REPORTED = {field.name for field in fields(ExportReport)} - {"directory"}
 
@@ -137,13 +135,51 @@ class CompressRun:
         supernet = self._stage("space", "sorted", lambda: self._sorted(fresh or self._new_supernet()))
         limits = feasibility(supernet, self.options.within)
         self.validation_teacher = self._teacher(supernet)
+        answer = self._stage("repair", "repaired", lambda: self._fast_answer(supernet))
+        fast = supernet.space.canonical(self.record.numbers("repair")["architecture"])
+        if self.options.recipe == "fast":
+            return self._finish(answer, fast)
         self.parent = copy.deepcopy(supernet.model).eval().requires_grad_(False)
+        if self.options.recipe == "balanced":
+            self._plan_training(supernet, (fast,))
+            return self._finish(self._stage("specialise", "found", lambda: self._specialise(answer, fast)), fast)
         pool = near_limit(supernet, limits, seed=self.options.seed)
         self._plan_training(supernet, pool)
         trained = self._stage("train", "supernet", lambda: self._train_supernet(supernet, pool))
         found = self._search(trained)
         final = self._stage("specialise", "found", lambda: self._specialise(trained, found))
         return self._finish(final, found)
+
+    def _fast_answer(self, supernet: Supernet) -> Supernet:
+        """The best of a few exact answers, repaired in closed form on all calibration data."""
+        with self.record.stage("tables"):
+            table = quality_table(supernet, task=self.task, data=self.data, path=self.folder / QUALITY_FILE)
+        measures, some = self._measures(supernet), ranking_batches(self.data)
+        points = candidates(supernet, table, self.options.within)
+        trials = [tried(supernet, point, measures=measures, calibration=some) for point in points]
+        best = min(trials, key=lambda trial: trial.distance).architecture
+        with refitted(supernet, best, self.data.calibration) as report:
+            values = measured(measures, best)
+            repaired = copy.deepcopy(supernet.model)
+        kept = self._macs(supernet, best) / self._macs(supernet, supernet.space.largest())
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"without training: {shown} at {kept:.0%} of the MACs")
+        self.record.note(
+            "repair",
+            architecture=dict(best),
+            values=values,
+            error_cut=report.error_cut,
+            error=report.error,
+            tried=[{"architecture": dict(trial.architecture), **trial.values} for trial in trials],
+        )
+        return Supernet(repaired)
+
+    @staticmethod
+    def _macs(supernet: Supernet, architecture: Architecture) -> int:
+        return costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS)
+
+    def _measures(self, supernet: Supernet) -> list[Objective]:
+        return self.task.measures(supernet, self.data.validation, teacher=self.validation_teacher)
 
     def _stage(self, name: str, folder: str, work: Callable[[], Supernet]) -> Supernet:
         """Runs a stage whose result is a supernet, or restores it."""
@@ -152,7 +188,7 @@ class CompressRun:
             with self.record.stage(name):
                 work().save_pretrained(target, overwrite=True)
         shutil.rmtree(self._checkpoints(folder), ignore_errors=True)
-        return Supernet.from_pretrained(target, dtype=torch.float32).to(self.device)
+        return self._kept(folder)
 
     def _checkpoints(self, phase: str) -> Path:
         return self.folder / f"training-{phase}"
@@ -166,7 +202,7 @@ class CompressRun:
         return supernet
 
     def _sorted(self, supernet: Supernet) -> Supernet:
-        scores = sort_by_importance_(supernet, self.data.calibration)
+        scores = sort_by_importance_(supernet, self.data.calibration, method="reconstruction")
         order = scores["layers"].argsort(descending=True, stable=True).tolist()
         self.record.note("space", layer_order=order, size=str(supernet.space.size))
         self.say(str(supernet))
@@ -241,7 +277,7 @@ class CompressRun:
     def _search(self, supernet: Supernet) -> Architecture:
         if self.record.finished("search"):
             return supernet.space.canonical(self.record.numbers("search")["architecture"])
-        measures = self.task.measures(supernet, self.data.validation, teacher=self.validation_teacher)
+        measures = self._measures(supernet)
         cost = objectives.related_costs(supernet)[next(iter(self.options.within))]
         with self.record.stage("search"):
             result = search_subnets(
@@ -293,9 +329,13 @@ class CompressRun:
         return "remote-code" if form == "stock-padded" and compact else form
 
     def _compare(self, final: Supernet, architecture: Architecture) -> list[dict[str, Any]]:
-        """Rows of the table; every model is measured on the same sentences, latencies interleaved."""
-        pristine = Supernet.from_pretrained(self.folder / "sorted", dtype=torch.float32).to(self.device)
-        trained = Supernet.from_pretrained(self.folder / "supernet", dtype=torch.float32).to(self.device)
+        """Rows of the table: the parent, what was found, how it stood on the way, and what plain cutting gives."""
+        pristine = self._kept("sorted")
+        rows = [
+            Candidate("parent", pristine, pristine.space.largest()),
+            Candidate("found", final, architecture),
+            *self._on_the_way(pristine, architecture),
+        ]
         plain = plain_alternatives(
             lambda: load_model(self.task, self.options, folder=self.folder / "sorted"),
             limit=costs.macs(final, architecture, seq_len=costs.LATENCY_TOKENS),
@@ -303,40 +343,26 @@ class CompressRun:
         )
         if not any(name == UNIFORM for name, _, _ in plain):
             self.say(f"no uniform width is as cheap as the subnet found: the table has no row '{UNIFORM}'")
-        candidates = [
-            ("parent", pristine, pristine.space.largest()),
-            ("found", final, architecture),
-            ("midpoint", trained, trained.space.midpoint()),
-            *((name, supernet.to(pristine.model.device), point) for name, supernet, point in plain),
-        ]
-        rows = [self._row(name, supernet, point) for name, supernet, point in candidates]
-        models = {n: extract(s, point, loadability=self._form(s, point)) for n, s, point in candidates}
-        inputs = costs.default_inputs(pristine)
-        feed = {key: t.expand(LATENCY_BATCH, -1) for key, t in inputs.items()}
+        for name, supernet, point in plain:
+            moved = supernet.to(self.device)
+            rows.append(Candidate(name, moved, point))
+            if name == UNIFORM:
+                rows.append(Candidate(UNIFORM_REPAIRED, moved, point, tuple(self.data.calibration)))
+        return compare(rows, measures=self._measures, form=self._form)
 
-        def timed(model: nn.Module) -> Callable[[], object]:
-            def call() -> object:
-                with torch.inference_mode():
-                    return model(**feed)
+    def _on_the_way(self, pristine: Supernet, architecture: Architecture) -> list[Candidate]:
+        """What earlier stages gave: the fast answer cut only, and repaired; the midpoint of a trained supernet."""
+        fast = pristine.space.canonical(self.record.numbers("repair")["architecture"])
+        found = [Candidate("fast answer, cut only", pristine, fast)]
+        if self.options.recipe != "fast":
+            found.insert(0, Candidate("fast answer, untrained", self._kept("repaired"), fast))
+        if self.options.recipe == "best":
+            trained = self._kept("supernet")
+            found.insert(0, Candidate("midpoint", trained, trained.space.midpoint()))
+        return found
 
-            return call
-
-        latencies = costs.measure_latency({name: timed(model) for name, model in models.items()}, seconds=20.0)
-        for row in rows:
-            row["latency"] = latencies[row["name"]].median
-        return rows
-
-    def _row(self, name: str, supernet: Supernet, architecture: Architecture) -> dict[str, Any]:
-        measured = self.task.measures(supernet, self.data.validation, teacher=self.validation_teacher)
-        return {
-            "name": name,
-            "parameters": costs.parameters(supernet, architecture),
-            "total_parameters": costs.total_parameters(supernet, architecture),
-            "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS),
-            "loadability": self._form(supernet, architecture),
-            "architecture": dict(architecture),
-            **{measure.name: finite(measure(architecture)) for measure in measured},
-        }
+    def _kept(self, folder: str) -> Supernet:
+        return Supernet.from_pretrained(self.folder / folder, dtype=torch.float32).to(self.device)
 
 
 def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:
@@ -352,11 +378,6 @@ def cast_parameters_(model: nn.Module, dtype: torch.dtype | str | None) -> None:
     if wanted is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(wanted)
-
-
-def finite(value: float) -> float | None:
-    """A number that JSON can hold; ``None`` for what an untrained model broke."""
-    return value if math.isfinite(value) else None
 
 
 def teacher_vectors(folder: Path) -> Tensor | None:

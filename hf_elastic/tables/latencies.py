@@ -369,7 +369,8 @@ def _shape_digest(supernet: Supernet) -> str:
 
 def _sizes(parts: Sequence[LayerPart], *, count: int) -> list[Sizes]:
     """Sizes that are measured for layers of one kind, the whole ones first."""
-    points = [(part, point) for part in parts for point in SearchSpace(part.choices).architectures()]
+    chooses = [part for part in parts if part.choices]
+    points = [(part, point) for part in chooses for point in SearchSpace(part.choices).architectures()]
     whole = sizes_of(parts[0].full)
     there = {sizes_of(part.shape(point)) for part, point in points if not part.shape(point).skipped} | {whole}
     heads = _spread({sizes.attention for sizes in there} - {0}, count)

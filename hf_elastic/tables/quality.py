@@ -169,7 +169,8 @@ def _continued(found: QualityTable, wanted: str, path: str | Path) -> QualityTab
 
 def sublayer_options(part: LayerPart, *, sizes: int) -> list[str]:
     """Names of the entries a layer needs for the space it is in, the largest sizes first."""
-    shapes = {part.shape(point) for point in SearchSpace(part.choices).architectures()}
+    points = SearchSpace(part.choices).architectures() if part.choices else ()
+    shapes = {part.full, *(part.shape(point) for point in points)}
     widths = sorted({s.intermediate_size if s.mlp else 0 for s in shapes if not s.skipped}, reverse=True)
     heads = sorted({s.num_key_value_heads if s.attention else 0 for s in shapes if not s.skipped}, reverse=True)
     chosen = [f"mlp/{width}" for width in _spread(widths, sizes)] + [f"attention/{count}" for count in heads]

@@ -61,6 +61,7 @@ def test_a_run_finds_a_smaller_model_within_the_limits(results: dict[str, Any], 
     given, result = results[kind]
     parent, found = result.rows[0], result.rows[1]
     assert [row["name"] for row in result.rows][:3] == ["parent", "found", "midpoint"]
+    assert result.rows[3]["name"] == "fast answer, untrained"
     for name, share in given.within.items():
         assert found[name] <= share * parent[name]
     model = transformers.AutoModel.from_pretrained(given.output, trust_remote_code=True)

@@ -1,0 +1,96 @@
+"""The table of a run: every model on the same sentences, latencies interleaved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_elastic import costs
+from hf_elastic.checkpoint import extract
+from hf_elastic.repair.refitting import refitted
+from hf_elastic.search import Objective
+from hf_elastic.space import Architecture
+from hf_elastic.streams import Batch
+from hf_elastic.supernet import Loadability, Supernet
+
+LATENCY_BATCH = 8
+_LATENCY_SECONDS = 12.0
+Form = Callable[[Supernet, Architecture], Loadability]
+Measures = Callable[[Supernet], Sequence[Objective]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row to be: a subnet of a supernet, as it is or repaired on calibration batches first."""
+
+    name: str
+    supernet: Supernet
+    architecture: Architecture
+    calibration: Sequence[Batch] = ()
+
+    @contextmanager
+    def ready(self) -> Iterator[Supernet]:
+        """The supernet with the weights that the row is about."""
+        if not self.calibration:
+            yield self.supernet
+            return
+        with refitted(self.supernet, self.architecture, self.calibration):
+            yield self.supernet
+
+
+def compare(candidates: Sequence[Candidate], *, measures: Measures, form: Form) -> list[dict[str, Any]]:
+    """Rows of the table: costs, measured qualities, and latency of each model as it would be exported.
+
+    Args:
+        candidates: the first is the parent.
+        measures: the objectives of a supernet that become columns.
+        form: how an architecture would be written.
+    """
+    rows, models = [], {}
+    for candidate in candidates:
+        with candidate.ready() as supernet:
+            point, loadability = candidate.architecture, form(supernet, candidate.architecture)
+            rows.append(_row(candidate, measures(supernet), loadability=loadability))
+            models[candidate.name] = extract(supernet, point, loadability=loadability)
+    latencies = _latencies(candidates[0].supernet, models)
+    return [{**row, "latency": latencies[row["name"]]} for row in rows]
+
+
+def _row(candidate: Candidate, measured: Sequence[Objective], *, loadability: Loadability) -> dict[str, Any]:
+    supernet, point = candidate.supernet, candidate.architecture
+    return {
+        "name": candidate.name,
+        "parameters": costs.parameters(supernet, point),
+        "total_parameters": costs.total_parameters(supernet, point),
+        "macs": costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS),
+        "loadability": loadability,
+        "architecture": dict(point),
+        **{measure.name: finite(measure(point)) for measure in measured},
+    }
+
+
+def _latencies(parent: Supernet, models: dict[str, PreTrainedModel]) -> dict[str, float]:
+    """Median seconds of a forward over ``(8, 128)`` tokens, by name."""
+    feed = {name: t.expand(LATENCY_BATCH, -1) for name, t in costs.default_inputs(parent).items()}
+
+    def timed(model: nn.Module) -> Callable[[], object]:
+        def call() -> object:
+            with torch.inference_mode():
+                return model(**feed)
+
+        return call
+
+    found = costs.measure_latency({name: timed(model) for name, model in models.items()}, seconds=_LATENCY_SECONDS)
+    return {name: latency.median for name, latency in found.items()}
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON can hold; ``None`` for what an untrained model broke."""
+    return value if math.isfinite(value) else None

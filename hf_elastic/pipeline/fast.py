@@ -1,0 +1,141 @@
+"""The answer without training: measured tables, exact search, closed-form repair of the best few, the best of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hf_elastic import objectives
+from hf_elastic.errors import InfeasibleError
+from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.pipeline.limits import feasibility
+from hf_elastic.pipeline.tasks import Task, TaskData
+from hf_elastic.repair.refitting import repaired_shapes
+from hf_elastic.search import Objective, search_subnets
+from hf_elastic.space import Architecture
+from hf_elastic.streams import Batch
+from hf_elastic.supernet import Supernet
+from hf_elastic.tables.additive import layer_table
+from hf_elastic.tables.quality import WHOLE, QualityTable, measure_quality_table
+
+_HELD_SHARE = 0.25  # of the validation rows: enough to rank options
+_RANKING_TOKENS = 6144  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
+_DEPTHS = 3  # candidates: the best with at most so many layers, for the largest few numbers of layers
+_MEASURES = {"embedding": "similarity", "causal-lm": "kl", "masked-lm": "kl", "classification": "hidden"}
+
+
+def ranking_batches(data: TaskData) -> list[Batch]:
+    """A part of every calibration batch, some 6,000 tokens: what candidates are repaired on to be compared."""
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in data.calibration)
+    return _part(data.calibration, min(1.0, _RANKING_TOKENS / tokens))
+
+
+def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
+    return [{name: v[: math.ceil(share * len(v))] for name, v in batch.items()} for batch in batches]
+
+
+def quality_table(
+    supernet: Supernet, *, task: Task, data: TaskData, path: Path, progress: Callable[[int, int], object] | None = None
+) -> QualityTable:
+    """Measures, or goes on measuring, the damage of every option of every layer."""
+    measure = _MEASURES[task.name] + (f"/{task.pooling}" if task.name == "embedding" else "")
+    held = _part(data.validation, _HELD_SHARE)
+    return measure_quality_table(
+        supernet, ranking_batches(data), held, measure=measure, path=path, progress=progress
+    )  # fmt: skip
+
+
+def candidates(supernet: Supernet, table: QualityTable, within: Mapping[str, float]) -> tuple[Architecture, ...]:
+    """The architectures of least predicted damage within the limits, with all layers, with one less, and so on.
+
+    Sums over layers are least to be trusted when they compare models of different depth, so each depth has its best
+    one tried; with one layer less also the best that leaves out another layer, which is often as close.
+
+    Raises:
+        InfeasibleError: nothing keeps the limits.
+    """
+    layers = len(supernet.layer_parts)
+    found: dict[Architecture, None] = {}
+    for most in range(layers, max(0, layers - _DEPTHS), -1):
+        best = _least_damage(supernet, table, within=within, most=most)
+        if best is None:
+            break
+        found.setdefault(best)
+        skipped = [n for n, shape in enumerate(supernet.layer_shapes(best)) if shape.skipped]
+        if most == layers - 1 and len(skipped) == 1:
+            other = _least_damage(supernet, _forbidding(table, skipped[0]), within=within, most=most)
+            if other is not None:
+                found.setdefault(other)
+    if not found:
+        feasibility(supernet, within)
+        raise InfeasibleError("the limits leave only architectures without any layer; loosen within=")
+    return tuple(found)
+
+
+def _least_damage(
+    supernet: Supernet, table: QualityTable, *, within: Mapping[str, float], most: int
+) -> Architecture | None:
+    """The architecture of least predicted damage of at most so many layers; ``None`` where there is none with any."""
+    damage, depth = objectives.damage(supernet, table), _kept_layers(supernet)
+    known = {**objectives.related_costs(supernet), depth.name: depth}
+    limits = {**within, depth.name: most}
+    try:
+        result = search_subnets(
+            supernet.space, [replace(damage, related=lambda: known)], algorithm="exact", within=limits, progress=False
+        )
+    except InfeasibleError:
+        return None
+    best = result.best(damage.name).architecture
+    return None if all(shape.skipped for shape in supernet.layer_shapes(best)) else best
+
+
+def _forbidding(table: QualityTable, layer: int) -> QualityTable:
+    """The table with a layer that is worse to leave out than everything else together."""
+    rows = [dict(row) for row in table.damages]
+    rows[layer][WHOLE] = 1 + sum(abs(value) for row in rows for value in row.values())
+    return replace(table, damages=tuple(rows))
+
+
+def _kept_layers(supernet: Supernet) -> Objective:
+    def layers(architecture: Architecture) -> float:
+        return sum(not shape.skipped for shape in supernet.layer_shapes(architecture))
+
+    def kept(_part: LayerPart, shape: LayerShape) -> float:
+        return int(not shape.skipped)
+
+    return Objective("layers", layers, cost=True, additive=layer_table(supernet, kept))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate, repaired on part of the calibration data and measured.
+
+    Attributes:
+        architecture: what.
+        values: measured qualities by name.
+        distance: how far from the parent it is: the product of what each quality is short of the parent's.
+    """
+
+    architecture: Architecture
+    values: Mapping[str, float]
+    distance: float
+
+
+def tried(
+    supernet: Supernet, architecture: Architecture, *, measures: Sequence[Objective], calibration: Sequence[Batch]
+) -> Trial:
+    """Repairs a candidate inside the supernet, measures it, and gives the supernet its weights back."""
+    with repaired_shapes(supernet, supernet.layer_shapes(architecture), calibration, judged=False):
+        values = measured(measures, architecture)
+    distance = 1.0
+    for measure in measures:
+        value = values[measure.name]
+        distance *= max(0.0, 1.0 - value) if measure.direction == "maximize" else value
+    return Trial(architecture, values, distance)
+
+
+def measured(measures: Sequence[Objective], architecture: Architecture) -> dict[str, float]:
+    """Qualities by name."""
+    return {measure.name: measure(architecture) for measure in measures}
