@@ -249,6 +249,12 @@ def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     return layers
 
 
+def ffn_neurons(model: PreTrainedModel, family: Family) -> int:
+    """Returns the FFN width of the first layer."""
+    weight = layers_of(model, family)[0].get_parameter(f"{family.ffn_out}.weight")
+    return weight.numel() // int(model.config.hidden_size)
+
+
 def shifts_labels(model: nn.Module) -> bool:
     """Returns whether position ``t`` is scored against label ``t + 1``, by the model's own loss.
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hf_elastic import costs
 from hf_elastic.conversion import make_elastic
 from hf_elastic.declaration import ElasticConfig
-from hf_elastic.families import family_of, layers_of
+from hf_elastic.families import family_of, ffn_neurons, layers_of
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 
@@ -37,10 +37,8 @@ def plain_alternatives(
     """
     model = load()
     family = family_of(model)
-    layers = layers_of(model, family)
-    neurons = layers[0].get_parameter(f"{family.ffn_out}.weight").numel() // model.config.hidden_size
-    widths = list(range(_WIDTH_STEP, neurons, _WIDTH_STEP))
-    depths = list(range(1, len(layers)))
+    widths = list(range(_WIDTH_STEP, ffn_neurons(model, family), _WIDTH_STEP))
+    depths = list(range(1, len(layers_of(model, family))))
     spaces = {
         UNIFORM: ElasticConfig(intermediate_size=widths, loadability="stock") if widths else None,
         DROPPED: ElasticConfig(num_hidden_layers=depths, layer_order=layer_order) if depths else None,

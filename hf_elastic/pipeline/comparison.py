@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +35,11 @@ class Candidate:
     architecture: Architecture
     calibration: Sequence[Batch] = ()
 
-    @contextmanager
-    def ready(self) -> Iterator[Supernet]:
-        """The supernet with the weights that the row is about."""
+    def ready(self) -> AbstractContextManager[object]:
+        """Inside it the supernet has the weights that the row is about."""
         if not self.calibration:
-            yield self.supernet
-            return
-        with refitted(self.supernet, self.architecture, self.calibration):
-            yield self.supernet
+            return nullcontext()
+        return refitted(self.supernet, self.architecture, self.calibration)
 
 
 def compare(candidates: Sequence[Candidate], *, measures: Measures, form: Form) -> list[dict[str, Any]]:
@@ -55,8 +52,9 @@ def compare(candidates: Sequence[Candidate], *, measures: Measures, form: Form) 
     """
     rows, models = [], {}
     for candidate in candidates:
-        with candidate.ready() as supernet:
-            point, loadability = candidate.architecture, form(supernet, candidate.architecture)
+        supernet, point = candidate.supernet, candidate.architecture
+        loadability = form(supernet, point)
+        with candidate.ready():
             rows.append(_row(candidate, measures(supernet), loadability=loadability))
             models[candidate.name] = extract(supernet, point, loadability=loadability)
     latencies = _latencies(candidates[0].supernet, models)
@@ -92,5 +90,5 @@ def _latencies(parent: Supernet, models: dict[str, PreTrainedModel]) -> dict[str
 
 
 def finite(value: float) -> float | None:
-    """A number that JSON can hold; ``None`` for what an untrained model broke."""
+    """A number that JSON can hold; ``None`` for what a cut model broke."""
     return value if math.isfinite(value) else None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_elastic import objectives
 from hf_elastic.errors import InfeasibleError
 from hf_elastic.parts import LayerPart, LayerShape
-from hf_elastic.pipeline.limits import feasibility
 from hf_elastic.pipeline.tasks import Task, TaskData
 from hf_elastic.repair.refitting import repaired_shapes
 from hf_elastic.search import Objective, search_subnets
@@ -23,6 +22,7 @@ from hf_elastic.tables.quality import WHOLE, QualityTable, measure_quality_table
 _HELD_SHARE = 0.25  # of the validation rows: enough to rank options
 _RANKING_TOKENS = 6144  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
 _DEPTHS = 3  # candidates: the best with at most so many layers, for the largest few numbers of layers
+_KEPT, _LEFT_OUT = "layers", "left_out"
 _MEASURES = {"embedding": "similarity", "causal-lm": "kl", "masked-lm": "kl", "classification": "hidden"}
 
 
@@ -36,15 +36,11 @@ def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
     return [{name: v[: math.ceil(share * len(v))] for name, v in batch.items()} for batch in batches]
 
 
-def quality_table(
-    supernet: Supernet, *, task: Task, data: TaskData, path: Path, progress: Callable[[int, int], object] | None = None
-) -> QualityTable:
+def quality_table(supernet: Supernet, *, task: Task, data: TaskData, path: Path) -> QualityTable:
     """Measures, or goes on measuring, the damage of every option of every layer."""
     measure = _MEASURES[task.name] + (f"/{task.pooling}" if task.name == "embedding" else "")
     held = _part(data.validation, _HELD_SHARE)
-    return measure_quality_table(
-        supernet, ranking_batches(data), held, measure=measure, path=path, progress=progress
-    )  # fmt: skip
+    return measure_quality_table(supernet, ranking_batches(data), held, measure=measure, path=path)
 
 
 def candidates(supernet: Supernet, table: QualityTable, within: Mapping[str, float]) -> tuple[Architecture, ...]:
@@ -54,41 +50,34 @@ def candidates(supernet: Supernet, table: QualityTable, within: Mapping[str, flo
     one tried; with one layer less also the best that leaves out another layer, which is often as close.
 
     Raises:
-        InfeasibleError: nothing keeps the limits.
+        InfeasibleError: nothing with a layer keeps the limits.
     """
     layers = len(supernet.layer_parts)
     found: dict[Architecture, None] = {}
     for most in range(layers, max(0, layers - _DEPTHS), -1):
-        best = _least_damage(supernet, table, within=within, most=most)
-        if best is None:
+        try:
+            best = _least_damage(supernet, table, within=within, most=most)
+        except InfeasibleError:
+            if not found:
+                raise
             break
         found.setdefault(best)
         skipped = [n for n, shape in enumerate(supernet.layer_shapes(best)) if shape.skipped]
         if most == layers - 1 and len(skipped) == 1:
-            other = _least_damage(supernet, _forbidding(table, skipped[0]), within=within, most=most)
-            if other is not None:
-                found.setdefault(other)
-    if not found:
-        feasibility(supernet, within)
-        raise InfeasibleError("the limits leave only architectures without any layer; loosen within=")
+            found.setdefault(_least_damage(supernet, _forbidding(table, skipped[0]), within=within, most=most))
     return tuple(found)
 
 
-def _least_damage(
-    supernet: Supernet, table: QualityTable, *, within: Mapping[str, float], most: int
-) -> Architecture | None:
-    """The architecture of least predicted damage of at most so many layers; ``None`` where there is none with any."""
-    damage, depth = objectives.damage(supernet, table), _kept_layers(supernet)
-    known = {**objectives.related_costs(supernet), depth.name: depth}
-    limits = {**within, depth.name: most}
-    try:
-        result = search_subnets(
-            supernet.space, [replace(damage, related=lambda: known)], algorithm="exact", within=limits, progress=False
-        )
-    except InfeasibleError:
-        return None
-    best = result.best(damage.name).architecture
-    return None if all(shape.skipped for shape in supernet.layer_shapes(best)) else best
+def _least_damage(supernet: Supernet, table: QualityTable, *, within: Mapping[str, float], most: int) -> Architecture:
+    """The architecture of least predicted damage of 1 to ``most`` layers."""
+    damage = objectives.damage(supernet, table)
+    counts = {name: _count(supernet, name) for name in (_KEPT, _LEFT_OUT)}
+    known = {**objectives.related_costs(supernet), **counts}
+    limits = {**within, _KEPT: most, _LEFT_OUT: len(supernet.layer_parts) - 1}
+    result = search_subnets(
+        supernet.space, [replace(damage, related=lambda: known)], algorithm="exact", within=limits, progress=False
+    )
+    return result.best(damage.name).architecture
 
 
 def _forbidding(table: QualityTable, layer: int) -> QualityTable:
@@ -98,14 +87,16 @@ def _forbidding(table: QualityTable, layer: int) -> QualityTable:
     return replace(table, damages=tuple(rows))
 
 
-def _kept_layers(supernet: Supernet) -> Objective:
-    def layers(architecture: Architecture) -> float:
-        return sum(not shape.skipped for shape in supernet.layer_shapes(architecture))
+def _count(supernet: Supernet, name: str) -> Objective:
+    """Counts the layers that are kept, or those that are left out."""
 
-    def kept(_part: LayerPart, shape: LayerShape) -> float:
-        return int(not shape.skipped)
+    def one(_part: LayerPart, shape: LayerShape) -> int:
+        return int(shape.skipped is (name == _LEFT_OUT))
 
-    return Objective("layers", layers, cost=True, additive=layer_table(supernet, kept))
+    def total(architecture: Architecture) -> int:
+        return sum(map(one, supernet.layer_parts, supernet.layer_shapes(architecture)))
+
+    return Objective(name, total, cost=True, additive=layer_table(supernet, one))
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,8 @@ class Trial:
     Attributes:
         architecture: what.
         values: measured qualities by name.
-        distance: how far from the parent it is: the product of what each quality is short of the parent's.
+        distance: how bad it is: the product of what each share (cosine, accuracy) is short of 1 and of the values of
+            what is minimized; infinite where one is no finite number.
     """
 
     architecture: Architecture
@@ -133,7 +125,7 @@ def tried(
     for measure in measures:
         value = values[measure.name]
         distance *= max(0.0, 1.0 - value) if measure.direction == "maximize" else value
-    return Trial(architecture, values, distance)
+    return Trial(architecture, values, distance if all(map(math.isfinite, values.values())) else math.inf)
 
 
 def measured(measures: Sequence[Objective], architecture: Architecture) -> dict[str, float]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import CheckpointError, DataError, ElasticError, SearchError, SpaceError, TrainingError
-from hf_elastic.families import family_of, layers_of
+from hf_elastic.families import family_of, ffn_neurons, layers_of
 
 TaskName = Literal["auto", "embedding", "causal-lm", "masked-lm", "classification"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -152,13 +152,9 @@ def default_space(model: PreTrainedModel, loadability: Loadability) -> ElasticCo
         loadability: what may be chosen per layer.
     """
     family = family_of(model)
-    widths = [eighths / 8 for eighths in range(2, 9)]
-    modules = layers_of(model, family)
-    layers = len(modules)
     multiple = 32 if model.config.hidden_size >= 256 else 8
     if loadability == "stock":
-        neurons = modules[0].get_parameter(f"{family.ffn_out}.weight").numel() // model.config.hidden_size
-        step = multiple
+        neurons, step = ffn_neurons(model, family), multiple
         while neurons > _MOST_WIDTHS * step:
             step *= 2
         finer = [width for width in range(step, neurons + 1, step) if 4 * width >= neurons]
@@ -166,10 +162,10 @@ def default_space(model: PreTrainedModel, loadability: Loadability) -> ElasticCo
     kinds = ["layer"] if loadability == "stock-padded" and not family.pre_norm else ["attention", "mlp"]
     heads = {family.heads_choice: [0.25, 0.5, 0.75, 1.0]}
     return ElasticConfig(
-        intermediate_size=widths,
+        intermediate_size=[eighths / 8 for eighths in range(2, 9)],
         num_attention_heads=heads.get("num_attention_heads"),
         num_key_value_heads=heads.get("num_key_value_heads"),
-        skip=kinds if layers > 1 else None,
+        skip=kinds if len(layers_of(model, family)) > 1 else None,
         multiple_of=multiple,
         loadability=loadability,
     )

@@ -23,7 +23,7 @@ from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
-from hf_elastic.pipeline.comparison import Candidate, compare
+from hf_elastic.pipeline.comparison import Candidate, compare, finite
 from hf_elastic.pipeline.fast import candidates, measured, quality_table, ranking_batches, tried
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
@@ -35,6 +35,7 @@ from hf_elastic.report import comparison_table
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
+from hf_elastic.tables.quality import QualityTable
 from hf_elastic.training import FixedSubnet
 
 Say = Callable[[str], None]
@@ -102,9 +103,6 @@ class CompressRun:
         supernet = self._new_supernet()
         limits = feasibility(supernet, self.options.within)
         pool = near_limit(supernet, limits, count=16, seed=self.options.seed)
-        plan = self._plan(supernet, pool)
-        steps, per_step = plan["supernet_steps"] + plan["found_steps"], plan["seconds_per_step"]
-        per_evaluation, evaluations = self._seconds_per_evaluation(supernet, pool[0]), self.options.evaluations
         wanted = ", ".join(f"{name} <= {value:g}" for name, value in self.options.within.items())
         forms = ", ".join(sorted({self._form(supernet, architecture) for architecture in pool}))
         quality = ", ".join(self.task.quality)
@@ -112,11 +110,22 @@ class CompressRun:
             str(supernet),
             f"  task           {self.task.name}, {len(self.data.train)} training examples, quality: {quality}",
             f"  limits         {wanted}: {feasible_share(supernet, limits):.1%} of the space, loading as {forms}",
-            f"  training       {self.options.minutes:g} min: {steps} steps of {per_step:.2f} s",
-            f"  search         {evaluations * per_evaluation / 60:.1f} min: "
-            f"{evaluations} evaluations of {per_evaluation:.2f} s",
+            *self._times(supernet, pool),
         ]
         return "\n".join(lines)
+
+    def _times(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> list[str]:
+        """What a dry run says of the stages that the recipe has."""
+        lines, recipe = [f"  recipe         {self.options.recipe}"], self.options.recipe
+        if recipe != "fast":
+            plan = self._plan(supernet, pool)
+            steps, per_step = plan["supernet_steps"] + plan["found_steps"], plan["seconds_per_step"]
+            lines.append(f"  training       {self.options.minutes:g} min: {steps} steps of {per_step:.2f} s")
+        if recipe == "best":
+            per_evaluation, evaluations = self._seconds_per_evaluation(supernet, pool[0]), self.options.evaluations
+            minutes = evaluations * per_evaluation / 60
+            lines.append(f"  search         {minutes:.1f} min: {evaluations} evaluations of {per_evaluation:.2f} s")
+        return lines
 
     def _seconds_per_evaluation(self, supernet: Supernet, architecture: Architecture) -> float:
         measure = self.task.measures(supernet, self.data.validation)[0]
@@ -135,6 +144,7 @@ class CompressRun:
         supernet = self._stage("space", "sorted", lambda: self._sorted(fresh or self._new_supernet()))
         limits = feasibility(supernet, self.options.within)
         self.validation_teacher = self._teacher(supernet)
+        self._measure_tables(supernet)
         answer = self._stage("repair", "repaired", lambda: self._fast_answer(supernet))
         fast = supernet.space.canonical(self.record.numbers("repair")["architecture"])
         if self.options.recipe == "fast":
@@ -150,10 +160,14 @@ class CompressRun:
         final = self._stage("specialise", "found", lambda: self._specialise(trained, found))
         return self._finish(final, found)
 
+    def _measure_tables(self, supernet: Supernet) -> None:
+        if not self.record.finished("tables"):
+            with self.record.stage("tables"):
+                quality_table(supernet, task=self.task, data=self.data, path=self.folder / QUALITY_FILE)
+
     def _fast_answer(self, supernet: Supernet) -> Supernet:
         """The best of a few exact answers, repaired in closed form on all calibration data."""
-        with self.record.stage("tables"):
-            table = quality_table(supernet, task=self.task, data=self.data, path=self.folder / QUALITY_FILE)
+        table = QualityTable.load(self.folder / QUALITY_FILE)
         measures, some = self._measures(supernet), ranking_batches(self.data)
         points = candidates(supernet, table, self.options.within)
         trials = [tried(supernet, point, measures=measures, calibration=some) for point in points]
@@ -167,10 +181,10 @@ class CompressRun:
         self.record.note(
             "repair",
             architecture=dict(best),
-            values=values,
+            values=_recorded(values),
             error_cut=report.error_cut,
             error=report.error,
-            tried=[{"architecture": dict(trial.architecture), **trial.values} for trial in trials],
+            tried=[{"architecture": dict(trial.architecture), **_recorded(trial.values)} for trial in trials],
         )
         return Supernet(repaired)
 
@@ -237,7 +251,7 @@ class CompressRun:
         bf16 = self._bf16(supernet, pool)
         seconds = self._seconds_per_step(supernet, pool, bf16=bf16)
         steps = max(1, round(60 * self.options.minutes / (_OVERHEAD * seconds)))
-        first = round(steps * self.options.share)
+        first = round(steps * self.options.share) if self.options.recipe == "best" else 0
         return {"bf16": bf16, "seconds_per_step": seconds, "supernet_steps": first, "found_steps": steps - first}
 
     def _bf16(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> bool:
@@ -338,7 +352,7 @@ class CompressRun:
         ]
         plain = plain_alternatives(
             lambda: load_model(self.task, self.options, folder=self.folder / "sorted"),
-            limit=costs.macs(final, architecture, seq_len=costs.LATENCY_TOKENS),
+            limit=self._macs(final, architecture),
             layer_order=self.record.numbers("space")["layer_order"],
         )
         if not any(name == UNIFORM for name, _, _ in plain):
@@ -363,6 +377,10 @@ class CompressRun:
 
     def _kept(self, folder: str) -> Supernet:
         return Supernet.from_pretrained(self.folder / folder, dtype=torch.float32).to(self.device)
+
+
+def _recorded(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in values.items()}
 
 
 def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:

@@ -36,6 +36,9 @@ def open_supernet(folder: Path) -> tuple[Supernet, str]:
         return Supernet.from_pretrained(folder), str(folder)
     record = _record(folder)
     if not record["stages"].get("train", {}).get("finished"):
+        recipe = record["options"].get("recipe", "best")
+        if recipe != "best":
+            raise CheckpointError(f"{folder} is a run of recipe {recipe}, which trains no supernet; use recipe best")
         raise CheckpointError(f"{folder} is a run without a trained supernet yet; repeat its compress command first")
     return Supernet.from_pretrained(folder / "supernet"), str(record["options"].get("model", ""))
 

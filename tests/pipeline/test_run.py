@@ -30,7 +30,7 @@ from hf_elastic import (
     UnsupportedModelError,
     compress,
 )  # fmt: skip
-from hf_elastic.pipeline import CompressRun
+from hf_elastic.pipeline import CompressRun, open_supernet
 
 Find = Callable[[str], Path]
 
@@ -71,6 +71,48 @@ def test_a_run_finds_a_smaller_model_within_the_limits(results: dict[str, Any], 
     assert sum(p.numel() for p in model.parameters()) <= total
     plan = result.record["stages"]["plan"]
     assert plan["supernet_steps"] > 0 and plan["found_steps"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["fast", "balanced"])
+@pytest.mark.parametrize("kind", ["embedding", "causal-lm"])
+def test_a_recipe_runs_its_stages_and_no_others(
+    checkpoint: Find, data: Find, tmp_path: Path, kind: str, recipe: Any
+) -> None:
+    given = options(checkpoint(kind), data(kind), tmp_path / "small", recipe=recipe, minutes=0.01)
+    result = silent(given)
+    stages = result.record["stages"]
+    assert {name for name in ("tables", "repair", "train", "search", "specialise") if name in stages} == {
+        "tables", "repair", *(["specialise"] if recipe == "balanced" else []),
+    }  # fmt: skip
+    assert stages.get("plan", {}).get("supernet_steps", 0) == 0
+    assert (stages.get("plan", {}).get("found_steps", 0) > 0) is (recipe == "balanced")
+    assert given.run_folder.joinpath("supernet").exists() is False
+    rows = {row["name"]: row for row in result.rows}
+    assert rows["found"]["parameters"] <= 0.7 * rows["parent"]["parameters"]
+    assert rows["found"]["architecture"] == stages["repair"]["architecture"]
+    assert ("fast answer, untrained" in rows) is (recipe == "balanced")
+    assert "midpoint" not in rows
+    repaired = rows["found" if recipe == "fast" else "fast answer, untrained"]
+    for name, value in stages["repair"]["values"].items():
+        assert repaired[name] == pytest.approx(value, rel=1e-4)
+    tried = [trial["architecture"] for trial in stages["repair"]["tried"]]
+    assert dict(result.architecture) in tried and len(tried) == len({repr(point) for point in tried})
+    told = silent(given)
+    assert told.rows == result.rows
+    with pytest.raises(CheckpointError, match=f"recipe {recipe}, which trains no supernet"):
+        open_supernet(given.run_folder)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shown"), [("fast", ()), ("balanced", ("training",)), ("best", ("training", "search"))]
+)
+def test_a_dry_run_tells_the_time_of_the_stages_that_the_recipe_has(
+    checkpoint: Find, data: Find, tmp_path: Path, recipe: Any, shown: tuple[str, ...]
+) -> None:
+    given = options(checkpoint("embedding"), data("embedding"), tmp_path / "small", recipe=recipe, minutes=0.01)
+    told = CompressRun(given, say=lambda text: None).dry_run()
+    found = tuple(word for word in ("training", "search") if f"\n  {word}  " in told)
+    assert found == shown and f"recipe         {recipe}" in told
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
