@@ -26,6 +26,7 @@ from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
 from hf_elastic.supernet import Loadability as Form
+from hf_elastic.tables.timing import Phase
 
 app = typer.Typer(
     add_completion=False,
@@ -35,12 +36,8 @@ app = typer.Typer(
     help="Make Hugging Face language models elastic.",
 )
 
-Within = Annotated[
-    list[str],
-    typer.Option(
-        help="Limit such as parameters=0.6: up to 1 a fraction of the parent's, above 1 absolute. May be repeated."
-    ),
-]
+_WITHIN_HELP = "Limit such as parameters=0.6: up to 1 a fraction of the parent's, above 1 absolute. May be repeated."
+Within = Annotated[list[str], typer.Option(help=_WITHIN_HELP)]
 
 
 @app.command("compress")
@@ -49,7 +46,14 @@ def compress_command(
     *,
     data: Annotated[list[str], typer.Option(help=".txt, .jsonl or .csv file, or data set name[:split]. Repeatable.")],
     output: Annotated[str, typer.Option(help="Folder of the smaller model; the work is kept in OUTPUT.run.")],
-    within: Within = ["parameters=0.6"],  # noqa: B006 - typer reads the default, nothing changes it
+    within: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{_WITHIN_HELP} parameters=0.6 unless another budget is given."),
+    ] = None,
+    speedup: Annotated[str | None, typer.Option(help="Times faster, such as 1.7 or 1.7@16x128 (1x128 else).")] = None,
+    latency: Annotated[str | None, typer.Option(help="Of a forward, such as 8ms or 8ms@16x128.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Weights and KV cache, such as 6GB or 6GB@8x2048.")] = None,
+    phase: Annotated[Phase, typer.Option(help="What speed-up and latency are of.")] = Default.phase,
     task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
     recipe: Annotated[
         Recipe, typer.Option(help="fast: no training; balanced: trains its answer; best: searches a supernet.")
@@ -75,7 +79,11 @@ def compress_command(
         model=model,
         data=tuple(data),
         output=output,
-        within=parse_limits(within),
+        within=parse_limits(within) if within else None,
+        speedup=speedup,
+        latency=latency,
+        memory=memory,
+        phase=phase,
         task=task,
         recipe=recipe,
         minutes=minutes,

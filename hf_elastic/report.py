@@ -135,6 +135,11 @@ def _describe_checkpoint(folder: Path) -> str:
     )
 
 
+def _budgets(options: Mapping[str, Any]) -> str:
+    given = {name: options[name] for name in ("speedup", "latency", "memory")} | options["within"]
+    return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+
+
 def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of a checkpoint, read from the safetensors headers without loading weights.
 
@@ -173,15 +178,16 @@ def _describe_run(folder: Path) -> str:
     record = read_record(folder / RESULT_FILE)
     options, stages = record["options"], record["stages"]
     lines = [
-        f"run: {options['model']} within {options['within']}, seed {options['seed']}",
+        f"run: {options['model']} within {_budgets(options)}, recipe {options['recipe']}, seed {options['seed']}",
         stage_times(record),
     ]
     rows = stages.get("compare", {}).get("rows")
     if rows:
         fixed = {"name", "parameters", "total_parameters", "macs", "latency", "loadability", "architecture"}
-        lines.append(
-            comparison_table(rows, quality=[name for name in rows[0] if name not in fixed], seq_len=LATENCY_TOKENS)
-        )
+        quality = [name for name in rows[0] if name not in fixed]
+        lines.append(comparison_table(rows, quality=quality, seq_len=LATENCY_TOKENS))
+        lines.append(f"latency: {stages['compare']['setting']}")
+    lines += stages.get("check", {}).get("lines", [])
     if not stages.get("export", {}).get("finished"):
         lines.append("not finished: the same compress command goes on")
     return "\n".join(lines)

@@ -128,7 +128,8 @@ def test_a_run_and_its_output_show_the_table_of_the_run(run: Path) -> None:
     for folder in (run, run.with_suffix("")):
         text = describe_folder(folder)
         assert table in text and "not finished" not in text
-        assert "search" in text and "{'parameters': 0.7}" in text
+        assert "search" in text and "within parameters=0.7, recipe best, seed 0" in text
+        assert f"latency: {record['stages']['compare']['setting']}" in text and "\nmet: parameters <= " in text
     assert "BertModel checkpoint" in describe_folder(run.with_suffix(""))
 
 

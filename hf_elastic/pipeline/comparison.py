@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_elastic import costs
 from hf_elastic.checkpoint import extract
@@ -19,9 +18,9 @@ from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.streams import Batch
 from hf_elastic.supernet import Loadability, Supernet
+from hf_elastic.tables.timing import Setting, measure_models, typical
 
-LATENCY_BATCH = 8
-_LATENCY_SECONDS = 12.0
+_LATENCY_SECONDS = 6.0
 Form = Callable[[Supernet, Architecture], Loadability]
 Measures = Callable[[Supernet], Sequence[Objective]]
 
@@ -42,13 +41,16 @@ class Candidate:
         return refitted(self.supernet, self.architecture, self.calibration)
 
 
-def compare(candidates: Sequence[Candidate], *, measures: Measures, form: Form) -> list[dict[str, Any]]:
+def compare(
+    candidates: Sequence[Candidate], *, measures: Measures, form: Form, setting: Setting
+) -> list[dict[str, Any]]:
     """Rows of the table: costs, measured qualities, and latency of each model as it would be exported.
 
     Args:
         candidates: the first is the parent.
         measures: the objectives of a supernet that become columns.
         form: how an architecture would be written.
+        setting: in which latencies are measured, and in which dtype.
     """
     rows, models = [], {}
     for candidate in candidates:
@@ -57,8 +59,10 @@ def compare(candidates: Sequence[Candidate], *, measures: Measures, form: Form) 
         with candidate.ready():
             rows.append(_row(candidate, measures(supernet), loadability=loadability))
             models[candidate.name] = extract(supernet, point, loadability=loadability)
-    latencies = _latencies(candidates[0].supernet, models)
-    return [{**row, "latency": latencies[row["name"]]} for row in rows]
+    for model in models.values():
+        cast_parameters_(model, getattr(torch, setting.dtype))
+    timed = measure_models(models, setting, seconds=_LATENCY_SECONDS)
+    return [{**row, "latency": typical(timed[row["name"]].samples)} for row in rows]
 
 
 def _row(candidate: Candidate, measured: Sequence[Objective], *, loadability: Loadability) -> dict[str, Any]:
@@ -74,19 +78,10 @@ def _row(candidate: Candidate, measured: Sequence[Objective], *, loadability: Lo
     }
 
 
-def _latencies(parent: Supernet, models: dict[str, PreTrainedModel]) -> dict[str, float]:
-    """Median seconds of a forward over ``(8, 128)`` tokens, by name."""
-    feed = {name: t.expand(LATENCY_BATCH, -1) for name, t in costs.default_inputs(parent).items()}
-
-    def timed(model: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.inference_mode():
-                return model(**feed)
-
-        return call
-
-    found = costs.measure_latency({name: timed(model) for name, model in models.items()}, seconds=_LATENCY_SECONDS)
-    return {name: latency.median for name, latency in found.items()}
+def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts parameters, but not the frequencies of rotary embeddings."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def finite(value: float) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from hf_elastic import objectives
 from hf_elastic.errors import InfeasibleError
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.pipeline.goal import Goal
 from hf_elastic.pipeline.tasks import Task, TaskData
 from hf_elastic.repair.refitting import repaired_shapes
 from hf_elastic.search import Objective, search_subnets
@@ -43,7 +44,7 @@ def quality_table(supernet: Supernet, *, task: Task, data: TaskData, path: Path)
     return measure_quality_table(supernet, ranking_batches(data), held, measure=measure, path=path)
 
 
-def candidates(supernet: Supernet, table: QualityTable, within: Mapping[str, float]) -> tuple[Architecture, ...]:
+def candidates(supernet: Supernet, table: QualityTable, goal: Goal) -> tuple[Architecture, ...]:
     """The architectures of least predicted damage within the limits, with all layers, with one less, and so on.
 
     Sums over layers are least to be trusted when they compare models of different depth, so each depth has its best
@@ -56,7 +57,7 @@ def candidates(supernet: Supernet, table: QualityTable, within: Mapping[str, flo
     found: dict[Architecture, None] = {}
     for most in range(layers, max(0, layers - _DEPTHS), -1):
         try:
-            best = _least_damage(supernet, table, within=within, most=most)
+            best = _least_damage(supernet, table, goal=goal, most=most)
         except InfeasibleError:
             if not found:
                 raise
@@ -64,16 +65,16 @@ def candidates(supernet: Supernet, table: QualityTable, within: Mapping[str, flo
         found.setdefault(best)
         skipped = [n for n, shape in enumerate(supernet.layer_shapes(best)) if shape.skipped]
         if most == layers - 1 and len(skipped) == 1:
-            found.setdefault(_least_damage(supernet, _forbidding(table, skipped[0]), within=within, most=most))
+            found.setdefault(_least_damage(supernet, _forbidding(table, skipped[0]), goal=goal, most=most))
     return tuple(found)
 
 
-def _least_damage(supernet: Supernet, table: QualityTable, *, within: Mapping[str, float], most: int) -> Architecture:
+def _least_damage(supernet: Supernet, table: QualityTable, *, goal: Goal, most: int) -> Architecture:
     """The architecture of least predicted damage of 1 to ``most`` layers."""
     damage = objectives.damage(supernet, table)
     counts = {name: _count(supernet, name) for name in (_KEPT, _LEFT_OUT)}
-    known = {**objectives.related_costs(supernet), **counts}
-    limits = {**within, _KEPT: most, _LEFT_OUT: len(supernet.layer_parts) - 1}
+    known = {**goal.known, **counts}
+    limits = {**goal.within, _KEPT: most, _LEFT_OUT: len(supernet.layer_parts) - 1}
     result = search_subnets(
         supernet.space, [replace(damage, related=lambda: known)], algorithm="exact", within=limits, progress=False
     )

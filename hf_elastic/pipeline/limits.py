@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hf_elastic import costs, objectives
 from hf_elastic.errors import InfeasibleError
+from hf_elastic.search import Objective
 from hf_elastic.search.limits import Feasibility, resolve_limits
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
@@ -40,14 +41,21 @@ class AmongSubnets:
         return (self.architectures[int(rng.random() * len(self.architectures))],)
 
 
-def feasibility(supernet: Supernet, within: Mapping[str, float]) -> Feasibility:
+def feasibility(
+    supernet: Supernet, within: Mapping[str, float], *, known: Mapping[str, Objective] | None = None
+) -> Feasibility:
     """Makes the limits of a run checkable.
+
+    Args:
+        supernet: the space.
+        within: limits by name of a cost.
+        known: the costs; by default parameters, total parameters and MACs.
 
     Raises:
         SearchError: a limit names no cost.
         InfeasibleError: nothing in the space keeps them; the message says how far the space reaches.
     """
-    known = objectives.related_costs(supernet)
+    known = objectives.related_costs(supernet) if known is None else known
     limits = resolve_limits(within, known, supernet.space)
     found = Feasibility(supernet.space, limits, known)
     found.require_some()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import CheckpointError, DataError, ElasticError, SearchError, SpaceError, TrainingError
 from hf_elastic.families import family_of, ffn_neurons, layers_of
+from hf_elastic.tables.budgets import Budgets
+from hf_elastic.tables.timing import Phase
 
 TaskName = Literal["auto", "embedding", "causal-lm", "masked-lm", "classification"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -29,7 +31,13 @@ class CompressOptions:
         data: text (``.txt``), rows (``.jsonl``, ``.csv``) or the name of a data set on the Hub; several are joined.
         output: folder of the found model. The work of the run is kept beside it, in ``<output>.run``.
         within: limits by name of a cost (``parameters``, ``total_parameters``, ``macs``); up to 1 a fraction of the
-            parent's, above 1 an absolute number.
+            parent's, above 1 an absolute number. By default ``parameters=0.6``, unless there is another budget.
+        speedup: how many times faster than the parent, such as ``1.7`` or ``"1.7@16x128"`` (sequences x tokens; else
+            1x128). It is searched for in a latency table that is measured on this device, and checked after export.
+        latency: of a forward, such as ``"8ms"`` or ``"8ms@16x128"``; in us, ms or s.
+        memory: of the weights and, for a model that generates, the KV cache: ``"6GB"`` or ``"6GB@8x2048"``; in MB,
+            MiB, GB or GiB.
+        phase: what ``speedup`` and ``latency`` are of: ``prefill``, or ``decode`` of one token with so many cached.
         task: what the model is for; ``auto`` reads it off the checkpoint's class.
         recipe: ``fast`` trains nothing: measured tables, exact search, closed-form repair. ``balanced`` then trains
             what that found. ``best`` trains a supernet, searches it, and trains what it found.
@@ -51,7 +59,11 @@ class CompressOptions:
     model: str
     data: tuple[str, ...]
     output: str
-    within: Mapping[str, float] = field(default_factory=lambda: {"parameters": 0.6})
+    within: Mapping[str, float] | None = None
+    speedup: str | float | None = None
+    latency: str | None = None
+    memory: str | None = None
+    phase: Phase = "prefill"
     task: TaskName = "auto"
     recipe: Recipe = "best"
     minutes: float = 8.0
@@ -76,8 +88,7 @@ class CompressOptions:
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
                 raise _ERRORS[name](f"{name}={value!r} is not one of {', '.join(allowed)}")
-        if not self.within or any(not (_is_number(limit) and limit > 0) for limit in self.within.values()):
-            raise SpaceError(f"within={dict(self.within)} must name a cost and a limit above 0, such as parameters=0.6")
+        self._check_budgets()
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -92,6 +103,35 @@ class CompressOptions:
             raise TrainingError(f"share={self.share!r} must be a number between 0 and 1")
         if not self.output_folder.name:
             raise CheckpointError(f"output={self.output!r} names no folder; give one that does not exist")
+
+    def _check_budgets(self) -> None:
+        others = any(budget is not None for budget in (self.speedup, self.latency, self.memory))
+        within = self.within if self.within is not None else {} if others else _WITHIN
+        if not (within or others) or any(not (_is_number(limit) and limit > 0) for limit in within.values()):
+            raise SpaceError(f"within={dict(within)} must name a cost and a limit above 0, such as parameters=0.6")
+        object.__setattr__(self, "within", dict(within))
+        if isinstance(self.speedup, int | float):
+            object.__setattr__(self, "speedup", repr(self.speedup))
+        if self.budgets.needs_table and self.form == "stock-padded":
+            raise SpaceError(
+                "loadability='stock-padded' fills up what was cut with zeros, so it is never faster; take 'stock' or "
+                "'any' with a speed-up or a latency"
+            )
+
+    @property
+    def budgets(self) -> Budgets:
+        """All that the found model may cost."""
+        speedup = None if self.speedup is None else str(self.speedup)
+        return Budgets.parse(
+            speedup=speedup, latency=self.latency, memory=self.memory, within=self.within, phase=self.phase
+        )
+
+    @property
+    def asked(self) -> str:
+        """The budgets as they were asked for."""
+        named = {name: getattr(self, name) for name in ("speedup", "latency", "memory")}
+        typed = [f"{name}={value}" for name, value in named.items() if value is not None]
+        return ", ".join([*typed, *(f"{name}={value:g}" for name, value in (self.within or {}).items())])
 
     @property
     def output_folder(self) -> Path:
@@ -112,25 +152,27 @@ class CompressOptions:
     def to_dict(self) -> dict[str, Any]:
         """Returns what identifies the run, JSON-ready; ``output`` is where, not what."""
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        data |= {"data": list(self.data), "within": dict(self.within)}
+        data |= {"data": list(self.data), "within": dict(self.within or {})}
         data["space"] = self.space.to_dict() if self.space else None
         del data["output"]
         return data
 
 
+_WITHIN: Mapping[str, float] = {"parameters": 0.6}
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "task": get_args(TaskName),
     "recipe": get_args(Recipe),
     "loadability": get_args(Loadability),
     "precision": get_args(Precision),
     "device": get_args(Device),
+    "phase": get_args(Phase),
 }
 # The search evaluates the midpoint, the even cut and the smallest architecture before it proposes any.
 _LEAST: Mapping[str, int] = {"evaluations": 3, "sequence_length": 4, "batch_size": 1, "seed": 0}
 _ERRORS: Mapping[str, type[ElasticError]] = {
     "task": DataError, "recipe": TrainingError, "loadability": SpaceError, "precision": TrainingError,
     "device": TrainingError, "evaluations": SearchError, "sequence_length": DataError, "batch_size": TrainingError,
-    "seed": SearchError,
+    "seed": SearchError, "phase": SpaceError,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import ExportReport, export
@@ -23,9 +23,10 @@ from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
-from hf_elastic.pipeline.comparison import Candidate, compare, finite
+from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite
 from hf_elastic.pipeline.fast import candidates, measured, quality_table, ranking_batches, tried
-from hf_elastic.pipeline.limits import AmongSubnets, feasibility, feasible_share, near_limit
+from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
+from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, read_config, resolve_task
 from hf_elastic.pipeline.texts import Row, digest, read_rows
@@ -35,6 +36,7 @@ from hf_elastic.report import comparison_table
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
+from hf_elastic.tables.latencies import LatencyTable
 from hf_elastic.tables.quality import QualityTable
 from hf_elastic.training import FixedSubnet
 
@@ -42,6 +44,7 @@ Say = Callable[[str], None]
 
 TEACHER_FILE = "teacher.safetensors"
 QUALITY_FILE = "quality.json"
+LATENCY_FILE = "latency.json"
 UNIFORM_REPAIRED = "uniform width, refit"
 _OVERHEAD = 1.3  # optimizer, collation, checkpoints and logging, as measured on MiniLM
 _REPORTED = {field.name for field in fields(ExportReport)} - {"directory"}
@@ -77,11 +80,15 @@ class CompressRun:
         ElasticError: the options cannot be met; said before any training, and before anything is written.
     """
 
+    goal: Goal
+
     def __init__(self, options: CompressOptions, *, say: Say = print) -> None:
         self.options, self.say = options, say
         self.task: Task = resolve_task(options)
         self.device = device_of(options)
         self.folder = options.run_folder
+        self.dtype = export_dtype(options.model)
+        self.latencies: LatencyTable | None = None
         self._check_output()
         rows = read_rows(options.data, text_column=options.text_column)
         self.data: TaskData = self.task.prepare(load_tokenizer(options), rows, options)
@@ -101,15 +108,14 @@ class CompressRun:
     def dry_run(self) -> str:
         """Describes the space, what the limits leave, loadability and time, without training or writing anything."""
         supernet = self._new_supernet()
-        limits = feasibility(supernet, self.options.within)
+        limits, share = self.goal.feasible, feasible_share(supernet, self.goal.feasible)
         pool = near_limit(supernet, limits, count=16, seed=self.options.seed)
-        wanted = ", ".join(f"{name} <= {value:g}" for name, value in self.options.within.items())
         forms = ", ".join(sorted({self._form(supernet, architecture) for architecture in pool}))
         quality = ", ".join(self.task.quality)
         lines = [
             str(supernet),
             f"  task           {self.task.name}, {len(self.data.train)} training examples, quality: {quality}",
-            f"  limits         {wanted}: {feasible_share(supernet, limits):.1%} of the space, loading as {forms}",
+            f"  limits         {self.options.asked}: {share:.1%} of the space, loading as {forms}",
             *self._times(supernet, pool),
         ]
         return "\n".join(lines)
@@ -139,10 +145,12 @@ class CompressRun:
         self.record = RunRecord(self.folder, {**self.options.to_dict(), "text": self.text_digest})
         for half_written in self.folder.glob(".*"):  # what an attempt was writing aside when it was killed
             shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
+        if fresh is not None and self.goal.table is not None:
+            self.goal.table.save(self.folder / LATENCY_FILE)
         if self.data.held_out:
             (self.folder / "validation.txt").write_text("\n".join(self.data.held_out), encoding="utf-8")
         supernet = self._stage("space", "sorted", lambda: self._sorted(fresh or self._new_supernet()))
-        limits = feasibility(supernet, self.options.within)
+        self.goal = self._goal(supernet)
         self.validation_teacher = self._teacher(supernet)
         self._measure_tables(supernet)
         answer = self._stage("repair", "repaired", lambda: self._fast_answer(supernet))
@@ -153,7 +161,7 @@ class CompressRun:
         if self.options.recipe == "balanced":
             self._plan_training(supernet, (fast,))
             return self._finish(self._stage("specialise", "found", lambda: self._specialise(answer, fast)), fast)
-        pool = near_limit(supernet, limits, seed=self.options.seed)
+        pool = near_limit(supernet, self.goal.feasible, seed=self.options.seed)
         self._plan_training(supernet, pool)
         trained = self._stage("train", "supernet", lambda: self._train_supernet(supernet, pool))
         found = self._search(trained)
@@ -169,7 +177,7 @@ class CompressRun:
         """The best of a few exact answers, repaired in closed form on all calibration data."""
         table = QualityTable.load(self.folder / QUALITY_FILE)
         measures, some = self._measures(supernet), ranking_batches(self.data)
-        points = candidates(supernet, table, self.options.within)
+        points = candidates(supernet, table, self.goal)
         trials = [tried(supernet, point, measures=measures, calibration=some) for point in points]
         best = min(trials, key=lambda trial: trial.distance).architecture
         with refitted(supernet, best, self.data.calibration) as report:
@@ -212,8 +220,16 @@ class CompressRun:
         model = load_model(self.task, self.options)
         space = self.options.space or default_space(model, self.options.loadability)
         supernet = make_elastic(model, space).to(self.device)
-        near_limit(supernet, feasibility(supernet, self.options.within), count=1, seed=self.options.seed)
+        self.goal = self._goal(supernet)
+        near_limit(supernet, self.goal.feasible, count=1, seed=self.options.seed)
         return supernet
+
+    def _goal(self, supernet: Supernet) -> Goal:
+        """The budgets as limits; latencies are measured once a run, at its very start."""
+        path = self.folder / LATENCY_FILE if (self.folder / RESULT_FILE).is_file() else None
+        goal = goal_of(supernet, self.options.budgets, dtype=self.dtype, table=self.latencies, path=path)
+        self.latencies = goal.table
+        return goal
 
     def _sorted(self, supernet: Supernet) -> Supernet:
         scores = sort_by_importance_(supernet, self.data.calibration, method="reconstruction")
@@ -292,14 +308,14 @@ class CompressRun:
         if self.record.finished("search"):
             return supernet.space.canonical(self.record.numbers("search")["architecture"])
         measures = self._measures(supernet)
-        cost = objectives.related_costs(supernet)[next(iter(self.options.within))]
+        quality, within = self.goal.limiting(measures[0]), self.goal.within
         with self.record.stage("search"):
             result = search_subnets(
-                supernet.space, [measures[0], cost], evaluations=self.options.evaluations, within=self.options.within,
+                supernet.space, [quality, self.goal.cost], evaluations=self.options.evaluations, within=within,
                 storage=f"sqlite:///{self.folder / 'search.db'}", seed=self.options.seed,
             )  # fmt: skip
             result.save(self.folder / "search.json")
-            best = result.best(measures[0].name, within=self.options.within)
+            best = result.best(quality.name, within=within)
             self.record.note(
                 "search",
                 evaluations=len(result.evaluations),
@@ -311,11 +327,16 @@ class CompressRun:
     def _finish(self, final: Supernet, architecture: Architecture) -> CompressResult:
         if not self.record.finished("compare"):
             with self.record.stage("compare"):
-                self.record.note("compare", rows=self._compare(final, architecture))
+                rows = self._compare(final, architecture)
+                self.record.note("compare", rows=rows, setting=str(self.goal.setting))
         report = self._export(final, architecture)
+        self._check(final, architecture)
+        if not (report.directory / RESULT_FILE).is_file():
+            write_json(report.directory / RESULT_FILE, self.record.data)
         rows = self.record.numbers("compare")["rows"]
         table = comparison_table(rows, quality=self.task.quality, seq_len=costs.LATENCY_TOKENS)
-        self.say(table)
+        self.say(f"{table}\nlatency: {self.record.numbers('compare')['setting']}")
+        self.say("\n".join(self.record.numbers("check")["lines"]))
         self.say(f"{self.options.output}: {report.note}\n  {report.snippet}")
         return CompressResult(architecture, report, tuple(rows), table, self.record.data)
 
@@ -323,7 +344,7 @@ class CompressRun:
         """Writes the found model in the dtype of its parent, unless an earlier attempt of the run has."""
         output = self.options.output_folder
         if not (self.record.finished("export") and (output / ARCHITECTURE_FILE).is_file()):
-            cast_parameters_(final.model, read_config(self.options.model).dtype)
+            cast_parameters_(final.model, self.dtype)
             with self.record.stage("export"):
                 report = export(
                     final, architecture, output, loadability=self._form(final, architecture),
@@ -331,10 +352,20 @@ class CompressRun:
                 )  # fmt: skip
                 kept = {name: value for name, value in asdict(report).items() if name != "directory"}
                 self.record.note("export", **{**kept, "files": list(report.files)})
-        if not (output / RESULT_FILE).is_file():
-            write_json(output / RESULT_FILE, self.record.data)
         made = {name: value for name, value in self.record.numbers("export").items() if name in _REPORTED}
         return ExportReport(output, **{**made, "files": tuple(made["files"])})
+
+    def _check(self, final: Supernet, architecture: Architecture) -> None:
+        """Holds what was exported against the budgets, measured beside the parent."""
+        if self.record.finished("check"):
+            return
+        with self.record.stage("check"):
+            folders = (None, self.options.output_folder)
+            parent, exported = (load_model(self.task, self.options, folder=folder) for folder in folders)
+            for model in (parent, exported):
+                cast_parameters_(model.to(self.device), self.dtype)  # type: ignore[arg-type]
+            outcome = outcome_of(self.goal, final, architecture, parent=parent, exported=exported)
+            self.record.note("check", **outcome.to_dict(), lines=outcome.lines())
 
     def _form(self, supernet: Supernet, architecture: Architecture) -> Loadability:
         """How an architecture is written: compact where the options allow remote code, rather than padded."""
@@ -362,7 +393,7 @@ class CompressRun:
             rows.append(Candidate(name, moved, point))
             if name == UNIFORM:
                 rows.append(Candidate(UNIFORM_REPAIRED, moved, point, tuple(self.data.calibration)))
-        return compare(rows, measures=self._measures, form=self._form)
+        return compare(rows, measures=self._measures, form=self._form, setting=self.goal.setting)
 
     def _on_the_way(self, pristine: Supernet, architecture: Architecture) -> list[Candidate]:
         """What earlier stages gave: the fast answer cut only, and repaired; the midpoint of a trained supernet."""
@@ -389,13 +420,10 @@ def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:
     return digest(rows, (options.text_column, *labels))
 
 
-def cast_parameters_(model: nn.Module, dtype: torch.dtype | str | None) -> None:
-    """Casts parameters, not the frequencies of rotary embeddings, to the half precision of a parent's checkpoint."""
+def export_dtype(model: str) -> torch.dtype:
+    """The dtype in which a run writes what it found: that of the parent's checkpoint, where it is of 16 bits."""
     halves = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    wanted = halves.get(str(dtype).removeprefix("torch."))
-    if wanted is not None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(wanted)
+    return halves.get(str(read_config(model).dtype).removeprefix("torch."), torch.float32)
 
 
 def teacher_vectors(folder: Path) -> Tensor | None:

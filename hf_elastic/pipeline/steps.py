@@ -82,11 +82,10 @@ def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, s
     )  # fmt: skip
     kept = folder / f"search-{label}.json"
     result.save(kept)
-    trained_for = ", ".join(f"{name}={value:g}" for name, value in options.within.items())
     return "\n".join(
         [
             front_table(result),
-            f"the supernet was trained on subnets near {trained_for}; far from that, compress again for a fair choice",
+            f"the supernet was trained on subnets near {options.asked}; far from that, compress again to choose fairly",
             f"write a row: hf-elastic export {folder} '{kept}#ROW' --output DIR",
         ]
     )

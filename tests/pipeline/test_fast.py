@@ -9,7 +9,9 @@ from transformers import BertConfig, BertModel
 
 from hf_elastic import ElasticConfig, InfeasibleError, Objective, Supernet, make_elastic, objectives
 from hf_elastic.pipeline.fast import candidates, tried
+from hf_elastic.pipeline.goal import Goal, goal_of
 from hf_elastic.space import Architecture
+from hf_elastic.tables.budgets import Budgets
 from hf_elastic.tables.quality import QualityTable, predicted_damage
 
 LAYERS = 4
@@ -33,6 +35,10 @@ def table(*, without: list[float]) -> QualityTable:
     return QualityTable("hidden", "made up", tuple(rows))
 
 
+def within(supernet: Supernet, parameters: float) -> Goal:
+    return goal_of(supernet, Budgets(within={"parameters": parameters}), dtype=torch.float32)
+
+
 def kept(supernet: Supernet, point: Architecture) -> int:
     return sum(not shape.skipped for shape in supernet.layer_shapes(point))
 
@@ -40,7 +46,7 @@ def kept(supernet: Supernet, point: Architecture) -> int:
 @pytest.mark.parametrize("limit", [0.4, 0.6, 0.8])
 def test_the_candidates_are_the_least_damage_of_each_depth(supernet: Supernet, limit: float) -> None:
     damages = table(without=[9.0, 2.0, 4.0, 2.5])
-    found = candidates(supernet, damages, {"parameters": limit})
+    found = candidates(supernet, damages, within(supernet, limit))
     most = limit * objectives.parameters(supernet)(supernet.space.largest())
     allowed = [a for a in supernet.space.architectures() if objectives.parameters(supernet)(a) <= most]
     for depth in range(LAYERS, LAYERS - 3, -1):
@@ -52,27 +58,32 @@ def test_the_candidates_are_the_least_damage_of_each_depth(supernet: Supernet, l
 
 
 def test_a_model_without_layers_is_no_candidate_though_the_sum_prefers_it(supernet: Supernet) -> None:
-    found = candidates(supernet, table(without=[-1.0] * LAYERS), {"parameters": 0.9})
+    found = candidates(supernet, table(without=[-1.0] * LAYERS), within(supernet, 0.9))
     assert found and all(kept(supernet, point) == 1 for point in found)
 
 
 def test_limits_that_leave_no_layer_are_refused(supernet: Supernet) -> None:
     with pytest.raises(InfeasibleError):
-        candidates(supernet, table(without=[1.0] * LAYERS), {"parameters": 0.01})
+        candidates(supernet, table(without=[1.0] * LAYERS), within(supernet, 0.01))
 
 
 @pytest.mark.parametrize(
-    ("goal", "values", "distance"),
+    ("direction", "values", "distance"),
     [
         ("maximize", (0.9, 0.5), 0.05), ("maximize", (1.0, 0.5), 0.0), ("minimize", (7.0, 0.5), 3.5),
         ("maximize", (math.nan, 0.5), math.inf), ("minimize", (math.nan, 0.5), math.inf),
         ("minimize", (math.inf, 1.0), math.inf),
     ],
 )  # fmt: skip
-def test_the_distance_of_a_trial(supernet: Supernet, goal: Any, values: tuple[float, float], distance: float) -> None:
-    measures = [Objective("first", lambda a: values[0], goal), Objective("second", lambda a: values[1], "maximize")]
+def test_the_distance_of_a_trial(
+    supernet: Supernet, direction: Any, values: tuple[float, float], distance: float
+) -> None:
+    measures = [
+        Objective("first", lambda a: values[0], direction),
+        Objective("second", lambda a: values[1], "maximize"),
+    ]
     ids = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     before = {name: tensor.clone() for name, tensor in supernet.model.state_dict().items()}
-    point = candidates(supernet, table(without=[1.0] * LAYERS), {"parameters": 0.7})[0]
+    point = candidates(supernet, table(without=[1.0] * LAYERS), within(supernet, 0.7))[0]
     assert tried(supernet, point, measures=measures, calibration=[ids]).distance == pytest.approx(distance)
     assert all(torch.equal(before[name], tensor) for name, tensor in supernet.model.state_dict().items())

@@ -21,6 +21,7 @@ from hf_elastic import (
 )  # fmt: skip
 from hf_elastic.pipeline.options import default_space
 from hf_elastic.pipeline.steps import options_of
+from hf_elastic.tables.budgets import Budgets, Workload
 
 
 def made(**changes: Any) -> CompressOptions:
@@ -50,6 +51,12 @@ BAD: list[tuple[type[ElasticError], dict[str, Any], str]] = [
     (SearchError, {"seed": -1}, "seed=-1"),
     (SearchError, {"seed": 2**32}, "seed=4294967296"),
     (CheckpointError, {"output": "/"}, "output='/'"),
+    (SpaceError, {"speedup": 1.0}, "number above 1"),
+    (SpaceError, {"speedup": "fast"}, "speedup 'fast'"),
+    (SpaceError, {"latency": "8"}, "8ms"),
+    (SpaceError, {"memory": "6"}, "6GB"),
+    (SpaceError, {"phase": "training"}, "phase='training'"),
+    (SpaceError, {"speedup": 1.5, "loadability": "stock-padded"}, "never faster"),
 ]
 
 
@@ -63,10 +70,19 @@ def test_a_bad_option_is_named_in_one_line(error: type[ElasticError], changes: d
 def test_options_survive_a_record_as_json() -> None:
     space = ElasticConfig(intermediate_size={0: [0.5]}, skip=["layer"], multiple_of=4)
     for given in (None, space):
-        before = made(space=given, data=("a.txt", "b.txt"), within={"macs": 0.5, "parameters": 1e6}, seed=3)
+        before = made(space=given, data=("a.txt", "b.txt"), within={"macs": 0.5, "parameters": 1e6}, seed=3, speedup=2)
         record = {"options": json.loads(json.dumps({**before.to_dict(), "text": "digest"}))}
         assert options_of(record, output="out/small") == before
         assert record["options"] == {**before.to_dict(), "text": "digest"}
+
+
+def test_a_budget_takes_the_place_of_the_default_limit() -> None:
+    assert made().within == {"parameters": 0.6} and made().asked == "parameters=0.6"
+    assert made(speedup=1.7).within == {} and made(speedup=1.7).budgets == Budgets(speedup=1.7)
+    both = made(speedup="1.7@16x128", memory="6GB", within={"macs": 0.5}, phase="decode")
+    assert both.budgets == Budgets(1.7, None, 6 * 10**9, {"macs": 0.5}, "decode", Workload(16, 128))
+    assert both.asked == "speedup=1.7@16x128, memory=6GB, macs=0.5"
+    assert made(speedup=1.7) == made(speedup="1.7") and hash(made(speedup=1.7).speedup) == hash("1.7")
 
 
 def test_where_the_output_goes_is_not_what_the_run_is() -> None:

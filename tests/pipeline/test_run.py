@@ -31,6 +31,7 @@ from hf_elastic import (
     compress,
 )  # fmt: skip
 from hf_elastic.pipeline import CompressRun, open_supernet
+from hf_elastic.tables.latencies import LatencyTable
 
 Find = Callable[[str], Path]
 
@@ -101,6 +102,36 @@ def test_a_recipe_runs_its_stages_and_no_others(
     assert told.rows == result.rows
     with pytest.raises(CheckpointError, match=f"recipe {recipe}, which trains no supernet"):
         open_supernet(given.run_folder)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_a_speedup_and_a_memory_are_searched_for_measured_and_told(
+    checkpoint: Find, data: Find, tmp_path: Path, recipe: Any
+) -> None:
+    given = options(
+        checkpoint("causal-lm"), data("causal-lm"), tmp_path / "small", recipe=recipe, within=None,
+        speedup="1.02@2x32", memory="0.15MB@2x32", loadability="any",
+    )  # fmt: skip
+    said: list[str] = []
+    result = compress(given, say=said.append)
+    table = LatencyTable.load(given.run_folder / "latency.json")
+    assert (table.setting.batch_size, table.setting.length) == (2, 32)
+    check = result.record["stages"]["check"]
+    assert [verdict["budget"] for verdict in check["budgets"]] == ["speedup", "memory"]
+    assert check["predicted_speedup"] > 1.02 and check["measured_speedup"] > 0
+    assert check["budgets"][1]["met"] and any("speed-up predicted" in text for text in said)
+    before = (given.run_folder / "latency.json").read_bytes()
+    assert silent(given).record["stages"]["check"] == check
+    assert (given.run_folder / "latency.json").read_bytes() == before
+
+
+def test_a_speedup_out_of_reach_is_refused_before_anything_is_written(
+    checkpoint: Find, data: Find, tmp_path: Path
+) -> None:
+    given = options(checkpoint("embedding"), data("embedding"), tmp_path / "small", within=None, speedup=1000)
+    with pytest.raises(InfeasibleError, match="speed-up of 1000 cannot be reached"):
+        silent(given)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -183,7 +214,8 @@ def test_a_finished_run_is_told_again_not_done_again(results: dict[str, Any], mo
     said: list[str] = []
     again = compress(given, say=said.append)
     assert (again.table, again.architecture, again.rows) == (result.table, result.architecture, result.rows)
-    assert again.report.files == result.report.files and result.table in said
+    assert again.report.files == result.report.files and said[0].startswith(result.table)
+    assert "met: parameters <= " in said[1]
     assert before == {f: f.stat().st_mtime_ns for f in Path(given.output).rglob("*") if f.is_file()}
 
 
@@ -284,7 +316,14 @@ def test_a_dry_run_trains_nothing_and_writes_nothing(
     given = options(checkpoint("embedding"), data("embedding"), tmp_path / "out" / "small", minutes=0.5)
     text = CompressRun(given).dry_run()
     assert list(tmp_path.iterdir()) == []
-    for words in ("architectures", "parameters <= 0.7", "% of the space", "loading as stock", "0.5 min: ", "6 eval"):
+    for words in (
+        "architectures",
+        "limits         parameters=0.7: ",
+        "% of the space",
+        "loading as stock",
+        "0.5 min: ",
+        "6 eval",
+    ):
         assert words in text
 
 
