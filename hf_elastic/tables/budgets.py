@@ -47,6 +47,10 @@ class Workload:
     batch_size: int = 1
     length: int | None = None
 
+    def fitted(self, supernet: Supernet, *, new: int = 0) -> Workload:
+        """The same with its length spelled out for a model, which has ``new`` more tokens to come."""
+        return Workload(self.batch_size, fitting_length(supernet, self.length, new=new))
+
     def __str__(self) -> str:
         return f"{self.batch_size}x{self.length or costs.LATENCY_TOKENS}"
 
@@ -174,7 +178,7 @@ class Budgets:
             )
             if low > self.memory:
                 raise InfeasibleError(
-                    f"{_sized(self.memory)} of memory at {self.held} cannot be reached: the space goes from "
+                    f"{_sized(self.memory)} of memory at {self.held.fitted(supernet)} cannot be reached: the space goes from "
                     f"{_sized(low)} to {_sized(high)}; allow more, or widen the space"
                 )
             found[MEMORY] = self.memory
@@ -185,10 +189,10 @@ class Budgets:
             raise CheckpointError("a speed-up or a latency needs a latency table; call measure_latency_table first")
         table.require(supernet)
         setting = table.setting
-        length = fitting_length(supernet, self.timed.length, new=int(self.phase == "decode"))
-        if (setting.batch_size, setting.length, setting.phase) != (self.timed.batch_size, length, self.phase):
+        wanted = self.timed.fitted(supernet, new=int(self.phase == "decode"))
+        if (setting.batch_size, setting.length, setting.phase) != (wanted.batch_size, wanted.length, self.phase):
             raise CheckpointError(
-                f"the latency table is for {setting}, the budget for {self.phase} of {self.timed}; measure one for it"
+                f"the latency table is for {setting}, the budget for {self.phase} of {wanted}; measure one for it"
             )
         return table
 
@@ -239,7 +243,7 @@ class Budgets:
         Raises:
             DataError: a measurement is missing.
         """
-        found, where = [], f"{self.phase} of {self.timed}"
+        found, where = [], f"{self.phase} of {self.timed.fitted(supernet, new=int(self.phase == 'decode'))}"
         if self.speedup is not None:
             ratio = _given(parent_seconds, "parent_seconds") / _given(seconds, "seconds")
             found.append(_speedup_verdict(self.speedup, ratio, where=where))
@@ -248,7 +252,7 @@ class Budgets:
         if self.memory is not None:
             cache = _cache_bytes(supernet, architecture, workload=self.held, itemsize=_itemsize(supernet, dtype))
             size = int(_given(weight_bytes, "weight_bytes")) + cache
-            found.append(_memory_verdict(self.memory, size, where=str(self.held)))
+            found.append(_memory_verdict(self.memory, size, where=str(self.held.fitted(supernet))))
         for limit in resolve_limits(self.within, known, supernet.space):
             value = known[limit.name](architecture)
             words = (

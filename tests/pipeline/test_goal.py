@@ -89,7 +89,8 @@ def test_an_export_is_held_against_every_budget() -> None:
     assert outcome.verdicts[0].met == (outcome.measured is not None and outcome.measured >= 1.05)
     assert outcome.predicted == pytest.approx(table.speedup(supernet, point))
     weights = 4 * sum(p.numel() for p in exported.parameters())
-    assert f"{(weights + costs.kv_cache_bytes(supernet, point, seq_len=128)) / 1e6:.3g}" in str(outcome.verdicts[2])
+    assert f"{(weights + costs.kv_cache_bytes(supernet, point, seq_len=64)) / 1e6:.4g}" in str(outcome.verdicts[2])
+    assert "memory 1 GB at 1x64: " in str(outcome.verdicts[2])
     assert outcome.lines()[-1].startswith("speed-up predicted ")
     assert outcome.to_dict()["measured_speedup"] == outcome.measured
 
