@@ -178,8 +178,8 @@ class Budgets:
             )
             if low > self.memory:
                 raise InfeasibleError(
-                    f"{_sized(self.memory)} of memory at {self.held.fitted(supernet)} cannot be reached: the space goes from "
-                    f"{_sized(low)} to {_sized(high)}; allow more, or widen the space"
+                    f"{_sized(self.memory)} of memory at {self.held.fitted(supernet)} cannot be reached: the space goes "
+                    f"from {_sized(low)} to {_sized(high)}; allow more, or widen the space"
                 )
             found[MEMORY] = self.memory
         return found

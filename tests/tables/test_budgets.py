@@ -163,21 +163,21 @@ def test_what_was_exported_is_held_against_each_budget_without_a_margin() -> Non
     supernet = supernet_of("bert")
     cost = costs.parameters(supernet, supernet.space.midpoint())
     budgets = Budgets(
-        speedup=2.0, latency=0.010, memory=1_000_000, within={"parameters": cost}, timed=Workload(16, 128)
+        speedup=2.0, latency=0.010, memory=1_000_000, within={"parameters": cost}, timed=Workload(16, 32)
     )
     met = verdicts(budgets, supernet, seconds=0.010, parent_seconds=0.020, weight_bytes=1_000_000)
     assert [(name, kept) for name, kept, _ in met] == [
         ("speedup", True), ("latency", True), ("memory", True), ("parameters", True),
     ]  # fmt: skip
-    assert met[0][2] == "speed-up 2 for prefill of 16x128: measured 2, met"
+    assert met[0][2] == "speed-up 2 for prefill of 16x32: measured 2, met"
     missed = verdicts(
         replace(budgets, within={"parameters": cost - 1}), supernet, seconds=0.0125, parent_seconds=0.020,
         weight_bytes=1_200_000,
     )  # fmt: skip
     assert [kept for _, kept, _ in missed] == [False] * 4
     assert [sentence for _, _, sentence in missed[:3]] == [
-        "speed-up 2 for prefill of 16x128: measured 1.6, missed by 20.0%; ask for --speedup 2.5",
-        "latency 10 ms for prefill of 16x128: measured 12.5 ms, missed by 25.0%; ask for --latency 8ms",
+        "speed-up 2 for prefill of 16x32: measured 1.6, missed by 20.0%; ask for --speedup 2.5",
+        "latency 10 ms for prefill of 16x32: measured 12.5 ms, missed by 25.0%; ask for --latency 8ms",
         "memory 1 MB at 1x128: weights and cache take 1.2 MB, missed by 20.0%; "
         "was it exported padded, or in another dtype than it was searched for?",
     ]
