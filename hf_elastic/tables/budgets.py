@@ -177,9 +177,10 @@ class Budgets:
                 for point in (supernet.space.smallest(), supernet.space.largest())
             )
             if low > self.memory:
+                where = self.held.fitted(supernet)
                 raise InfeasibleError(
-                    f"{_sized(self.memory)} of memory at {self.held.fitted(supernet)} cannot be reached: the space goes "
-                    f"from {_sized(low)} to {_sized(high)}; allow more, or widen the space"
+                    f"{_sized(self.memory)} of memory at {where} cannot be reached: the space goes from "
+                    f"{_sized(low)} to {_sized(high)}; allow more, or widen the space"
                 )
             found[MEMORY] = self.memory
         return found

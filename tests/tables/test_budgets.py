@@ -178,7 +178,7 @@ def test_what_was_exported_is_held_against_each_budget_without_a_margin() -> Non
     assert [sentence for _, _, sentence in missed[:3]] == [
         "speed-up 2 for prefill of 16x32: measured 1.6, missed by 20.0%; ask for --speedup 2.5",
         "latency 10 ms for prefill of 16x32: measured 12.5 ms, missed by 25.0%; ask for --latency 8ms",
-        "memory 1 MB at 1x128: weights and cache take 1.2 MB, missed by 20.0%; "
+        "memory 1 MB at 1x64: weights and cache take 1.2 MB, missed by 20.0%; "
         "was it exported padded, or in another dtype than it was searched for?",
     ]
     assert f"it is {cost:g}, missed by" in missed[3][2]
