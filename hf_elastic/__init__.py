@@ -43,6 +43,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.pipeline import CompressOptions as CompressOptions
     from hf_elastic.pipeline import CompressResult as CompressResult
     from hf_elastic.pipeline import compress as compress
+    from hf_elastic.repair.recovery import RecoverReport as RecoverReport
+    from hf_elastic.repair.recovery import recover as recover
+    from hf_elastic.repair.refitting import RefitReport as RefitReport
+    from hf_elastic.repair.refitting import refit as refit
+    from hf_elastic.repair.teacher_cache import TeacherCache as TeacherCache
+    from hf_elastic.repair.teacher_cache import cache_teacher as cache_teacher
     from hf_elastic.search import Evaluation as Evaluation
     from hf_elastic.search import Objective as Objective
     from hf_elastic.search import SearchResult as SearchResult
@@ -52,6 +58,14 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.space import Condition as Condition
     from hf_elastic.space import SearchSpace as SearchSpace
     from hf_elastic.supernet import Supernet as Supernet
+    from hf_elastic.tables.budgets import Budgets as Budgets
+    from hf_elastic.tables.budgets import Workload as Workload
+    from hf_elastic.tables.latencies import LatencyTable as LatencyTable
+    from hf_elastic.tables.latencies import measure_latency_table as measure_latency_table
+    from hf_elastic.tables.quality import Additivity as Additivity
+    from hf_elastic.tables.quality import QualityTable as QualityTable
+    from hf_elastic.tables.quality import additivity as additivity
+    from hf_elastic.tables.quality import measure_quality_table as measure_quality_table
     from hf_elastic.training import Distillation as Distillation
     from hf_elastic.training import ElasticTrainer as ElasticTrainer
     from hf_elastic.training import ElasticTrainerMixin as ElasticTrainerMixin
@@ -97,6 +111,12 @@ _HOMES = {
         "last_complete_checkpoint",
     ),
     "checkpoint": ("ExportReport", "export", "extract"),
+    "repair.recovery": ("RecoverReport", "recover"),
+    "repair.refitting": ("RefitReport", "refit"),
+    "repair.teacher_cache": ("TeacherCache", "cache_teacher"),
+    "tables.budgets": ("Budgets", "Workload"),
+    "tables.latencies": ("LatencyTable", "measure_latency_table"),
+    "tables.quality": ("Additivity", "QualityTable", "additivity", "measure_quality_table"),
     "pipeline": ("CompressOptions", "CompressResult", "compress"),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
@@ -104,8 +124,10 @@ _MODULES = ("costs", "distillation", "objectives", "testing")
 
 __all__ = [
     "ActivationError",
+    "Additivity",
     "Architecture",
     "ArchitectureError",
+    "Budgets",
     "CheckpointError",
     "Choice",
     "CompressOptions",
@@ -124,9 +146,13 @@ __all__ = [
     "Family",
     "FixedSubnet",
     "InfeasibleError",
+    "LatencyTable",
     "Objective",
     "ProgressiveShrinking",
+    "QualityTable",
     "RandomSubnet",
+    "RecoverReport",
+    "RefitReport",
     "SandwichRule",
     "SearchError",
     "SearchResult",
@@ -136,13 +162,21 @@ __all__ = [
     "StorageError",
     "SubnetSamplingCallback",
     "Supernet",
+    "TeacherCache",
     "TrainingError",
     "UnsupportedModelError",
+    "Workload",
+    "additivity",
+    "cache_teacher",
     "compress",
     "export",
     "extract",
     "last_complete_checkpoint",
     "make_elastic",
+    "measure_latency_table",
+    "measure_quality_table",
+    "recover",
+    "refit",
     "search_subnets",
     "set_layer_order",
     "sort_by_importance_",

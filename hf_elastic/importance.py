@@ -253,7 +253,8 @@ class _Eliminator:
 
     def _sums(self, part: LayerPart) -> dict[Sublayer, NormalEquations]:
         device = self.supernet.model.device
-        sums = {s: NormalEquations(len(_unit_columns(part, output_path(part, s))), device=device) for s in SUBLAYERS}
+        sizes = {s: len(_unit_columns(part, output_path(part, s))) for s in SUBLAYERS}
+        sums = {s: NormalEquations(size, device=device, quick=True) for s, size in sizes.items()}
         moved, tokens = 0.0, 0
         for index, batch in enumerate(self.data):
             calls = self.runner.calls(batch)

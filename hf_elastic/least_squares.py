@@ -48,9 +48,13 @@ class NormalEquations:
         inputs: ``I``.
         outputs: ``O``; 0 to sum ``xᵀx`` alone.
         device: where the sums live.
+        quick: as for half precision whatever the inputs: enough to order inputs, in half the time.
     """
 
-    def __init__(self, inputs: int, outputs: int = 0, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, inputs: int, outputs: int = 0, *, device: torch.device | str = "cpu", quick: bool = False
+    ) -> None:
+        self._quick = quick
         wide = {"dtype": torch.float64, "device": device}
         self.gram = torch.zeros(inputs, inputs, **wide)  # type: ignore[call-overload]
         self.cross = torch.zeros(inputs, outputs, **wide)  # type: ignore[call-overload]
@@ -66,8 +70,9 @@ class NormalEquations:
             x: ``(N, I)``.
             y: ``(N, O)``.
         """
-        step = len(x) if x.dtype in (torch.float32, torch.float64) else _ROWS
-        wide = torch.float64 if step == len(x) else torch.float32
+        exact = x.dtype in (torch.float32, torch.float64) and not self._quick
+        step = len(x) if exact else _ROWS
+        wide = torch.float64 if exact else torch.float32
         for start in range(0, len(x), max(1, step)):
             part = x[start : start + step].to(wide)  # (n, I)
             self.gram += part.t() @ part

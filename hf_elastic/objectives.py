@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,10 +113,10 @@ def embedding_cosine(
     batches = _listed(validation, needs="input_ids")
     target = _target(supernet, batches, teacher=teacher, pooling=pooling)
 
-    def measure(architecture: Architecture) -> float:
-        found = embeddings(supernet, architecture, batches, pooling=pooling)
-        return float(nn.functional.cosine_similarity(found, target, dim=-1).mean())
-
+    measure = EmbeddingScore(
+        Embedder(supernet, batches, pooling),
+        lambda found: float(nn.functional.cosine_similarity(found, target, dim=-1).mean()),
+    )
     return _measured(supernet, "cosine", measure, batches=batches, direction="maximize", extra=target, mode=pooling)
 
 
@@ -144,11 +145,57 @@ def similarity_structure(
     upper = torch.triu_indices(len(target), len(target), offset=1)  # (2, N·(N-1)/2)
     wanted = _similarities(target, upper)
 
-    def measure(architecture: Architecture) -> float:
-        found = embeddings(supernet, architecture, batches, pooling=pooling)
-        return float(spearmanr(_similarities(found, upper).numpy(), wanted.numpy()).statistic)
-
+    measure = EmbeddingScore(
+        Embedder(supernet, batches, pooling),
+        lambda found: float(spearmanr(_similarities(found, upper).numpy(), wanted.numpy()).statistic),
+    )
     return _measured(supernet, "structure", measure, batches=batches, direction="maximize", extra=target, mode=pooling)
+
+
+@dataclass(frozen=True, eq=False)
+class Embedder:
+    """Embeds sentences with a subnet, :func:`embeddings`.
+
+    Attributes:
+        supernet, batches, pooling: as for :func:`embeddings`.
+    """
+
+    supernet: Supernet
+    batches: Sequence[Batch]
+    pooling: Pooling
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two that embed the same sentences with the same supernet."""
+        return id(self.supernet), self.pooling, *map(id, self.batches)
+
+    def __call__(self, architecture: Architecture) -> Tensor:
+        return embeddings(self.supernet, architecture, self.batches, pooling=self.pooling)
+
+
+@dataclass(frozen=True)
+class EmbeddingScore:
+    """The function of an objective that looks at an architecture's embeddings only."""
+
+    embed: Embedder
+    score: Callable[[Tensor], float]
+
+    def __call__(self, architecture: Architecture) -> float:
+        return self.score(self.embed(architecture))
+
+
+def evaluated(measures: Iterable[Objective], architecture: Architecture) -> dict[str, float]:
+    """Values of objectives by name; embeddings that several of them look at are computed once."""
+    found, known = {}, dict[object, Tensor]()
+    for measure in measures:
+        function = measure.function
+        if isinstance(function, EmbeddingScore):
+            key = function.embed.key
+            known[key] = vectors = known[key] if key in known else function.embed(architecture)
+            found[measure.name] = function.score(vectors)
+        else:
+            found[measure.name] = measure(architecture)
+    return found
 
 
 def embeddings(

@@ -104,6 +104,16 @@ def test_half_precision_is_summed_without_its_rounding(dtype: torch.dtype) -> No
     torch.testing.assert_close(sums.gram, x.double().t() @ x.double(), rtol=1e-5, atol=1e-2)
 
 
+def test_quick_sums_differ_by_rounding_only() -> None:
+    x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(0)) + 3
+    exact, quick = NormalEquations(7), NormalEquations(7, quick=True)
+    for sums in (exact, quick):
+        sums.add(x)
+    assert not torch.equal(exact.gram, quick.gram)
+    torch.testing.assert_close(quick.gram, exact.gram, rtol=1e-6, atol=0)
+    torch.testing.assert_close(quick.sum_x, exact.sum_x, rtol=1e-6, atol=0)
+
+
 def test_too_few_rows_are_refused_with_how_many_are_needed() -> None:
     x, y, weight, bias = rows(5, 6, 2)
     with pytest.raises(DataError, match=r"5 calibration tokens .* 6 inputs .*rank at most 5.*at least 6"):

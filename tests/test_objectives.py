@@ -196,6 +196,29 @@ def test_similarity_structure_is_the_spearman_correlation_of_all_pairs() -> None
     assert measure(supernet.space.largest()) == pytest.approx(1.0)
 
 
+def test_measured_together_embeddings_are_computed_once_and_values_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    supernet, batches = supernet_of("bert"), sentence_batches()
+    measures = [make(supernet, batches) for make in (objectives.similarity_structure, objectives.embedding_cosine)]
+    measures.append(objectives.parameters(supernet))
+    alone = {measure.name: measure(cut(supernet)) for measure in measures}
+    made, embed = [], objectives.embeddings
+    monkeypatch.setattr(objectives, "embeddings", lambda *a, **k: made.append(1) or embed(*a, **k))
+    assert objectives.evaluated(measures, cut(supernet)) == alone and len(made) == 1
+    with torch.no_grad():  # nothing is kept from one call to the next
+        next(iter(supernet.model.parameters())).mul_(-2)
+    changed = objectives.evaluated(measures, cut(supernet))
+    assert changed["cosine"] == measures[1](cut(supernet)) != alone["cosine"]
+
+
+def test_embeddings_of_other_sentences_are_not_taken_for_these() -> None:
+    supernet, batches = supernet_of("bert"), sentence_batches()
+    others = [{name: tensor[:-1] for name, tensor in batches[0].items()}]
+    measures = [objectives.similarity_structure(supernet, batches), objectives.embedding_cosine(supernet, others)]
+    assert objectives.evaluated(measures, cut(supernet)) == {m.name: m(cut(supernet)) for m in measures}
+
+
 def test_a_given_teacher_replaces_the_largest_subnet_and_needs_no_unit_length() -> None:
     supernet = supernet_of("bert", "base")
     vectors = objectives.embeddings(supernet, cut(supernet), sentence_batches())

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_elastic import costs
+from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import extract
-from hf_elastic.repair.refitting import refitted
+from hf_elastic.repair.refitting import repaired_shapes
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.streams import Batch
@@ -38,7 +38,8 @@ class Candidate:
         """Inside it the supernet has the weights that the row is about."""
         if not self.calibration:
             return nullcontext()
-        return refitted(self.supernet, self.architecture, self.calibration)
+        shapes = self.supernet.layer_shapes(self.architecture)
+        return repaired_shapes(self.supernet, shapes, self.calibration, judged=False)
 
 
 def compare(
@@ -74,7 +75,7 @@ def _row(candidate: Candidate, measured: Sequence[Objective], *, loadability: Lo
         "macs": costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS),
         "loadability": loadability,
         "architecture": dict(point),
-        **{measure.name: finite(measure(point)) for measure in measured},
+        **{name: finite(value) for name, value in objectives.evaluated(measured, point).items()},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from hf_elastic.space import Architecture
 from hf_elastic.streams import Batch
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.additive import layer_table
-from hf_elastic.tables.quality import WHOLE, QualityTable, measure_quality_table
+from hf_elastic.tables.quality import LEAST_ORDERED, WHOLE, Additivity, QualityTable, additivity, measure_quality_table
 
 _HELD_SHARE = 0.25  # of the validation rows: enough to rank options
 _RANKING_TOKENS = 6144  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
@@ -39,9 +40,29 @@ def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
 
 def quality_table(supernet: Supernet, *, task: Task, data: TaskData, path: Path) -> QualityTable:
     """Measures, or goes on measuring, the damage of every option of every layer."""
-    measure = _MEASURES[task.name] + (f"/{task.pooling}" if task.name == "embedding" else "")
     held = _part(data.validation, _HELD_SHARE)
-    return measure_quality_table(supernet, ranking_batches(data), held, measure=measure, path=path)
+    return measure_quality_table(supernet, ranking_batches(data), held, measure=_measure(task), path=path)
+
+
+def trust(
+    supernet: Supernet, table: QualityTable, *, task: Task, data: TaskData, count: int, seed: int
+) -> Additivity | None:
+    """How well the sums predict the damage of random architectures with a layer; ``None`` where there are too few."""
+    rng, points = random.Random(seed), dict[Architecture, None]()
+    for _ in range(100 * count):
+        point = supernet.space.sample(rng)
+        if len(points) < count and not all(shape.skipped for shape in supernet.layer_shapes(point)):
+            points.setdefault(point)
+    if len(points) < LEAST_ORDERED:
+        return None
+    held = _part(data.validation, _HELD_SHARE)
+    return additivity(
+        supernet, table, tuple(points), calibration=ranking_batches(data), validation=held, measure=_measure(task)
+    )
+
+
+def _measure(task: Task) -> str:
+    return _MEASURES[task.name] + (f"/{task.pooling}" if task.name == "embedding" else "")
 
 
 def candidates(supernet: Supernet, table: QualityTable, goal: Goal) -> tuple[Architecture, ...]:
@@ -121,14 +142,9 @@ def tried(
 ) -> Trial:
     """Repairs a candidate inside the supernet, measures it, and gives the supernet its weights back."""
     with repaired_shapes(supernet, supernet.layer_shapes(architecture), calibration, judged=False):
-        values = measured(measures, architecture)
+        values = objectives.evaluated(measures, architecture)
     distance = 1.0
     for measure in measures:
         value = values[measure.name]
         distance *= max(0.0, 1.0 - value) if measure.direction == "maximize" else value
     return Trial(architecture, values, distance if all(map(math.isfinite, values.values())) else math.inf)
-
-
-def measured(measures: Sequence[Objective], architecture: Architecture) -> dict[str, float]:
-    """Qualities by name."""
-    return {measure.name: measure(architecture) for measure in measures}

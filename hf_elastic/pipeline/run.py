@@ -24,7 +24,7 @@ from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
 from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite
-from hf_elastic.pipeline.fast import candidates, measured, quality_table, ranking_batches, tried
+from hf_elastic.pipeline.fast import candidates, quality_table, ranking_batches, tried, trust
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
@@ -46,6 +46,7 @@ TEACHER_FILE = "teacher.safetensors"
 QUALITY_FILE = "quality.json"
 LATENCY_FILE = "latency.json"
 UNIFORM_REPAIRED = "uniform width, refit"
+_TRUSTED: Mapping[str, int] = {"fast": 4, "balanced": 12, "best": 12}  # random architectures that try the sums out
 _OVERHEAD = 1.3  # optimizer, collation, checkpoints and logging, as measured on MiniLM
 _REPORTED = {field.name for field in fields(ExportReport)} - {"directory"}
 
@@ -171,7 +172,18 @@ class CompressRun:
     def _measure_tables(self, supernet: Supernet) -> None:
         if not self.record.finished("tables"):
             with self.record.stage("tables"):
-                quality_table(supernet, task=self.task, data=self.data, path=self.folder / QUALITY_FILE)
+                table = quality_table(supernet, task=self.task, data=self.data, path=self.folder / QUALITY_FILE)
+                self.record.note("tables", **self._trust(supernet, table))
+
+    def _trust(self, supernet: Supernet, table: QualityTable) -> dict[str, Any]:
+        """Says how far the sums over layers are to be trusted."""
+        count, seed = _TRUSTED[self.options.recipe], self.options.seed
+        found = trust(supernet, table, task=self.task, data=self.data, count=count, seed=seed)
+        if found is None:
+            return {}
+        self.say(str(found))
+        correlation, ratio = finite(found.rank_correlation), finite(found.mean_ratio)
+        return {"architectures": len(found.measured), "rank_correlation": correlation, "ratio": ratio}
 
     def _fast_answer(self, supernet: Supernet) -> Supernet:
         """The best of a few exact answers, repaired in closed form on all calibration data."""
@@ -181,7 +193,7 @@ class CompressRun:
         trials = [tried(supernet, point, measures=measures, calibration=some) for point in points]
         best = min(trials, key=lambda trial: trial.distance).architecture
         with refitted(supernet, best, self.data.calibration) as report:
-            values = measured(measures, best)
+            values = objectives.evaluated(measures, best)
             repaired = copy.deepcopy(supernet.model)
         kept = self._macs(supernet, best) / self._macs(supernet, supernet.space.largest())
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())

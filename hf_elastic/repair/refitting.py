@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,15 +66,15 @@ class RefitReport:
 
     Attributes:
         sublayers: every projection that was solved, in order.
-        error_cut: relative error of the last hidden state on the calibration data, of the cut without repair; equal
-            to ``error`` where it was not run.
-        error: the same after the repair.
+        error_cut: relative error of the last hidden state on the calibration data, of the cut without repair; NaN
+            where it was not run.
+        error: the same after the repair; NaN where it was not judged.
         repaired: whether the repair is in effect; a repair that would end farther from the parent is dropped.
     """
 
     sublayers: list[SublayerFit] = field(default_factory=list)
-    error_cut: float = 0.0
-    error: float = 0.0
+    error_cut: float = math.nan
+    error: float = math.nan
     repaired: bool = True
 
 
@@ -173,9 +174,9 @@ def repaired_shapes(
     Args:
         supernet, batches, ridge, carry, memory: as :func:`refitted`.
         shapes: one per layer.
-        judged: whether to compare with the mere cut; without, a third of the time is saved, the report has no
-            ``error_cut``, and the repair stays whatever it ends at.
-        reach: how many layers behind the first cut are repaired; by default all.
+        judged: whether to compare with the mere cut; without, a third of the time is saved, the errors of the report
+            are NaN, and the repair stays whatever it ends at.
+        reach: how many layers behind the first cut are repaired, without being judged; by default all.
     """
     data = checked_batches(batches)
     if not 0 < ridge < float("inf"):
@@ -208,10 +209,12 @@ class _Refit:
     ) -> None:
         self.supernet, self.data, self.ridge, self.carry = supernet, data, ridge, carry
         self.runner = LayerRunner(supernet)
-        self.shapes, self.judged, self.reach = shapes, judged, len(shapes) if reach is None else reach
+        self.shapes, self.judged = shapes, judged and reach is None
+        cuts = (part.index for part, shape in zip(supernet.layer_parts, shapes, strict=True) if shape != part.full)
+        self.first_cut = next(cuts, len(shapes))
+        self.end = len(shapes) if reach is None else min(len(shapes), self.first_cut + reach + 1)
         self.parent, self.student, self.cut, self.targets = (HiddenStates(memory=memory // 4) for _ in range(4))
         self.report = RefitReport()
-        self.first_cut: int | None = None
         self._originals: list[tuple[Tensor, Tensor]] = []
 
     def restore(self) -> None:
@@ -223,14 +226,13 @@ class _Refit:
 
     def run(self) -> None:
         try:
-            for part, shape in zip(self.supernet.layer_parts, self.shapes, strict=True):
-                if self.first_cut is None and shape != part.full:
-                    self.first_cut = part.index
-                touched = self.first_cut is not None
+            for part, shape in zip(self.supernet.layer_parts[: self.end], self.shapes, strict=False):
+                touched = part.index >= self.first_cut
                 self._start(part, shape, touched=touched)
                 if touched:
                     self._finish(part, shape)
-            self._judge()
+            if self.judged:
+                self._judge()
         finally:
             for states in (self.parent, self.student, self.cut, self.targets):
                 states.close()
@@ -240,7 +242,7 @@ class _Refit:
         behind = touched and part.index != self.first_cut
         follows = behind or shape.num_attention_heads != part.full.num_attention_heads
         sums = None
-        if self._within_reach(part) and shape.attention and follows:
+        if shape.attention and follows:
             sums = self._sums(part, shape.num_attention_heads * part.head_dim)
         for index, batch in enumerate(self.data):
             calls = self.runner.calls(batch)
@@ -265,7 +267,7 @@ class _Refit:
 
     def _finish(self, part: LayerPart, shape: LayerShape) -> None:
         """Solves the subnet's FFN, behind its solved attention, and advances the subnet."""
-        if shape.mlp and self._within_reach(part):
+        if shape.mlp:
             sums = self._sums(part, shape.intermediate_size)
             with shaped(part, replace(shape, intermediate_size=part.full.intermediate_size)):
                 for index, batch in enumerate(self.data):
@@ -273,14 +275,13 @@ class _Refit:
                     student = self._entering(self.student, part, index, calls=calls)
                     self._add(sums, part, "mlp", student=student, calls=calls, wanted=self.targets[index])
             self._solve(part, "mlp", sums)
+        if part.index + 1 == self.end and not self.judged:
+            return  # nobody looks at what comes out
         with shaped(part, shape):
             for index, batch in enumerate(self.data):
                 calls = self.runner.calls(batch)
                 student = self._entering(self.student, part, index, calls=calls)
                 self.student[index] = self.runner.run(part.index, student, calls)
-
-    def _within_reach(self, part: LayerPart) -> bool:
-        return self.first_cut is not None and part.index <= self.first_cut + self.reach
 
     def _add(
         self,
@@ -330,7 +331,7 @@ class _Refit:
             calls = self.runner.calls(batch)
             wanted = calls.rows(self.parent[index]).double()
             size += float(wanted.square().sum())
-            for number, states in enumerate((self.cut if self.judged else self.student, self.student)):
+            for number, states in enumerate((self.cut, self.student)):
                 errors[number] += float((calls.rows(states[index]).double() - wanted).square().sum())
         self.report.error_cut, self.report.error = ((error / size) ** 0.5 for error in errors)
         if self.report.error > self.report.error_cut:

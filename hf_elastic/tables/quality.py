@@ -23,7 +23,7 @@ from hf_elastic.fingerprints import fingerprint
 from hf_elastic.layers import evaluating
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.parts import LayerPart, LayerShape
-from hf_elastic.repair.refitting import RIDGE, refitted, repaired_shapes, solved_places
+from hf_elastic.repair.refitting import RIDGE, repaired_shapes, solved_places
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.streams import (
     SUBLAYERS,
@@ -44,6 +44,8 @@ FORMAT = 1
 _REACH = 3  # layers repaired behind one that is left out
 WHOLE = "layer"
 """Entry for leaving out a layer as a whole."""
+LEAST_ORDERED = 3
+"""Architectures that an order takes to be compared with another."""
 
 
 @dataclass(frozen=True)
@@ -350,14 +352,14 @@ def true_damage(
     validation: Iterable[Batch],
     measure: str | Callable[[nn.Module], float],
 ) -> float:
-    """Damage of an architecture that was repaired as a whole (:func:`hf_elastic.repair.refitting.refitted`)."""
+    """Damage of an architecture that was repaired as a whole, whether or not that brought it nearer to its parent."""
     held = checked_batches(validation)
     judge, runner = measure_named(measure, supernet), LayerRunner(supernet)
     with evaluating(supernet.model), torch.no_grad(), supernet.activate(supernet.space.largest()):
         judge.start(runner, held)
     try:
         with (
-            refitted(supernet, architecture, calibration),
+            repaired_shapes(supernet, supernet.layer_shapes(architecture), calibration, judged=False),
             evaluating(supernet.model),
             torch.no_grad(),
             supernet.activate(architecture),
@@ -381,8 +383,8 @@ def additivity(
     Raises:
         DataError: there are fewer than three architectures.
     """
-    if len(architectures) < 3:
-        raise DataError(f"additivity needs at least 3 architectures to order, got {len(architectures)}")
+    if len(architectures) < LEAST_ORDERED:
+        raise DataError(f"additivity needs at least {LEAST_ORDERED} architectures to order, got {len(architectures)}")
     data, held = checked_batches(calibration), checked_batches(validation)
     return Additivity(
         tuple(predicted_damage(supernet, table, point) for point in architectures),

@@ -96,6 +96,7 @@ def test_a_recipe_runs_its_stages_and_no_others(
     repaired = rows["found" if recipe == "fast" else "fast answer, untrained"]
     for name, value in stages["repair"]["values"].items():
         assert repaired[name] == pytest.approx(value, rel=1e-4)
+    assert 3 <= stages["tables"]["architectures"] <= 12 and -1 <= stages["tables"]["rank_correlation"] <= 1
     tried = [trial["architecture"] for trial in stages["repair"]["tried"]]
     assert dict(result.architecture) in tried and len(tried) == len({repr(point) for point in tried})
     told = silent(given)
