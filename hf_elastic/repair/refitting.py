@@ -137,9 +137,9 @@ def refitted(
     this leads to and :math:`h'_t` the parent's at that place; :math:`W_K` are the kept rows of the parent's weight.
     With :math:`c = 1` (``carry``) each projection has to make up for all the error so far, as in "A Free Lunch in LLM
     Compression" (arXiv 2510.14444) and OSSCAR (arXiv 2403.12983); with 0 for that of its own cut. Part of it is best:
-    on a sentence encoder that lost a layer, 1 brings the hidden states nearest but shrinks what it cannot predict
-    (docs/benchmarks.md). Kwon et al. 2022 (arXiv 2204.09656, section 4.3) solve for one factor per unit instead. What
-    stands before the first cut stays as it is, bit for bit.
+    on a sentence encoder that lost a layer, 1 brings the hidden states nearest but shrinks what it cannot predict. Kwon
+    et al. 2022 (arXiv 2204.09656, section 4.3) solve for one factor per unit instead. What stands before the first cut
+    stays as it is, bit for bit.
 
     Args:
         supernet: its weights are the parent's; inside the block the kept part of its output projections is the
