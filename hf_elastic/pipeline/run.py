@@ -23,13 +23,14 @@ from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
-from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite
+from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite, written_form
 from hf_elastic.pipeline.fast import candidates, measured, quality_table, ranking_batches, tried
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
+from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, TEACHER_FILE, export_dtype, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
 from hf_elastic.pipeline.options import CompressOptions, default_space
-from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, read_config, resolve_task
-from hf_elastic.pipeline.texts import Row, digest, read_rows
+from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, resolve_task
+from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of, random_batches, step_seconds, train_phase
 from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table
@@ -42,9 +43,6 @@ from hf_elastic.training import FixedSubnet
 
 Say = Callable[[str], None]
 
-TEACHER_FILE = "teacher.safetensors"
-QUALITY_FILE = "quality.json"
-LATENCY_FILE = "latency.json"
 UNIFORM_REPAIRED = "uniform width, refit"
 _OVERHEAD = 1.3  # optimizer, collation, checkpoints and logging, as measured on MiniLM
 _REPORTED = {field.name for field in fields(ExportReport)} - {"directory"}
@@ -369,9 +367,7 @@ class CompressRun:
 
     def _form(self, supernet: Supernet, architecture: Architecture) -> Loadability:
         """How an architecture is written: compact where the options allow remote code, rather than padded."""
-        form = supernet.loadability(architecture)
-        compact = self.options.form == "any" and supernet.family.static_type is not None
-        return "remote-code" if form == "stock-padded" and compact else form
+        return written_form(supernet, architecture, allowed=self.options.form)
 
     def _compare(self, final: Supernet, architecture: Architecture) -> list[dict[str, Any]]:
         """Rows of the table: the parent, what was found, how it stood on the way, and what plain cutting gives."""
@@ -412,24 +408,6 @@ class CompressRun:
 
 def _recorded(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: finite(value) for name, value in values.items()}
-
-
-def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:
-    """Digest of what a run reads of its data, to notice when a continued run finds other data."""
-    labels = (options.label_column,) if task.name == "classification" else ()
-    return digest(rows, (options.text_column, *labels))
-
-
-def export_dtype(model: str) -> torch.dtype:
-    """The dtype in which a run writes what it found: that of the parent's checkpoint, where it is of 16 bits."""
-    halves = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    return halves.get(str(read_config(model).dtype).removeprefix("torch."), torch.float32)
-
-
-def teacher_vectors(folder: Path) -> Tensor | None:
-    """The parent's embeddings of its validation sentences that a run keeps; ``None`` for other tasks."""
-    path = folder / TEACHER_FILE
-    return load_file(path)["validation"] if path.is_file() else None
 
 
 def compress(options: CompressOptions, *, say: Say = print) -> CompressResult:
