@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hf_elastic.pipeline.fast import candidates, measured, quality_table, rankin
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
 from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, TEACHER_FILE, export_dtype, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
+from hf_elastic.pipeline.nested import FamilyResult, export_family
 from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
@@ -39,6 +40,7 @@ from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
 from hf_elastic.tables.latencies import LatencyTable
 from hf_elastic.tables.quality import QualityTable
+from hf_elastic.tables.timing import Phase
 from hf_elastic.training import FixedSubnet
 
 Say = Callable[[str], None]
@@ -58,6 +60,7 @@ class CompressResult:
         rows: the table, one dict a model, the parent first.
         table: the same as text.
         record: contents of ``result.json``.
+        folder: where the run keeps its work.
     """
 
     architecture: Architecture
@@ -65,6 +68,18 @@ class CompressResult:
     rows: tuple[Mapping[str, Any], ...]
     table: str
     record: Mapping[str, Any]
+    folder: Path
+
+    def family(
+        self,
+        speedups: Sequence[str | float],
+        *,
+        output: str | Path | None = None,
+        phase: Phase | None = None,
+        say: Say = print,
+    ) -> FamilyResult:
+        """Exports several nested sizes out of this one run; see :func:`hf_elastic.pipeline.nested.export_family`."""
+        return export_family(self.folder, speedups, output=output, phase=phase, say=say)
 
 
 class CompressRun:
@@ -336,7 +351,7 @@ class CompressRun:
         self.say(f"{table}\nlatency: {self.record.numbers('compare')['setting']}")
         self.say("\n".join(self.record.numbers("check")["lines"]))
         self.say(f"{self.options.output}: {report.note}\n  {report.snippet}")
-        return CompressResult(architecture, report, tuple(rows), table, self.record.data)
+        return CompressResult(architecture, report, tuple(rows), table, self.record.data, self.folder)
 
     def _export(self, final: Supernet, architecture: Architecture) -> ExportReport:
         """Writes the found model in the dtype of its parent, unless an earlier attempt of the run has."""
