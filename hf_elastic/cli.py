@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from hf_elastic.checkpoint import export as export_subnet
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
-from hf_elastic.pipeline import CompressRun, front_row, open_supernet, search_run
+from hf_elastic.pipeline import CompressRun, export_family, front_row, open_supernet, search_run
 from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
@@ -99,15 +101,35 @@ def compress_command(
         device=device,
         seed=seed,
     )
-    try:
+    with _resumable():
         run = CompressRun(options, say=typer.echo)
         if dry_run:
             typer.echo(run.dry_run())
         else:
             run.run()
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Says of an interrupted command that it goes on."""
+    try:
+        yield
     except KeyboardInterrupt:  # typer would end without a word
         typer.echo("hf-elastic: interrupted; the same command goes on where it was", err=True)
         raise typer.Exit(130) from None
+
+
+@app.command("family")
+def family_command(
+    run: Annotated[str, typer.Argument(help="Run folder that compress made (OUTPUT.run), of any recipe.")],
+    *,
+    speedup: Annotated[list[str], typer.Option(help="Times faster, such as 1.7 or 1.7@16x128. Repeat it.")],
+    output: Annotated[str | None, typer.Option(help="Holds a folder for each; OUTPUT.family of the run else.")] = None,
+    phase: Annotated[Phase | None, typer.Option(help="What speed-ups are of; as the run was told else.")] = None,
+) -> None:
+    """Export several nested sizes of a finished run, with one table. Interrupted, the same command goes on."""
+    with _resumable():
+        export_family(run, speedup, output=output, phase=phase, say=typer.echo)
 
 
 @app.command("info")

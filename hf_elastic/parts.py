@@ -71,6 +71,12 @@ class LayerShape:
         """Whether nothing of the layer is there."""
         return not (self.attention or self.mlp)
 
+    def nested_in(self, larger: LayerShape) -> bool:
+        """Whether the layer can be cut from a larger one: no wider, no more heads, nothing that was left out there."""
+        heads = larger.attention and self.num_attention_heads <= larger.num_attention_heads
+        width = larger.mlp and self.intermediate_size <= larger.intermediate_size
+        return (heads or not self.attention) and (width or not self.mlp)
+
 
 @dataclass(frozen=True)
 class ChoiceNames:

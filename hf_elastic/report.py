@@ -181,13 +181,20 @@ def _describe_run(folder: Path) -> str:
         f"run: {options['model']} within {_budgets(options)}, recipe {options['recipe']}, seed {options['seed']}",
         stage_times(record),
     ]
-    rows = stages.get("compare", {}).get("rows")
-    if rows:
-        fixed = {"name", "parameters", "total_parameters", "macs", "latency", "loadability", "architecture"}
-        quality = [name for name in rows[0] if name not in fixed]
-        lines.append(comparison_table(rows, quality=quality, seq_len=LATENCY_TOKENS))
-        lines.append(f"latency: {stages['compare']['setting']}")
+    if "rows" in stages.get("compare", {}):
+        lines += _compared(stages["compare"])
     lines += stages.get("check", {}).get("lines", [])
+    for family in (stage for stage in stages.values() if "outcomes" in stage):
+        lines += _compared(family)
+        lines += [f"{name}: {line}" for name, found in family["outcomes"].items() for line in found["lines"]]
     if not stages.get("export", {}).get("finished"):
         lines.append("not finished: the same compress command goes on")
     return "\n".join(lines)
+
+
+def _compared(stage: Mapping[str, Any]) -> list[str]:
+    """The table that a stage recorded, and in which setting it was timed."""
+    fixed = {"name", "parameters", "total_parameters", "macs", "latency", "loadability", "architecture"}
+    quality = [name for name in stage["rows"][0] if name not in fixed]
+    table = comparison_table(stage["rows"], quality=quality, seq_len=LATENCY_TOKENS)
+    return [table, f"latency: {stage['setting']}"]

@@ -13,7 +13,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_checkpoints import classifier, language_model, sentence_encoder, write_rows, write_text
+from tiny_checkpoints import (
+    classifier,
+    language_model,
+    sentence_encoder,
+    time_by_parameters,
+    write_rows,
+    write_text,
+)  # fmt: skip
 
 from hf_elastic import SearchResult, SpaceError
 from hf_elastic.cli import main, parse_limits
@@ -168,6 +175,34 @@ def test_search_prints_the_front_under_other_limits(command: Command, finished: 
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[0].split() == ["row", "architecture", "structure", "parameters"]
     assert len(SearchResult.load(run / "search-parameters-0.5-4.json").evaluations) == 5
+
+
+def test_family_writes_several_sizes_and_one_table_and_tells_them_again(
+    command: Command, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_by_parameters(monkeypatch)
+    run = shutil.copytree(finished.with_name("small.run"), tmp_path / "small.run")
+    ended = command("family", run, "--speedup", "1.5@2x16", "--speedup", "1.2@2x16")
+    assert ended.code == 0, ended.err
+    for name in ("1.2x", "1.5x"):
+        assert f"{name}: met: speed-up {name[:-1]} for prefill of 2x16: measured " in ended.out
+        assert transformers.AutoModel.from_pretrained(tmp_path / "small.family" / name).config.hidden_size == 32
+    assert ended.out.count("MACs at 128") == 1
+    again = command("family", run, "--speedup", "1.2@2x16", "--speedup", "1.5@2x16")
+    assert again.code == 0 and again.out in ended.out
+    elsewhere = command("family", run, "--speedup", "1.2", "--output", tmp_path / "sizes")
+    assert elsewhere.code == 0 and [path.name for path in (tmp_path / "sizes").iterdir()] == ["1.2x"]
+
+
+def test_an_interrupted_family_says_how_it_goes_on(
+    command: Command, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_elastic.pipeline.nested.measure_latency_table", interrupted)
+    ended = command("family", finished.with_name("small.run"), "--speedup", "1.2", "--output", tmp_path / "sizes")
+    assert (ended.code, ended.err) == (130, "hf-elastic: interrupted; the same command goes on where it was\n")
 
 
 @pytest.mark.parametrize("point", ["largest", "midpoint", "smallest", "json", "file"])
@@ -336,6 +371,13 @@ def test_bad_input_is_one_line_before_anything_is_trained_or_written(
         (["search", "{run}", "--within", "macs=0.0001"], "reachable"),
         (["search", "{run}", "--within", "speed=0.5"], "'speed'"),
         (["search", "{run}", "--within", "macs=0.5", "--evaluations", "1"], "always evaluated"),
+        (["family", "{empty}", "--speedup", "1.3"], "is no run"),
+        (["family", "{run}", "--speedup", "1"], "above 1"),
+        (["family", "{run}", "--speedup", "1.3x"], "not of the form"),
+        (["family", "{run}", "--speedup", "1.3", "--speedup", "1.30"], "asked for twice"),
+        (["family", "{run}", "--speedup", "1.3@1x16", "--speedup", "1.7"], "one family is of one workload"),
+        (["family", "{run}", "--speedup", "1.3", "--output", "{text}"], "cannot write"),
+        (["family", "{run}", "--speedup", "1.3", "--phase", "decode"], "does not generate"),
         (["export", "{empty}", "largest", "--output", "{empty}/out"], "no supernet and no run"),
         (["export", "{run}", "huge", "--output", "{empty}/out"], "neither a JSON object nor a readable file"),
         (["export", "{run}", '{"architecture": 3}', "--output", "{empty}/out"], "JSON object of choices"),
@@ -378,7 +420,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
 
 def test_help_names_every_command(command: Command) -> None:
     ended = command("--help")
-    assert ended.code == 0 and all(name in ended.out for name in ("compress", "info", "search", "export"))
+    assert ended.code == 0 and all(name in ended.out for name in ("compress", "family", "info", "search", "export"))
 
 
 def test_a_process_of_its_own_says_one_line_too(place: Place, tmp_path: Path) -> None:

@@ -144,3 +144,21 @@ def test_a_part_is_not_a_submodule_of_its_layer() -> None:
     layer = supernet.layer_parts[0].layer
     assert isinstance(layer.elastic_parts[0], LayerPart)
     assert {name for name, _ in layer.named_children()} == {"attention", "intermediate", "output"}
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "nested"),
+    [
+        (LayerShape(16, 2, 2), LayerShape(16, 2, 2), True),
+        (LayerShape(16, 2, 2), LayerShape(48, 4, 4), True),
+        (LayerShape(24, 2, 2), LayerShape(16, 4, 4), False),
+        (LayerShape(16, 4, 4), LayerShape(48, 2, 2), False),
+        (LayerShape(48, 4, 4, mlp=False), LayerShape(16, 4, 4), True),
+        (LayerShape(48, 4, 4, attention=False), LayerShape(48, 2, 2), True),
+        (LayerShape(16, 4, 4), LayerShape(48, 4, 4, attention=False), False),
+        (LayerShape(16, 4, 4), LayerShape(48, 4, 4, mlp=False), False),
+        (LayerShape(48, 4, 4, False, False), LayerShape(16, 2, 2, False, False), True),
+    ],
+)
+def test_a_shape_is_nested_in_one_that_it_can_be_cut_from(small: LayerShape, large: LayerShape, nested: bool) -> None:
+    assert small.nested_in(large) is nested

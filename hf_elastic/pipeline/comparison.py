@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import extract
+from hf_elastic.declaration import Loadability as Allowed
 from hf_elastic.repair.refitting import repaired_shapes
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
@@ -58,7 +59,8 @@ def compare(
         supernet, point = candidate.supernet, candidate.architecture
         loadability = form(supernet, point)
         with candidate.ready():
-            rows.append(_row(candidate, measures(supernet), loadability=loadability))
+            values = objectives.evaluated(measures(supernet), point)
+            rows.append(table_row(candidate, values, loadability=loadability))
             models[candidate.name] = extract(supernet, point, loadability=loadability)
     for model in models.values():
         cast_parameters_(model, getattr(torch, setting.dtype))
@@ -66,7 +68,8 @@ def compare(
     return [{**row, "latency": typical(timed[row["name"]].samples)} for row in rows]
 
 
-def _row(candidate: Candidate, measured: Sequence[Objective], *, loadability: Loadability) -> dict[str, Any]:
+def table_row(candidate: Candidate, values: Mapping[str, float], *, loadability: Loadability) -> dict[str, Any]:
+    """A row without its latency: costs, and qualities that were measured."""
     supernet, point = candidate.supernet, candidate.architecture
     return {
         "name": candidate.name,
@@ -75,8 +78,15 @@ def _row(candidate: Candidate, measured: Sequence[Objective], *, loadability: Lo
         "macs": costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS),
         "loadability": loadability,
         "architecture": dict(point),
-        **{name: finite(value) for name, value in objectives.evaluated(measured, point).items()},
+        **{name: finite(value) for name, value in values.items()},
     }
+
+
+def written_form(supernet: Supernet, architecture: Architecture, *, allowed: Allowed) -> Loadability:
+    """How an architecture is written: compact where the options allow remote code, rather than padded."""
+    form = supernet.loadability(architecture)
+    compact = allowed == "any" and supernet.family.static_type is not None
+    return "remote-code" if form == "stock-padded" and compact else form
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:

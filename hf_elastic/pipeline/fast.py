@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from hf_elastic.tables.quality import LEAST_ORDERED, WHOLE, Additivity, QualityT
 _HELD_SHARE = 0.25  # of the validation rows: enough to rank options
 _RANKING_TOKENS = 6144  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
 _DEPTHS = 3  # candidates: the best with at most so many layers, for the largest few numbers of layers
-_KEPT, _LEFT_OUT = "layers", "left_out"
+_KEPT, _LEFT_OUT, _OUTSIDE = "layers", "left_out", "outside"
 _MEASURES = {"embedding": "similarity", "causal-lm": "kl", "masked-lm": "kl", "classification": "hidden"}
 
 
@@ -93,13 +93,45 @@ def candidates(supernet: Supernet, table: QualityTable, goal: Goal) -> tuple[Arc
 def _least_damage(supernet: Supernet, table: QualityTable, *, goal: Goal, most: int) -> Architecture:
     """The architecture of least predicted damage of 1 to ``most`` layers."""
     damage = objectives.damage(supernet, table)
-    counts = {name: _count(supernet, name) for name in (_KEPT, _LEFT_OUT)}
-    known = {**goal.known, **counts}
-    limits = {**goal.within, _KEPT: most, _LEFT_OUT: len(supernet.layer_parts) - 1}
-    result = search_subnets(
-        supernet.space, [replace(damage, related=lambda: known)], algorithm="exact", within=limits, progress=False
-    )
-    return result.best(damage.name).architecture
+    return least(supernet, damage, known=goal.known, within=goal.within, most=most)
+
+
+def least(
+    supernet: Supernet,
+    objective: Objective,
+    *,
+    known: Mapping[str, Objective],
+    within: Mapping[str, float],
+    most: int | None = None,
+    inside: Sequence[LayerShape] | None = None,
+) -> Architecture:
+    """The architecture with the least of an additive objective among those that have a layer, by exact search.
+
+    Args:
+        supernet: the space.
+        objective: a sum over layers.
+        known: the costs by name.
+        within: limits on them.
+        most: how many layers it may have; by default all.
+        inside: shapes, one per layer, that each of its layers can be cut from; by default the whole ones.
+
+    Raises:
+        InfeasibleError: nothing is left.
+    """
+    layers = supernet.layer_parts
+    counts = {_LEFT_OUT: _count(supernet, _LEFT_OUT, lambda _, shape: shape.skipped)}
+    limits = {**within, _LEFT_OUT: len(layers) - 1}
+    if most is not None:
+        counts[_KEPT] = _count(supernet, _KEPT, lambda _, shape: not shape.skipped)
+        limits[_KEPT] = most
+    if inside is not None:
+        outer = tuple(inside)
+        counts[_OUTSIDE] = _count(supernet, _OUTSIDE, lambda part, shape: not shape.nested_in(outer[part.index]))
+        limits[_OUTSIDE] = 0
+    related = {**known, **counts}
+    goal = replace(objective, related=lambda: related)
+    result = search_subnets(supernet.space, [goal], algorithm="exact", within=limits, progress=False)
+    return result.best(objective.name).architecture
 
 
 def _forbidding(table: QualityTable, layer: int) -> QualityTable:
@@ -109,11 +141,11 @@ def _forbidding(table: QualityTable, layer: int) -> QualityTable:
     return replace(table, damages=tuple(rows))
 
 
-def _count(supernet: Supernet, name: str) -> Objective:
-    """Counts the layers that are kept, or those that are left out."""
+def _count(supernet: Supernet, name: str, rule: Callable[[LayerPart, LayerShape], bool]) -> Objective:
+    """Counts the layers that a rule holds for."""
 
-    def one(_part: LayerPart, shape: LayerShape) -> int:
-        return int(shape.skipped is (name == _LEFT_OUT))
+    def one(part: LayerPart, shape: LayerShape) -> int:
+        return int(rule(part, shape))
 
     def total(architecture: Architecture) -> int:
         return sum(map(one, supernet.layer_parts, supernet.layer_shapes(architecture)))
@@ -143,8 +175,13 @@ def tried(
     """Repairs a candidate inside the supernet, measures it, and gives the supernet its weights back."""
     with repaired_shapes(supernet, supernet.layer_shapes(architecture), calibration, judged=False):
         values = objectives.evaluated(measures, architecture)
+    return Trial(architecture, values, distance_of(measures, values))
+
+
+def distance_of(measures: Sequence[Objective], values: Mapping[str, float]) -> float:
+    """How bad measured qualities are, in one number; see :attr:`Trial.distance`."""
     distance = 1.0
     for measure in measures:
         value = values[measure.name]
         distance *= max(0.0, 1.0 - value) if measure.direction == "maximize" else value
-    return Trial(architecture, values, distance if all(map(math.isfinite, values.values())) else math.inf)
+    return distance if all(map(math.isfinite, values.values())) else math.inf

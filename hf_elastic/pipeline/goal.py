@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_elastic import objectives
+from hf_elastic.costs import Latency
 from hf_elastic.pipeline.limits import feasibility
 from hf_elastic.search import Objective
 from hf_elastic.search.limits import Feasibility
@@ -130,20 +131,38 @@ def outcome_of(
     Raises:
         CheckpointError: the table's setting is not that of this process.
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in exported.parameters())
-    seconds, predicted, ratio = {}, None, None
-    if goal.table is not None:
-        timed = measure_models({"parent": parent, "exported": exported}, goal.setting)
-        seconds = {name: typical(latency.samples) for name, latency in timed.items()}
-        predicted = goal.table.speedup(supernet, architecture)
-        ratio = speedup(timed["parent"], timed["exported"])
+    models = {"parent": parent, "exported": exported}
+    timed = {} if goal.table is None else measure_models(models, goal.setting)
+    return judged(goal, supernet, architecture, exported=exported, times=timed.get("exported"), of=timed.get("parent"))
+
+
+def judged(
+    goal: Goal,
+    supernet: Supernet,
+    architecture: Architecture,
+    *,
+    exported: PreTrainedModel,
+    times: Latency | None,
+    of: Latency | None,
+) -> Outcome:
+    """Compares an export, timed beside its parent already, with the budgets.
+
+    Args:
+        goal, supernet, architecture, exported: as :func:`outcome_of`.
+        times: of the export; needed with a table.
+        of: its parent's, measured with them.
+
+    Raises:
+        DataError: a budget needs times that are not given.
+    """
+    predicted = goal.table.speedup(supernet, architecture) if goal.table else None
     verdicts = goal.budgets.check(
         supernet,
         architecture,
         known=goal.known,
-        seconds=seconds.get("exported"),
-        parent_seconds=seconds.get("parent"),
-        weight_bytes=weights,
+        seconds=typical(times.samples) if times else None,
+        parent_seconds=typical(of.samples) if of else None,
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in exported.parameters()),
         dtype=goal.dtype,
     )
-    return Outcome(verdicts, predicted, ratio)
+    return Outcome(verdicts, predicted, speedup(of, times) if of and times else None)

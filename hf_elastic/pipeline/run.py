@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
-from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite
+from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite, written_form
 from hf_elastic.pipeline.fast import candidates, quality_table, ranking_batches, tried, trust
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
+from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, TEACHER_FILE, export_dtype, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
+from hf_elastic.pipeline.nested import FamilyResult, export_family
 from hf_elastic.pipeline.options import CompressOptions, default_space
-from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, read_config, resolve_task
-from hf_elastic.pipeline.texts import Row, digest, read_rows
+from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, resolve_task
+from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of, random_batches, step_seconds, train_phase
 from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table
@@ -38,13 +40,11 @@ from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
 from hf_elastic.tables.latencies import LatencyTable
 from hf_elastic.tables.quality import QualityTable
+from hf_elastic.tables.timing import Phase
 from hf_elastic.training import FixedSubnet
 
 Say = Callable[[str], None]
 
-TEACHER_FILE = "teacher.safetensors"
-QUALITY_FILE = "quality.json"
-LATENCY_FILE = "latency.json"
 UNIFORM_REPAIRED = "uniform width, refit"
 _TRUSTED: Mapping[str, int] = {"fast": 4, "balanced": 12, "best": 12}  # random architectures that try the sums out
 _OVERHEAD = 1.3  # optimizer, collation, checkpoints and logging, as measured on MiniLM
@@ -61,6 +61,7 @@ class CompressResult:
         rows: the table, one dict a model, the parent first.
         table: the same as text.
         record: contents of ``result.json``.
+        folder: where the run keeps its work.
     """
 
     architecture: Architecture
@@ -68,6 +69,18 @@ class CompressResult:
     rows: tuple[Mapping[str, Any], ...]
     table: str
     record: Mapping[str, Any]
+    folder: Path
+
+    def family(
+        self,
+        speedups: Sequence[str | float],
+        *,
+        output: str | Path | None = None,
+        phase: Phase | None = None,
+        say: Say = print,
+    ) -> FamilyResult:
+        """Exports several nested sizes out of this one run; see :func:`hf_elastic.pipeline.nested.export_family`."""
+        return export_family(self.folder, speedups, output=output, phase=phase, say=say)
 
 
 class CompressRun:
@@ -350,7 +363,7 @@ class CompressRun:
         self.say(f"{table}\nlatency: {self.record.numbers('compare')['setting']}")
         self.say("\n".join(self.record.numbers("check")["lines"]))
         self.say(f"{self.options.output}: {report.note}\n  {report.snippet}")
-        return CompressResult(architecture, report, tuple(rows), table, self.record.data)
+        return CompressResult(architecture, report, tuple(rows), table, self.record.data, self.folder)
 
     def _export(self, final: Supernet, architecture: Architecture) -> ExportReport:
         """Writes the found model in the dtype of its parent, unless an earlier attempt of the run has."""
@@ -381,9 +394,7 @@ class CompressRun:
 
     def _form(self, supernet: Supernet, architecture: Architecture) -> Loadability:
         """How an architecture is written: compact where the options allow remote code, rather than padded."""
-        form = supernet.loadability(architecture)
-        compact = self.options.form == "any" and supernet.family.static_type is not None
-        return "remote-code" if form == "stock-padded" and compact else form
+        return written_form(supernet, architecture, allowed=self.options.form)
 
     def _compare(self, final: Supernet, architecture: Architecture) -> list[dict[str, Any]]:
         """Rows of the table: the parent, what was found, how it stood on the way, and what plain cutting gives."""
@@ -424,24 +435,6 @@ class CompressRun:
 
 def _recorded(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: finite(value) for name, value in values.items()}
-
-
-def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:
-    """Digest of what a run reads of its data, to notice when a continued run finds other data."""
-    labels = (options.label_column,) if task.name == "classification" else ()
-    return digest(rows, (options.text_column, *labels))
-
-
-def export_dtype(model: str) -> torch.dtype:
-    """The dtype in which a run writes what it found: that of the parent's checkpoint, where it is of 16 bits."""
-    halves = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    return halves.get(str(read_config(model).dtype).removeprefix("torch."), torch.float32)
-
-
-def teacher_vectors(folder: Path) -> Tensor | None:
-    """The parent's embeddings of its validation sentences that a run keeps; ``None`` for other tasks."""
-    path = folder / TEACHER_FILE
-    return load_file(path)["validation"] if path.is_file() else None
 
 
 def compress(options: CompressOptions, *, say: Say = print) -> CompressResult:

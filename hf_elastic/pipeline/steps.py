@@ -9,11 +9,9 @@ from typing import Any
 from hf_elastic import objectives
 from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.costs import count
-from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import ArchitectureError, CheckpointError
+from hf_elastic.pipeline.kept import TRAINED, options_of, require_run, teacher_vectors, text_digest
 from hf_elastic.pipeline.limits import feasibility
-from hf_elastic.pipeline.options import CompressOptions
-from hf_elastic.pipeline.run import teacher_vectors, text_digest
 from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of
@@ -40,14 +38,13 @@ def open_supernet(folder: Path) -> tuple[Supernet, str]:
         if recipe != "best":
             raise CheckpointError(f"{folder} is a run of recipe {recipe}, which trains no supernet; use recipe best")
         raise CheckpointError(f"{folder} is a run without a trained supernet yet; repeat its compress command first")
-    return Supernet.from_pretrained(folder / "supernet"), str(record["options"].get("model", ""))
+    return Supernet.from_pretrained(folder / TRAINED), str(record["options"].get("model", ""))
 
 
 def _record(folder: Path) -> dict[str, Any]:
     if not (folder / RESULT_FILE).is_file():
         raise CheckpointError(f"{folder} is no supernet and no run: it holds neither {SPACE_FILE} nor {RESULT_FILE}")
-    if (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is the output of a run; its work is in {folder}.run")
+    require_run(folder)
     return read_record(folder / RESULT_FILE)
 
 
@@ -120,18 +117,3 @@ def front_row(text: str) -> Architecture:
     if not number.isdigit() or not 1 <= int(number) <= len(front):
         raise ArchitectureError(f"{text!r} names row {number!r}; {path} has rows 1 to {len(front)}")
     return front[int(number) - 1].architecture
-
-
-def options_of(record: Mapping[str, Any], *, output: str) -> CompressOptions:
-    """Restores the options a run was started with.
-
-    Raises:
-        CheckpointError: the record holds other options than this version has.
-    """
-    options = {name: value for name, value in record["options"].items() if name != "text"}
-    try:
-        space, data = options.pop("space"), tuple(options.pop("data"))
-        given = ElasticConfig.from_dict(space) if space else None
-        return CompressOptions(**options, data=data, output=output, space=given)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the record of the run holds no usable options: {error}") from error

@@ -19,8 +19,8 @@ from hf_elastic import (
     TrainingError,
     make_elastic,
 )  # fmt: skip
+from hf_elastic.pipeline.kept import options_of
 from hf_elastic.pipeline.options import default_space
-from hf_elastic.pipeline.steps import options_of
 from hf_elastic.tables.budgets import Budgets, Workload
 
 

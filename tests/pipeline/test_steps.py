@@ -19,7 +19,8 @@ from hf_elastic import (
     compress,
 )
 from hf_elastic.pipeline import open_supernet, search_run
-from hf_elastic.pipeline.steps import front_row, front_table, options_of
+from hf_elastic.pipeline.kept import options_of
+from hf_elastic.pipeline.steps import front_row, front_table
 
 Find = Callable[[str], Path]
 
