@@ -132,3 +132,27 @@ def test_the_tokenizer_gives_the_documented_perplexity(data_dir: Path) -> None:
     parent, tokenizer = stories.load_parent(stories.checked_data(data_dir), "babyllama105")
     found = stories.measured_perplexity(parent, tokenizer, model.validation(data_dir))
     assert found == pytest.approx(model.documented, abs=0.01)
+
+
+def test_the_exact_front_benchmark_times_every_front_of_spaces_of_the_stated_size(tmp_path: Path) -> None:
+    exact, file = script("exact_front"), tmp_path / "exact-front.json"
+    tiny = "--encoder-layers 2 --decoder-layers 3 --repeats 2"
+    exact.main([*tiny.split(), "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["space"], row["front"].removeprefix("damage x ")) for row in rows] == [
+        ("encoder", "macs"), ("encoder", "parameters"),
+        ("decoder", "macs"), ("decoder", "parameters"), ("decoder", "nanoseconds"),
+    ]  # fmt: skip
+    assert rows[2]["architectures"] == "8.00e3"
+    assert all(row["points"] > 10 and row["low"] <= row["seconds"] <= row["slowest"] for row in rows)
+
+
+def test_the_made_up_damages_grow_as_sizes_shrink() -> None:
+    exact = script("exact_front")
+    supernet = exact.supernet_of("bert", exact.Size(layers=2, hidden=384, heads=12, positions=8, vocabulary=32))
+    for row in exact.quality_table(supernet, seed=0).damages:
+        for sublayer in ("mlp", "attention"):
+            sizes = sorted(int(name.partition("/")[2]) for name in row if name.startswith(sublayer))
+            damages = [row[f"{sublayer}/{size}"] for size in sizes]
+            assert damages == sorted(damages, reverse=True) and damages[-1] == 0 and sizes[0] == 0
+        assert row["layer"] > row["mlp/0"] + row["attention/0"]
