@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_elastic.errors import DataError
 
 _ROWS = 1024  # summed in float32 at once, for inputs in half precision
+_STRIP = 1024  # rows of a sum that are added to at once, so that no product of its size stands beside it
 _LARGEST_SPREAD = 1e12  # of a factor's diagonal, squared: beyond, float64 says nothing
 
 
@@ -70,11 +71,11 @@ class NormalEquations:
         wide = torch.float64 if step == len(x) else torch.float32
         for start in range(0, len(x), max(1, step)):
             part = x[start : start + step].to(wide)  # (n, I)
-            self.gram += part.t() @ part
+            _add_product(self.gram, part, part)
             self.sum_x += part.sum(0, dtype=torch.float64)
             if y is not None:
                 target = y[start : start + step].to(wide)  # (n, O)
-                self.cross += part.t() @ target
+                _add_product(self.cross, part, target)
                 self.sum_y += target.sum(0, dtype=torch.float64)
                 self.square_y += float(target.double().square().sum())
         self.rows += len(x)
@@ -90,9 +91,10 @@ class NormalEquations:
         made.gram, made.sum_x, made.rows = self.gram, self.sum_x, self.rows
         weight = weight.double()
         shift = torch.zeros_like(weight[0]) if bias is None else bias.double()  # (O,)
-        made.cross = self.gram @ weight + self.sum_x[:, None] * shift
+        product = self.gram @ weight  # (I, O)
+        products = (weight * product).sum() + 2 * (self.sum_x @ weight) @ shift
+        made.cross = product.addr_(self.sum_x, shift)
         made.sum_y = self.sum_x @ weight + self.rows * shift
-        products = (weight * (self.gram @ weight)).sum() + 2 * (self.sum_x @ weight) @ shift
         made.square_y = float(products + self.rows * shift.square().sum())
         return made
 
@@ -108,13 +110,13 @@ class NormalEquations:
         if not centred:
             return self.gram
         mean = self.sum_x / self.rows
-        return self.gram - self.rows * torch.outer(mean, mean)
+        return torch.addr(self.gram, mean, mean, alpha=-self.rows)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Mean squared error per row, summed over outputs, of a layer on the rows."""
         weight = weight.double()
         shift = torch.zeros_like(self.sum_y) if bias is None else bias.double()
-        fitted = (weight * (self.gram @ weight)).sum() - 2 * (weight * self.cross).sum()
+        fitted = ((self.gram @ weight).mul_(weight)).sum() - 2 * (weight * self.cross).sum()
         moved = 2 * shift @ (weight.t() @ self.sum_x - self.sum_y) + self.rows * shift.square().sum()
         return max(0.0, float(fitted + moved) + self.square_y) / max(1, self.rows)
 
@@ -132,22 +134,22 @@ class NormalEquations:
         Raises:
             DataError: the sums are not finite, or too few rows determine the solution.
         """
-        if not (torch.isfinite(self.gram).all() and torch.isfinite(self.cross).all()):
+        if not (torch.isfinite(self.gram.sum()) and torch.isfinite(self.cross.sum())):  # a sum keeps both
             raise DataError("the calibration activations hold NaN or infinity; check the weights and the batches")
-        rank = self._rank()
-        start = weight.double()
-        gram, cross = self.scatter(centred=bias is not None).clone(), self.cross.clone()
+        rank, start = self._rank(), weight.double()
+        before = self.error(start, bias)
+        gram, cross = self.scatter(centred=bias is not None), self.cross.clone()
         if bias is not None:
             mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
-            cross -= self.rows * torch.outer(mean_x, mean_y)
+            cross.addr_(mean_x, mean_y, alpha=-self.rows)
         strength = ridge * float(gram.diagonal().mean())
-        before = self.error(weight, bias)
         if strength <= 0:  # every input is constant: there is nothing to learn a weight from
             solved = start
         else:
+            gram = gram.clone() if gram is self.gram else gram
             gram.diagonal().add_(strength)
-            cross += strength * start
-            solved = torch.cholesky_solve(cross, _factor(gram))
+            solved = _solved_(gram, cross.add_(start, alpha=strength))
+        del gram, cross
         shift = None if bias is None else mean_y - solved.t() @ mean_x
         after = self.error(solved, shift)
         if after > before:  # by rounding, where the start was the solution
@@ -171,20 +173,28 @@ class NormalEquations:
         return int(torch.linalg.matrix_rank(self.gram, hermitian=True))
 
 
-def _factor(gram: Tensor) -> Tensor:
-    """Cholesky factor.
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds ``leftᵀ right`` of ``(n, I)`` and ``(n, O)`` to ``(I, O)``."""
+    for start in range(0, len(total), _STRIP):
+        total[start : start + _STRIP] += left[:, start : start + _STRIP].t() @ right
+
+
+def _solved_(gram: Tensor, cross: Tensor) -> Tensor:
+    """Solves ``gram @ W = cross``; the factor takes the place of the Gram matrix, of which large models have no two.
 
     Raises:
         DataError: the matrix is singular in float64.
     """
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    place = gram.mT  # the layout that LAPACK works in; the matrix is symmetric
+    factor, failed = torch.linalg.cholesky_ex(place, out=(place, torch.empty(0, dtype=torch.int32, device=gram.device)))
     diagonal = factor.diagonal()
     if int(failed) or float((diagonal.max() / diagonal.min()) ** 2) > _LARGEST_SPREAD:
         raise DataError(
             "the calibration activations do not determine a solution (inputs that are constant or copies of others); "
             "pass more text, or a larger ridge="
         )
-    return factor
+    half = torch.linalg.solve_triangular(factor, cross, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: float = 1e-3, at_once: int = 64) -> Tensor:
