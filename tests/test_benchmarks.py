@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -156,3 +157,38 @@ def test_the_made_up_damages_grow_as_sizes_shrink() -> None:
             damages = [row[f"{sublayer}/{size}"] for size in sizes]
             assert damages == sorted(damages, reverse=True) and damages[-1] == 0 and sizes[0] == 0
         assert row["layer"] > row["mlp/0"] + row["attention/0"]
+
+
+def test_the_memory_benchmark_measures_each_phase_in_a_process_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "refit-memory.json"
+    tiny = (
+        "--layers 3 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 --vocabulary 64 --batch 2 --length 64 "
+        "--tokens 256 --held-tokens 64 --latency-seconds 0.1 --phases refit quality"
+    )
+    script("refit_memory").main([*tiny.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert [row["phase"] for row in found["rows"]] == ["refit", "quality"]
+    for row in found["rows"]:
+        assert row["peak GiB"] > row["baseline GiB"] > 0
+        assert row["beyond GiB"] == pytest.approx(row["peak GiB"] - row["baseline GiB"] - row["weights GiB"])
+    assert "up to 128 inputs" in found["rows"][0]["work"] and "evaluated" in found["rows"][1]["work"]
+
+
+def test_a_peak_is_found_with_and_without_the_kernels_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = script("refit_memory")
+
+    def held() -> int:
+        before = memory.resident()
+        with memory.Peak("cpu") as peak:
+            block = torch.ones(2**26, dtype=torch.uint8)
+            time.sleep(0.1)
+            del block
+        return peak.value - before
+
+    assert held() > 2**25
+    monkeypatch.setattr(memory.Path, "write_text", failing)
+    assert held() > 2**25
+
+
+def failing(*_: object, **__: object) -> None:
+    raise PermissionError("not here")
