@@ -192,3 +192,22 @@ def test_a_peak_is_found_with_and_without_the_kernels_help(monkeypatch: pytest.M
 
 def failing(*_: object, **__: object) -> None:
     raise PermissionError("not here")
+
+
+def test_the_benchmark_without_training_measures_every_model_at_every_limit(tmp_path: Path, data_dir: Path) -> None:
+    file = tmp_path / "stories-fast.json"
+    tiny = (
+        "--models babyllama105 --stories 60 --pieces 4 --tokens 64 --seeds 2 --within 0.6 --calibration-tokens 800 "
+        "--held-tokens 128 --sizes 3 --architectures 3 --recover 0.01"
+    )
+    script("stories_fast").main([*tiny.split(), "--data", str(data_dir), "--json", str(file)])
+    (found,) = json.loads(file.read_text())["results"]
+    assert [row["what"] for row in found["rows"]] == [
+        "parent", "dropped layers", "uniform width, cut", "uniform width, refit", "exact answer, cut",
+        "exact answer, refit", "exact answer, refit, 0.01 min of training",
+    ]  # fmt: skip
+    values = {row["what"]: row["perplexity"] for row in found["rows"]}
+    assert values["parent"] < values["exact answer, refit"] < values["exact answer, cut"]
+    assert [row["seeds"] for row in found["rows"]] == [1, *[2] * 6]
+    assert all(row["parameters"] <= 0.606 for row in found["rows"][1:])
+    assert found["additivity"]["architectures"] == 3 and set(found["architectures"]) == {"0", "1"}
