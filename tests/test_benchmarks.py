@@ -211,3 +211,83 @@ def test_the_benchmark_without_training_measures_every_model_at_every_limit(tmp_
     assert [row["seeds"] for row in found["rows"]] == [1, *[2] * 6]
     assert all(row["parameters"] <= 0.606 for row in found["rows"][1:])
     assert found["additivity"]["architectures"] == 3 and set(found["architectures"]) == {"0", "1"}
+
+
+def a_run(folder: Path, *, seed: int, recipe: str = "fast") -> str:
+    """What ``compress`` notes about a run without a search, as far as it is read."""
+    rows = [
+        {"name": name, "parameters": size, "total_parameters": 2 * size, "macs": size, "latency": size / 100,
+         "structure": 1.0, "cosine": 1.0, "loadability": "stock", "architecture": {"width": size}}
+        for name, size in (("parent", 100), ("found", 60))
+    ]  # fmt: skip
+    stages = {"repair": {"architecture": {"width": 60}, "seconds": 30.0}, "compare": {"rows": rows, "seconds": 30.0}}
+    if recipe == "balanced":
+        stages["plan"] = {"supernet_steps": 0, "found_steps": 7}
+    folder.mkdir()
+    options = {"recipe": recipe, "seed": seed, "within": {"macs": 0.6}, "data": [str(folder)]}
+    (folder / "result.json").write_text(json.dumps({"options": options, "stages": stages}))
+    return str(folder)
+
+
+@pytest.fixture
+def judged_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of minilm.py with a folder of data, and similarities that the name of a model decides."""
+    pairs = tmp_path / "data" / "glue" / "stsb_dev.jsonl"
+    pairs.parent.mkdir(parents=True)
+    pairs.write_text('{"sentence1": "a", "sentence2": "b", "score": 1.0}\n')
+    values = {"parent": 0.8, "one": 0.78, "two": 0.79}
+    monkeypatch.setattr(script("minilm"), "sts", lambda model, rows: values[Path(model).name])
+    return ["--parent", "parent", "--data", str(tmp_path / "data"), "--json", str(tmp_path / "found.json")]
+
+
+@pytest.mark.parametrize(("recipe", "trained"), [("fast", "Nothing was trained"), ("balanced", "7 for the subnet")])
+def test_runs_without_a_search_are_judged_over_their_seeds(
+    tmp_path: Path, judged_runs: list[str], recipe: str, trained: str
+) -> None:
+    runs = [a_run(tmp_path / name, seed=seed, recipe=recipe) for seed, name in enumerate(("one", "two"))]
+    script("minilm").main([*runs, *judged_runs, "--bar", "0.95"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["architecture"] == {"width": 60} and str(tmp_path) not in json.dumps(found)
+    assert [(row["seed"], row["kept"]) for row in found["outputs"]] == [(0, 0.78 / 0.8), (1, 0.79 / 0.8)]
+    assert found["summary"]["kept"] == pytest.approx(0.785 / 0.8) and found["summary"]["met"] is True
+    page = script("render").page({f"minilm-{recipe}": found})
+    assert f"recipe `{recipe}`" in page and trained in page and ">= 0.95, met" in page
+
+
+def test_runs_of_different_options_are_not_averaged(tmp_path: Path, judged_runs: list[str]) -> None:
+    runs = [a_run(tmp_path / "one", seed=0), a_run(tmp_path / "two", seed=1, recipe="balanced")]
+    with pytest.raises(SystemExit, match="differ in their seeds alone"):
+        script("minilm").main([*runs, *judged_runs])
+
+
+def test_the_page_is_made_of_the_results_alone() -> None:
+    render = script("render")
+    results = {file.stem: json.loads(file.read_text()) for file in sorted(render.RESULTS.glob("*.json"))}
+    assert render.PAGE.read_text(encoding="utf-8") == render.page(results)
+    assert "##" not in render.page({})
+
+
+def test_each_new_result_has_a_section_with_its_verdict() -> None:
+    made = {"torch": "0"}
+    row = {"space": "decoder", "points": 9, "bar": "<= 10", "met": "yes"}
+    sizes = {"layers": 2, "hidden": 8, "intermediate": 16, "device": "cpu", "tokens": 32}
+    timed = {"layers": 2, "hidden": 8, "batch": 1, "length": 4, "architectures": 3, "clock": "cpu"}
+    kept = [("parent", 1.0, 1.0), ("uniform width, refit", 0.6, 3.0), ("exact answer, refit", 0.6, 2.0),
+            ("exact answer, refit, 1 min of training", 0.6, 1.5), ("uniform width, refit", 0.8, 1.5),
+            ("exact answer, refit", 0.8, 1.6)]  # fmt: skip
+    sums = {"architectures": 3, "rank correlation": 0.5, "mean ratio": 1.2}
+    model = {
+        "model": "a", "additivity": sums, "seconds": {"0": {"sort": 1.0}},
+        "rows": [{"what": what, "limit": limit, "perplexity": value} for what, limit, value in kept],
+    }  # fmt: skip
+    page = script("render").page({
+        "exact-front": {"environment": made, "rows": [row]},
+        "refit-memory": {"environment": made, "settings": sizes, "rows": [{**row, "bar": "<= 2"}]},
+        "predicted-speedup": {"environment": made, "options": timed, "worst": [{**row, "met": "NO"}]},
+        "stories-fast": {
+            "environment": made, "settings": {"seeds": 3, "calibration_tokens": 99}, "results": [model],
+        },
+    })  # fmt: skip
+    assert "| decoder | 9 | <= 10 | yes |" in page and "| <= 2 | yes |" in page and "| <= 10 | NO |" in page
+    assert "Bar at 60%: met, 80%: **NOT met**." in page
+    assert page.count("Measured with") == 4
