@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_elastic.errors import DataError
 
 _ROWS = 1024  # summed in float32 at once, for inputs in half precision
-_STRIP = 1024  # rows of a sum that are added to at once, so that no product of its size stands beside it
+_STRIP = 512  # rows or columns that are worked on at once, so that no second matrix of the size is needed
 _LARGEST_SPREAD = 1e12  # of a factor's diagonal, squared: beyond, float64 says nothing
 
 
@@ -136,24 +136,23 @@ class NormalEquations:
         """
         if not (torch.isfinite(self.gram.sum()) and torch.isfinite(self.cross.sum())):  # a sum keeps both
             raise DataError("the calibration activations hold NaN or infinity; check the weights and the batches")
-        rank, start = self._rank(), weight.double()
-        before = self.error(start, bias)
+        rank, before = self._rank(), self.error(weight, bias)
         gram, cross = self.scatter(centred=bias is not None), self.cross.clone()
         if bias is not None:
             mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
             cross.addr_(mean_x, mean_y, alpha=-self.rows)
         strength = ridge * float(gram.diagonal().mean())
         if strength <= 0:  # every input is constant: there is nothing to learn a weight from
-            solved = start
+            solved = weight.double()
         else:
             gram = gram.clone() if gram is self.gram else gram
             gram.diagonal().add_(strength)
-            solved = _solved_(gram, cross.add_(start, alpha=strength))
+            solved = _solved_(gram, cross.add_(weight, alpha=strength))
         del gram, cross
         shift = None if bias is None else mean_y - solved.t() @ mean_x
         after = self.error(solved, shift)
         if after > before:  # by rounding, where the start was the solution
-            return Solution(start, None if bias is None else bias.double(), before, before, self.rows, rank, strength)
+            solved, shift, after = weight.double(), None if bias is None else bias.double(), before
         return Solution(solved, shift, before, after, self.rows, rank, strength)
 
     def _rank(self) -> int | None:
@@ -180,7 +179,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _solved_(gram: Tensor, cross: Tensor) -> Tensor:
-    """Solves ``gram @ W = cross``; the factor takes the place of the Gram matrix, of which large models have no two.
+    """Solves ``gram @ W = cross``, in the place of both: of large models they take gigabytes.
 
     Raises:
         DataError: the matrix is singular in float64.
@@ -193,8 +192,11 @@ def _solved_(gram: Tensor, cross: Tensor) -> Tensor:
             "the calibration activations do not determine a solution (inputs that are constant or copies of others); "
             "pass more text, or a larger ridge="
         )
-    half = torch.linalg.solve_triangular(factor, cross, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    for start in range(0, cross.shape[1], _STRIP):
+        part = cross[:, start : start + _STRIP]  # (I, o)
+        half = torch.linalg.solve_triangular(factor, part, upper=False)
+        part.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
+    return cross
 
 
 def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: float = 1e-3, at_once: int = 64) -> Tensor:
