@@ -218,9 +218,10 @@ def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: flo
         Units ``(I / unit,)``, the most important first.
     """
     units = len(gram) // unit
-    hessian = gram.double().clone()
-    hessian.diagonal().add_(ridge * float(gram.diagonal().mean()) or 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = gram.double().clone()
+    inverse.diagonal().add_(ridge * float(gram.diagonal().mean()) or 1.0)
+    torch.linalg.cholesky(inverse.mT, out=inverse.mT)  # the matrix is symmetric, and its transpose LAPACK's layout
+    torch.cholesky_inverse(inverse.mT, out=inverse.mT)
     weights = weight.double().clone()
     left = torch.arange(units, device=gram.device)
     gone: list[Tensor] = []
@@ -249,7 +250,11 @@ def _saliency(inverse: Tensor, weights: Tensor, unit: int) -> Tensor:
 
 def _without(inverse: Tensor, weights: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse and weights of the inputs that stay, refitted without those that go."""
-    block = inverse[~keep][:, ~keep]  # (G, G)
-    bridge = torch.linalg.solve(block, inverse[~keep][:, keep])  # (G, K)
-    across = inverse[keep][:, ~keep]  # (K, G)
-    return inverse[keep][:, keep] - across @ bridge, weights[keep] - bridge.t() @ weights[~keep]
+    rows, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()  # (K,), (G,)
+    left = inverse.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _STRIP):
+        left[start : start + _STRIP] = inverse[rows[start : start + _STRIP]][:, rows]
+    leaving = inverse[gone]  # (G, I)
+    bridge = torch.linalg.solve(leaving[:, gone], leaving[:, rows])  # (G, K)
+    left.addmm_(leaving[:, rows].t(), bridge, alpha=-1)
+    return left, weights[rows].addmm_(bridge.t(), weights[gone], alpha=-1)
