@@ -291,3 +291,17 @@ def test_each_new_result_has_a_section_with_its_verdict() -> None:
     assert "| decoder | 9 | <= 10 | yes |" in page and "| <= 2 | yes |" in page and "| <= 10 | NO |" in page
     assert "Bar at 60%: met, 80%: **NOT met**." in page
     assert page.count("Measured with") == 4
+
+
+def test_the_benchmark_of_predictions_judges_the_worst_of_each_phase(tmp_path: Path) -> None:
+    file = tmp_path / "predicted-speedup.json"
+    tiny = (
+        "--families llama --architectures 2 --layers 2 --hidden 96 --heads 4 --vocabulary 64 --batch 1 --length 8 "
+        "--table-seconds 0.1 --seconds 0.1"
+    )
+    script("predicted_speedup").main([*tiny.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert [row["phase"] for row in found["worst"]] == ["prefill", "decode"]
+    assert all(row["worst"] >= row["mean"] >= 0 and row["met"] in ("yes", "NO") for row in found["worst"])
+    assert len(found["rows"]) == 6 and str(tmp_path) not in json.dumps(found)
+    assert "Predicted against measured" in script("render").page({file.stem: found})
