@@ -247,11 +247,12 @@ class _Measurement:
             hidden = calls.hidden if part.index == 0 else self.entering[index]
             self.entering[index] = self.runner.run(part.index, hidden, calls)
 
-    def _damage(self, part: LayerPart, option: str, sums: Mapping[Sublayer, NormalEquations]) -> float:
+    def _damage(self, part: LayerPart, option: str, sums: dict[Sublayer, NormalEquations]) -> float:
         shape = shape_of_option(part, option)
         if shape == part.full:
             return 0.0
         if option == WHOLE:
+            sums.clear()  # it is a layer's last option, and the repair behind the layer makes sums of its own
             return self._damage_without(part, shape)
         with self._cut(part, shape, option, sums=sums):
             return self.measure.damage(self.runner, self._last(part))
