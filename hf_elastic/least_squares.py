@@ -137,18 +137,18 @@ class NormalEquations:
         if not (torch.isfinite(self.gram.sum()) and torch.isfinite(self.cross.sum())):  # a sum keeps both
             raise DataError("the calibration activations hold NaN or infinity; check the weights and the batches")
         rank, before = self._rank(), self.error(weight, bias)
-        gram, cross = self.scatter(centred=bias is not None), self.cross.clone()
+        cross, moved = self.cross.clone(), None
         if bias is not None:
             mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
             cross.addr_(mean_x, mean_y, alpha=-self.rows)
-        strength = ridge * float(gram.diagonal().mean())
+            moved = mean_x * self.rows**0.5  # its outer product is what centring takes off the Gram matrix
+        variances = self.gram.diagonal() if moved is None else self.gram.diagonal() - moved.square()
+        strength = ridge * float(variances.mean())
         if strength <= 0:  # every input is constant: there is nothing to learn a weight from
             solved = weight.double()
         else:
-            gram = gram.clone() if gram is self.gram else gram
-            gram.diagonal().add_(strength)
-            solved = _solved_(gram, cross.add_(weight, alpha=strength))
-        del gram, cross
+            cross.add_(weight, alpha=strength)
+            solved = _solved_(cross, _factor(self.gram, strength=strength, moved=moved))
         shift = None if bias is None else mean_y - solved.t() @ mean_x
         after = self.error(solved, shift)
         if after > before:  # by rounding, where the start was the solution
@@ -178,24 +178,54 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total[start : start + _STRIP] += left[:, start : start + _STRIP].t() @ right
 
 
-def _solved_(gram: Tensor, cross: Tensor) -> Tensor:
-    """Solves ``gram @ W = cross``, in the place of both: of large models they take gigabytes.
+def _factor(gram: Tensor, *, strength: float, moved: Tensor | None) -> list[Tensor]:
+    """Cholesky factor of ``gram + strength·I - moved movedᵀ``, in half the memory of the Gram matrix, which stays.
+
+    Args:
+        gram: ``(I, I)``.
+        strength: of the ridge.
+        moved: ``(I,)``.
+
+    Returns:
+        Strips of columns from the diagonal down, ``(I - start, S)``.
 
     Raises:
         DataError: the matrix is singular in float64.
     """
-    place = gram.mT  # the layout that LAPACK works in; the matrix is symmetric
-    factor, failed = torch.linalg.cholesky_ex(place, out=(place, torch.empty(0, dtype=torch.int32, device=gram.device)))
-    diagonal = factor.diagonal()
-    if int(failed) or float((diagonal.max() / diagonal.min()) ** 2) > _LARGEST_SPREAD:
-        raise DataError(
-            "the calibration activations do not determine a solution (inputs that are constant or copies of others); "
-            "pass more text, or a larger ridge="
-        )
-    for start in range(0, cross.shape[1], _STRIP):
-        part = cross[:, start : start + _STRIP]  # (I, o)
-        half = torch.linalg.solve_triangular(factor, part, upper=False)
-        part.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
+    strips: list[Tensor] = []
+    for start in range(0, len(gram), _STRIP):
+        strip = gram[start:, start : start + _STRIP].clone()  # (I - start, S)
+        size = strip.shape[1]
+        if moved is not None:
+            strip.addr_(moved[start:], moved[start : start + size], alpha=-1)
+        strip.diagonal().add_(strength)
+        for number, left in enumerate(strips):
+            beside = left[start - number * _STRIP :]
+            strip.addmm_(beside, beside[:size].t(), alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(strip[:size])
+        diagonal = torch.cat([*(left.diagonal() for left in strips), corner.diagonal()])
+        if int(failed) or float((diagonal.max() / diagonal.min()) ** 2) > _LARGEST_SPREAD:
+            raise DataError(
+                "the calibration activations do not determine a solution (inputs that are constant or copies of "
+                "others); pass more text, or a larger ridge="
+            )
+        strip[:size] = corner
+        strip[size:] = torch.linalg.solve_triangular(corner.mT, strip[size:], upper=True, left=False)
+        strips.append(strip)
+    return strips
+
+
+def _solved_(cross: Tensor, strips: list[Tensor]) -> Tensor:
+    """Solves with a factor of :func:`_factor`, in place of the right-hand side ``(I, O)``."""
+    places = [len(cross) - len(strip) for strip in strips]
+    for start, strip in zip(places, strips, strict=True):
+        end = start + strip.shape[1]
+        cross[start:end] = torch.linalg.solve_triangular(strip[: end - start], cross[start:end], upper=False)
+        cross[end:].addmm_(strip[end - start :], cross[start:end], alpha=-1)
+    for start, strip in zip(reversed(places), reversed(strips), strict=True):
+        end = start + strip.shape[1]
+        cross[start:end].addmm_(strip[end - start :].t(), cross[end:], alpha=-1)
+        cross[start:end] = torch.linalg.solve_triangular(strip[: end - start].mT, cross[start:end], upper=True)
     return cross
 
 
