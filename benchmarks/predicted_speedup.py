@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found += [{"family": family, "phase": phase, **row} for row in rows]
     print()
     print_table(worst)
-    write_json(options.json, {"environment": made, "options": vars(options), "worst": worst, "rows": found})
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    write_json(options.json, {"environment": made, "options": settings, "worst": worst, "rows": found})
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -65,12 +65,39 @@ def minilm(name: str, result: Mapping[str, Any]) -> str:
             f"STS-B ({result['pairs']} pairs, never trained on): {kept['spearman']:.4f} of the parent's "
             f"{result['stsb'][0]['spearman']:.4f}, **{kept['kept']:.2%}**. Structure and cosine: against the parent, "
             "on held-out sentences of the text.",
+            *_outputs(result),
             table(rows),
-            f"Stages: {stages}. {result['plan']['supernet_steps']} steps for the supernet and "
-            f"{result['plan']['found_steps']} for the subnet found.",
+            f"Stages: {stages}.{_steps(result['plan'])}",
             machine(result["environment"]),
         ]
     )
+
+
+def _outputs(result: Mapping[str, Any]) -> list[str]:
+    """Paragraphs about runs of several seeds and about a bar, where there are."""
+    found, made = result.get("summary"), result.get("outputs", [])
+    if found is None:
+        return []
+    lines = []
+    if found["bar"] is not None:
+        lines.append(f"Bar for the share kept: {found['bar']}, {_verdict(found['met'])}.")
+    if len(made) > 1:
+        lines.append(
+            f"Mean of {len(made)} runs, standard deviation of the share kept {found['spread']:.2%}. The second table "
+            "is that of the first run."
+        )
+        lines.append(table(made))
+    return lines
+
+
+def _steps(plan: Mapping[str, Any] | None) -> str:
+    if plan is None:
+        return " Nothing was trained."
+    return f" {plan['supernet_steps']} steps for the supernet and {plan['found_steps']} for the subnet found."
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**NOT met**"
 
 
 def stories(result: Mapping[str, Any]) -> str:
@@ -101,17 +128,112 @@ def backbone(result: Mapping[str, Any]) -> str:
     )
 
 
+def stories_fast(result: Mapping[str, Any]) -> str:
+    """Section about the small LLaMA checkpoints without training."""
+    settings = result["settings"]
+    parts = [
+        "## Real LLaMA weights without training: perplexity on TinyStories",
+        "Sorted by reconstruction, quality table, exact search, closed-form repair; mean and standard deviation over "
+        f"{settings['seeds']} seeds of the {settings['calibration_tokens']} calibration tokens. Limit: share of the "
+        "parent's parameters. Smaller is better. Bar: untrained, the repaired exact answer is better than everything "
+        "else of its limit.",
+    ]
+    for found in result["results"]:
+        verdicts = (f"{limit:.0%}: {_verdict(met)}" for limit, met in _best_untrained(found["rows"]))
+        sums, seconds = found["additivity"], found["seconds"]["0"]
+        parts += [
+            f"### {found['model']}, without training",
+            table(found["rows"]),
+            f"Bar at {', '.join(verdicts)}. The sum over layers ranks {sums['architectures']} random architectures "
+            f"with a correlation of {sums['rank correlation']:.2f} to their true damage, which is "
+            f"{sums['mean ratio']:.2f} times the sum. "
+            f"Seconds: {', '.join(f'{stage} {spent:.1f}' for stage, spent in seconds.items())}.",
+        ]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
+def _best_untrained(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, bool]]:
+    """Per limit, whether the repaired exact answer is better than every other untrained model."""
+    found = []
+    for limit in dict.fromkeys(row["limit"] for row in rows if row["what"] != "parent"):
+        untrained = {r["what"]: r["perplexity"] for r in rows if r["limit"] == limit and "training" not in r["what"]}
+        ours = untrained.pop("exact answer, refit")
+        found.append((limit, ours < min(untrained.values())))
+    return found
+
+
+def exact_front(result: Mapping[str, Any]) -> str:
+    """Section about exact search."""
+    return "\n\n".join(
+        [
+            "## Seconds of exact search",
+            "The whole Pareto front of predicted damage and a cost, the tables being there: median with its bootstrap "
+            "interval (95 %). The encoder is of MiniLM's shape, the decoder has layers of LLaMA-7B's sizes.",
+            table(result["rows"]),
+            machine(result["environment"]),
+        ]
+    )
+
+
+def refit_memory(result: Mapping[str, Any]) -> str:
+    """Section about the memory of tables and repair."""
+    settings = result["settings"]
+    return "\n\n".join(
+        [
+            "## Memory of tables and repair",
+            f"A LLaMA of random bf16 weights ({settings['layers']} layers x {settings['hidden']}, FFN "
+            f"{settings['intermediate']}) on {settings['device']}, {settings['tokens']} calibration tokens. Peak of "
+            "each phase in a process of its own; what is beyond the parent's weights and the process with the "
+            "libraries imported is held against the bar, the subnet that a repair returns included.",
+            table(result["rows"]),
+            machine(result["environment"]),
+        ]
+    )
+
+
+def predicted_speedup(result: Mapping[str, Any]) -> str:
+    """Section about what a latency table predicts."""
+    options = result["options"]
+    return "\n\n".join(
+        [
+            "## Predicted against measured speed-up",
+            f"{options['layers']} layers x {options['hidden']}, {options['batch']} x {options['length']} tokens, "
+            f"{options['architectures']} random architectures per family and phase, {options['clock']} clock. Error "
+            "of the predicted speed-up, relative to that of the exported model; the bar is for the worst. Control: "
+            "what a copy of the parent seems to gain.",
+            table(result["worst"]),
+            machine(result["environment"]),
+        ]
+    )
+
+
+MINILM = {
+    "minilm-general": "all-MiniLM-L6-v2, general English",
+    "minilm-docs": "all-MiniLM-L6-v2, `make demo` (Python's documentation)",
+    "minilm-fast": "all-MiniLM-L6-v2, recipe `fast`: no training",
+    "minilm-balanced": "all-MiniLM-L6-v2, recipe `balanced`",
+}
+SECTIONS = {
+    "exact-front": exact_front, "refit-memory": refit_memory, "predicted-speedup": predicted_speedup,
+}  # fmt: skip
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page about the results that are there, by the names of their files."""
+    sections = [INTRODUCTION.strip()]
+    sections += [minilm(title, found[name]) for name, title in MINILM.items() if name in found]
+    if "stories-fast" in found:
+        sections.append(stories_fast(found["stories-fast"]))
+    sections += [stories(found[name]) for name in found if name.startswith("stories") and name != "stories-fast"]
+    sections += [section(found[name]) for name, section in SECTIONS.items() if name in found]
+    sections += [backbone(found[name]) for name in found if name.startswith("backbone")]
+    return "\n\n".join(sections) + "\n"
+
+
 def main() -> None:
     """Writes the page from what is there."""
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))}
-    sections = [INTRODUCTION.strip()]
-    if "minilm-general" in found:
-        sections.append(minilm("all-MiniLM-L6-v2, general English", found["minilm-general"]))
-    if "minilm-docs" in found:
-        sections.append(minilm("all-MiniLM-L6-v2, `make demo` (Python's documentation)", found["minilm-docs"]))
-    sections += [stories(result) for name, result in found.items() if name.startswith("stories")]
-    sections += [backbone(result) for name, result in found.items() if name.startswith("backbone")]
-    PAGE.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    PAGE.write_text(page(found), encoding="utf-8")
     print(f"wrote {PAGE} from {len(found)} results")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_elastic.errors import DataError
 
 _ROWS = 1024  # summed in float32 at once, for inputs in half precision
+_STRIP = 512  # rows or columns that are worked on at once, so that no second matrix of the size is needed
 _LARGEST_SPREAD = 1e12  # of a factor's diagonal, squared: beyond, float64 says nothing
 
 
@@ -75,11 +76,11 @@ class NormalEquations:
         wide = torch.float64 if exact else torch.float32
         for start in range(0, len(x), max(1, step)):
             part = x[start : start + step].to(wide)  # (n, I)
-            self.gram += part.t() @ part
+            _add_square(self.gram, part)
             self.sum_x += part.sum(0, dtype=torch.float64)
             if y is not None:
                 target = y[start : start + step].to(wide)  # (n, O)
-                self.cross += part.t() @ target
+                _add_product(self.cross, part, target)
                 self.sum_y += target.sum(0, dtype=torch.float64)
                 self.square_y += float(target.double().square().sum())
         self.rows += len(x)
@@ -95,9 +96,10 @@ class NormalEquations:
         made.gram, made.sum_x, made.rows = self.gram, self.sum_x, self.rows
         weight = weight.double()
         shift = torch.zeros_like(weight[0]) if bias is None else bias.double()  # (O,)
-        made.cross = self.gram @ weight + self.sum_x[:, None] * shift
+        product = self.gram @ weight  # (I, O)
+        products = (weight * product).sum() + 2 * (self.sum_x @ weight) @ shift
+        made.cross = product.addr_(self.sum_x, shift)
         made.sum_y = self.sum_x @ weight + self.rows * shift
-        products = (weight * (self.gram @ weight)).sum() + 2 * (self.sum_x @ weight) @ shift
         made.square_y = float(products + self.rows * shift.square().sum())
         return made
 
@@ -113,13 +115,13 @@ class NormalEquations:
         if not centred:
             return self.gram
         mean = self.sum_x / self.rows
-        return self.gram - self.rows * torch.outer(mean, mean)
+        return torch.addr(self.gram, mean, mean, alpha=-self.rows)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Mean squared error per row, summed over outputs, of a layer on the rows."""
         weight = weight.double()
         shift = torch.zeros_like(self.sum_y) if bias is None else bias.double()
-        fitted = (weight * (self.gram @ weight)).sum() - 2 * (weight * self.cross).sum()
+        fitted = ((self.gram @ weight).mul_(weight)).sum() - 2 * (weight * self.cross).sum()
         moved = 2 * shift @ (weight.t() @ self.sum_x - self.sum_y) + self.rows * shift.square().sum()
         return max(0.0, float(fitted + moved) + self.square_y) / max(1, self.rows)
 
@@ -137,26 +139,25 @@ class NormalEquations:
         Raises:
             DataError: the sums are not finite, or too few rows determine the solution.
         """
-        if not (torch.isfinite(self.gram).all() and torch.isfinite(self.cross).all()):
+        if not (torch.isfinite(self.gram.sum()) and torch.isfinite(self.cross.sum())):  # a sum keeps both
             raise DataError("the calibration activations hold NaN or infinity; check the weights and the batches")
-        rank = self._rank()
-        start = weight.double()
-        gram, cross = self.scatter(centred=bias is not None).clone(), self.cross.clone()
+        rank, before = self._rank(), self.error(weight, bias)
+        cross, moved = self.cross.clone(), None
         if bias is not None:
             mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
-            cross -= self.rows * torch.outer(mean_x, mean_y)
-        strength = ridge * float(gram.diagonal().mean())
-        before = self.error(weight, bias)
+            cross.addr_(mean_x, mean_y, alpha=-self.rows)
+            moved = mean_x * self.rows**0.5  # its outer product is what centring takes off the Gram matrix
+        variances = self.gram.diagonal() if moved is None else self.gram.diagonal() - moved.square()
+        strength = ridge * float(variances.mean())
         if strength <= 0:  # every input is constant: there is nothing to learn a weight from
-            solved = start
+            solved = weight.double()
         else:
-            gram.diagonal().add_(strength)
-            cross += strength * start
-            solved = torch.cholesky_solve(cross, _factor(gram))
+            cross.add_(weight, alpha=strength)
+            solved = _solved_(cross, _factor(self.gram, strength=strength, moved=moved))
         shift = None if bias is None else mean_y - solved.t() @ mean_x
         after = self.error(solved, shift)
         if after > before:  # by rounding, where the start was the solution
-            return Solution(start, None if bias is None else bias.double(), before, before, self.rows, rank, strength)
+            solved, shift, after = weight.double(), None if bias is None else bias.double(), before
         return Solution(solved, shift, before, after, self.rows, rank, strength)
 
     def _rank(self) -> int | None:
@@ -176,20 +177,70 @@ class NormalEquations:
         return int(torch.linalg.matrix_rank(self.gram, hermitian=True))
 
 
-def _factor(gram: Tensor) -> Tensor:
-    """Cholesky factor.
+def _add_square(total: Tensor, rows: Tensor) -> None:
+    """Adds ``xᵀx`` of ``(n, I)`` to ``(I, I)``, of which only what is below the diagonal is computed."""
+    for start in range(0, len(total), _STRIP):
+        end = start + _STRIP
+        strip = rows[:, start:end].t() @ rows[:, :end]  # (S, ≤ end)
+        total[start:end, :end] += strip
+        total[:start, start:end] += strip[:, :start].t()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds ``leftᵀ right`` of ``(n, I)`` and ``(n, O)`` to ``(I, O)``."""
+    for start in range(0, len(total), _STRIP):
+        total[start : start + _STRIP] += left[:, start : start + _STRIP].t() @ right
+
+
+def _factor(gram: Tensor, *, strength: float, moved: Tensor | None) -> list[Tensor]:
+    """Cholesky factor of ``gram + strength·I - moved movedᵀ``, in half the memory of the Gram matrix, which stays.
+
+    Args:
+        gram: ``(I, I)``.
+        strength: of the ridge.
+        moved: ``(I,)``.
+
+    Returns:
+        Strips of columns from the diagonal down, ``(I - start, S)``.
 
     Raises:
         DataError: the matrix is singular in float64.
     """
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    diagonal = factor.diagonal()
-    if int(failed) or float((diagonal.max() / diagonal.min()) ** 2) > _LARGEST_SPREAD:
-        raise DataError(
-            "the calibration activations do not determine a solution (inputs that are constant or copies of others); "
-            "pass more text, or a larger ridge="
-        )
-    return factor
+    strips: list[Tensor] = []
+    for start in range(0, len(gram), _STRIP):
+        strip = gram[start:, start : start + _STRIP].clone()  # (I - start, S)
+        size = strip.shape[1]
+        if moved is not None:
+            strip.addr_(moved[start:], moved[start : start + size], alpha=-1)
+        strip.diagonal().add_(strength)
+        for number, left in enumerate(strips):
+            beside = left[start - number * _STRIP :]
+            strip.addmm_(beside, beside[:size].t(), alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(strip[:size])
+        diagonal = torch.cat([*(left.diagonal() for left in strips), corner.diagonal()])
+        if int(failed) or float((diagonal.max() / diagonal.min()) ** 2) > _LARGEST_SPREAD:
+            raise DataError(
+                "the calibration activations do not determine a solution (inputs that are constant or copies of "
+                "others); pass more text, or a larger ridge="
+            )
+        strip[:size] = corner
+        strip[size:] = torch.linalg.solve_triangular(corner.mT, strip[size:], upper=True, left=False)
+        strips.append(strip)
+    return strips
+
+
+def _solved_(cross: Tensor, strips: list[Tensor]) -> Tensor:
+    """Solves with a factor of :func:`_factor`, in place of the right-hand side ``(I, O)``."""
+    places = [len(cross) - len(strip) for strip in strips]
+    for start, strip in zip(places, strips, strict=True):
+        end = start + strip.shape[1]
+        cross[start:end] = torch.linalg.solve_triangular(strip[: end - start], cross[start:end], upper=False)
+        cross[end:].addmm_(strip[end - start :], cross[start:end], alpha=-1)
+    for start, strip in zip(reversed(places), reversed(strips), strict=True):
+        end = start + strip.shape[1]
+        cross[start:end].addmm_(strip[end - start :].t(), cross[end:], alpha=-1)
+        cross[start:end] = torch.linalg.solve_triangular(strip[: end - start].mT, cross[start:end], upper=True)
+    return cross
 
 
 def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: float = 1e-3, at_once: int = 64) -> Tensor:
@@ -211,9 +262,10 @@ def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: flo
         Units ``(I / unit,)``, the most important first.
     """
     units = len(gram) // unit
-    hessian = gram.double().clone()
-    hessian.diagonal().add_(ridge * float(gram.diagonal().mean()) or 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = gram.double().clone()
+    inverse.diagonal().add_(ridge * float(gram.diagonal().mean()) or 1.0)
+    torch.linalg.cholesky(inverse.mT, out=inverse.mT)  # the matrix is symmetric, and its transpose LAPACK's layout
+    torch.cholesky_inverse(inverse.mT, out=inverse.mT)
     weights = weight.double().clone()
     left = torch.arange(units, device=gram.device)
     gone: list[Tensor] = []
@@ -242,7 +294,11 @@ def _saliency(inverse: Tensor, weights: Tensor, unit: int) -> Tensor:
 
 def _without(inverse: Tensor, weights: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse and weights of the inputs that stay, refitted without those that go."""
-    block = inverse[~keep][:, ~keep]  # (G, G)
-    bridge = torch.linalg.solve(block, inverse[~keep][:, keep])  # (G, K)
-    across = inverse[keep][:, ~keep]  # (K, G)
-    return inverse[keep][:, keep] - across @ bridge, weights[keep] - bridge.t() @ weights[~keep]
+    rows, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()  # (K,), (G,)
+    left = inverse.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _STRIP):
+        left[start : start + _STRIP] = inverse[rows[start : start + _STRIP]][:, rows]
+    leaving = inverse[gone]  # (G, I)
+    bridge = torch.linalg.solve(leaving[:, gone], leaving[:, rows])  # (G, K)
+    left.addmm_(leaving[:, rows].t(), bridge, alpha=-1)
+    return left, weights[rows].addmm_(bridge.t(), weights[gone], alpha=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -132,3 +133,175 @@ def test_the_tokenizer_gives_the_documented_perplexity(data_dir: Path) -> None:
     parent, tokenizer = stories.load_parent(stories.checked_data(data_dir), "babyllama105")
     found = stories.measured_perplexity(parent, tokenizer, model.validation(data_dir))
     assert found == pytest.approx(model.documented, abs=0.01)
+
+
+def test_the_exact_front_benchmark_times_every_front_of_spaces_of_the_stated_size(tmp_path: Path) -> None:
+    exact, file = script("exact_front"), tmp_path / "exact-front.json"
+    tiny = "--encoder-layers 2 --decoder-layers 3 --repeats 2"
+    exact.main([*tiny.split(), "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["space"], row["front"].removeprefix("damage x ")) for row in rows] == [
+        ("encoder", "macs"), ("encoder", "parameters"),
+        ("decoder", "macs"), ("decoder", "parameters"), ("decoder", "nanoseconds"),
+    ]  # fmt: skip
+    assert rows[2]["architectures"] == "8.00e3"
+    assert all(row["points"] > 10 and row["low"] <= row["seconds"] <= row["slowest"] for row in rows)
+
+
+def test_the_made_up_damages_grow_as_sizes_shrink() -> None:
+    exact = script("exact_front")
+    supernet = exact.supernet_of("bert", exact.Size(layers=2, hidden=384, heads=12, positions=8, vocabulary=32))
+    for row in exact.quality_table(supernet, seed=0).damages:
+        for sublayer in ("mlp", "attention"):
+            sizes = sorted(int(name.partition("/")[2]) for name in row if name.startswith(sublayer))
+            damages = [row[f"{sublayer}/{size}"] for size in sizes]
+            assert damages == sorted(damages, reverse=True) and damages[-1] == 0 and sizes[0] == 0
+        assert row["layer"] > row["mlp/0"] + row["attention/0"]
+
+
+def test_the_memory_benchmark_measures_each_phase_in_a_process_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "refit-memory.json"
+    tiny = (
+        "--layers 3 --hidden 64 --intermediate 128 --heads 4 --kv-heads 2 --vocabulary 64 --batch 2 --length 64 "
+        "--tokens 256 --held-tokens 64 --latency-seconds 0.1 --phases refit quality"
+    )
+    script("refit_memory").main([*tiny.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert [row["phase"] for row in found["rows"]] == ["refit", "quality"]
+    for row in found["rows"]:
+        assert row["peak GiB"] > row["baseline GiB"] > 0
+        assert row["beyond GiB"] == pytest.approx(row["peak GiB"] - row["baseline GiB"] - row["weights GiB"])
+    assert "up to 128 inputs" in found["rows"][0]["work"] and "evaluated" in found["rows"][1]["work"]
+
+
+def test_a_peak_is_found_with_and_without_the_kernels_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = script("refit_memory")
+
+    def held() -> int:
+        before = memory.resident()
+        with memory.Peak("cpu") as peak:
+            block = torch.ones(2**26, dtype=torch.uint8)
+            time.sleep(0.1)
+            del block
+        return peak.value - before
+
+    assert held() > 2**25
+    monkeypatch.setattr(memory.Path, "write_text", failing)
+    assert held() > 2**25
+
+
+def failing(*_: object, **__: object) -> None:
+    raise PermissionError("not here")
+
+
+def test_the_benchmark_without_training_measures_every_model_at_every_limit(tmp_path: Path, data_dir: Path) -> None:
+    file = tmp_path / "stories-fast.json"
+    tiny = (
+        "--models babyllama105 --stories 60 --pieces 4 --tokens 64 --seeds 2 --within 0.6 --calibration-tokens 800 "
+        "--held-tokens 128 --sizes 3 --architectures 3 --recover 0.01"
+    )
+    script("stories_fast").main([*tiny.split(), "--data", str(data_dir), "--json", str(file)])
+    (found,) = json.loads(file.read_text())["results"]
+    assert [row["what"] for row in found["rows"]] == [
+        "parent", "dropped layers", "uniform width, cut", "uniform width, refit", "exact answer, cut",
+        "exact answer, refit", "exact answer, refit, 0.01 min of training",
+    ]  # fmt: skip
+    values = {row["what"]: row["perplexity"] for row in found["rows"]}
+    assert values["parent"] < values["exact answer, refit"] < values["exact answer, cut"]
+    assert [row["seeds"] for row in found["rows"]] == [1, *[2] * 6]
+    assert all(row["parameters"] <= 0.606 for row in found["rows"][1:])
+    assert found["additivity"]["architectures"] == 3 and set(found["architectures"]) == {"0", "1"}
+
+
+def a_run(folder: Path, *, seed: int, recipe: str = "fast") -> str:
+    """What ``compress`` notes about a run without a search, as far as it is read."""
+    rows = [
+        {"name": name, "parameters": size, "total_parameters": 2 * size, "macs": size, "latency": size / 100,
+         "structure": 1.0, "cosine": 1.0, "loadability": "stock", "architecture": {"width": size}}
+        for name, size in (("parent", 100), ("found", 60))
+    ]  # fmt: skip
+    stages = {"repair": {"architecture": {"width": 60}, "seconds": 30.0}, "compare": {"rows": rows, "seconds": 30.0}}
+    if recipe == "balanced":
+        stages["plan"] = {"supernet_steps": 0, "found_steps": 7}
+    folder.mkdir()
+    options = {"recipe": recipe, "seed": seed, "within": {"macs": 0.6}, "data": [str(folder)]}
+    (folder / "result.json").write_text(json.dumps({"options": options, "stages": stages}))
+    return str(folder)
+
+
+@pytest.fixture
+def judged_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of minilm.py with a folder of data, and similarities that the name of a model decides."""
+    pairs = tmp_path / "data" / "glue" / "stsb_dev.jsonl"
+    pairs.parent.mkdir(parents=True)
+    pairs.write_text('{"sentence1": "a", "sentence2": "b", "score": 1.0}\n')
+    values = {"parent": 0.8, "one": 0.78, "two": 0.79}
+    monkeypatch.setattr(script("minilm"), "sts", lambda model, rows: values[Path(model).name])
+    return ["--parent", "parent", "--data", str(tmp_path / "data"), "--json", str(tmp_path / "found.json")]
+
+
+@pytest.mark.parametrize(("recipe", "trained"), [("fast", "Nothing was trained"), ("balanced", "7 for the subnet")])
+def test_runs_without_a_search_are_judged_over_their_seeds(
+    tmp_path: Path, judged_runs: list[str], recipe: str, trained: str
+) -> None:
+    runs = [a_run(tmp_path / name, seed=seed, recipe=recipe) for seed, name in enumerate(("one", "two"))]
+    script("minilm").main([*runs, *judged_runs, "--bar", "0.95"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["architecture"] == {"width": 60} and str(tmp_path) not in json.dumps(found)
+    assert [(row["seed"], row["kept"]) for row in found["outputs"]] == [(0, 0.78 / 0.8), (1, 0.79 / 0.8)]
+    assert found["summary"]["kept"] == pytest.approx(0.785 / 0.8) and found["summary"]["met"] is True
+    page = script("render").page({f"minilm-{recipe}": found})
+    assert f"recipe `{recipe}`" in page and trained in page and ">= 0.95, met" in page
+
+
+def test_runs_of_different_options_are_not_averaged(tmp_path: Path, judged_runs: list[str]) -> None:
+    runs = [a_run(tmp_path / "one", seed=0), a_run(tmp_path / "two", seed=1, recipe="balanced")]
+    with pytest.raises(SystemExit, match="differ in their seeds alone"):
+        script("minilm").main([*runs, *judged_runs])
+
+
+def test_the_page_is_made_of_the_results_alone() -> None:
+    render = script("render")
+    results = {file.stem: json.loads(file.read_text()) for file in sorted(render.RESULTS.glob("*.json"))}
+    assert render.PAGE.read_text(encoding="utf-8") == render.page(results)
+    assert "##" not in render.page({})
+
+
+def test_each_new_result_has_a_section_with_its_verdict() -> None:
+    made = {"torch": "0"}
+    row = {"space": "decoder", "points": 9, "bar": "<= 10", "met": "yes"}
+    sizes = {"layers": 2, "hidden": 8, "intermediate": 16, "device": "cpu", "tokens": 32}
+    timed = {"layers": 2, "hidden": 8, "batch": 1, "length": 4, "architectures": 3, "clock": "cpu"}
+    kept = [("parent", 1.0, 1.0), ("uniform width, refit", 0.6, 3.0), ("exact answer, refit", 0.6, 2.0),
+            ("exact answer, refit, 1 min of training", 0.6, 1.5), ("uniform width, refit", 0.8, 1.5),
+            ("exact answer, refit", 0.8, 1.6)]  # fmt: skip
+    sums = {"architectures": 3, "rank correlation": 0.5, "mean ratio": 1.2}
+    model = {
+        "model": "a", "additivity": sums, "seconds": {"0": {"sort": 1.0}},
+        "rows": [{"what": what, "limit": limit, "perplexity": value} for what, limit, value in kept],
+    }  # fmt: skip
+    page = script("render").page({
+        "exact-front": {"environment": made, "rows": [row]},
+        "refit-memory": {"environment": made, "settings": sizes, "rows": [{**row, "bar": "<= 2"}]},
+        "predicted-speedup": {"environment": made, "options": timed, "worst": [{**row, "met": "NO"}]},
+        "stories-fast": {
+            "environment": made, "settings": {"seeds": 3, "calibration_tokens": 99}, "results": [model],
+        },
+    })  # fmt: skip
+    assert "| decoder | 9 | <= 10 | yes |" in page and "| <= 2 | yes |" in page and "| <= 10 | NO |" in page
+    assert "Bar at 60%: met, 80%: **NOT met**." in page
+    assert page.count("Measured with") == 4
+
+
+def test_the_benchmark_of_predictions_judges_the_worst_of_each_phase(tmp_path: Path) -> None:
+    file = tmp_path / "predicted-speedup.json"
+    tiny = (
+        "--families llama --architectures 2 --layers 2 --hidden 96 --heads 4 --vocabulary 64 --batch 1 --length 8 "
+        "--table-seconds 0.1 --seconds 0.1"
+    )
+    script("predicted_speedup").main([*tiny.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert [row["phase"] for row in found["worst"]] == ["prefill", "decode"]
+    assert all(row["worst"] >= row["mean"] >= 0 and row["met"] in ("yes", "NO") for row in found["worst"])
+    assert len(found["rows"]) == 6 and str(tmp_path) not in json.dumps(found)
+    assert "Predicted against measured" in script("render").page({file.stem: found})

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_elastic import DataError
+from hf_elastic import DataError, least_squares
 from hf_elastic.least_squares import NormalEquations, elimination_order
 
 
@@ -94,6 +94,30 @@ def test_the_sums_of_a_prefix_are_those_of_its_inputs() -> None:
     alone = summed(x[:, :4], y).solve(weight[:4], bias, ridge=1e-3)
     torch.testing.assert_close(part.weight, alone.weight, rtol=1e-9, atol=1e-9)
     assert part.error_after == pytest.approx(alone.error_after)
+
+
+def test_strips_give_what_whole_matrices_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, weight, bias = rows(60, 7, 5)
+    gram = x.t() @ x
+    whole = summed(x, y).solve(weight, bias, ridge=1e-3), summed(x).toward(weight, bias).cross
+    order = elimination_order(gram, weight)
+    monkeypatch.setattr(least_squares, "_STRIP", 2)
+    solved = summed(x, y).solve(weight, bias, ridge=1e-3)
+    torch.testing.assert_close(solved.weight, whole[0].weight, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(summed(x).toward(weight, bias).cross, whole[1], rtol=1e-9, atol=1e-9)
+    assert torch.equal(elimination_order(gram, weight), order)
+
+
+def test_solving_and_ordering_leave_the_sums_as_they_are() -> None:
+    x, y, weight, bias = rows(60, 7, 5)
+    sums = summed(x, y)
+    gram, cross = sums.gram.clone(), sums.cross.clone()
+    for shift in (None, bias):
+        sums.prefix(4).solve(weight[:4], shift, ridge=1e-3)
+        sums.solve(weight, shift, ridge=1e-3)
+        sums.toward(weight, shift)
+    elimination_order(sums.gram, weight)
+    assert torch.equal(sums.gram, gram) and torch.equal(sums.cross, cross)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -275,6 +275,7 @@ class _Refit:
                     student = self._entering(self.student, part, index, calls=calls)
                     self._add(sums, part, "mlp", student=student, calls=calls, wanted=self.targets[index])
             self._solve(part, "mlp", sums)
+            del sums  # what comes next needs the memory
         if part.index + 1 == self.end and not self.judged:
             return  # nobody looks at what comes out
         with shaped(part, shape):

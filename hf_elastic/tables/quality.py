@@ -26,6 +26,7 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.repair.refitting import RIDGE, repaired_shapes, solved_places
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.streams import (
+    MEMORY_LIMIT,
     SUBLAYERS,
     Batch,
     HiddenStates,
@@ -196,7 +197,7 @@ class _Measurement:
     ) -> None:
         self.supernet, self.data, self.held, self.measure, self.ridge = supernet, data, held, measure, ridge
         self.runner = LayerRunner(supernet)
-        self.states, self.entering = HiddenStates(), HiddenStates()
+        self.states, self.entering = (HiddenStates(memory=MEMORY_LIMIT // 2) for _ in range(2))
 
     def run(
         self,
@@ -211,10 +212,12 @@ class _Measurement:
         try:
             self.measure.start(self.runner, self.held)
             for part, wanted, row in zip(self.supernet.layer_parts, options, rows, strict=True):
-                sums = self._enter(part)
-                for option in (option for option in wanted if option not in row):
+                missing = [option for option in wanted if option not in row]
+                sums = self._enter(part, missing)
+                for option in missing:
                     row[option] = self._damage(part, option, sums)
                     tell(sum(map(len, rows)), total)
+                del sums  # before the next layer's are made
                 table = QualityTable(table.measure, table.fingerprint, tuple(rows))
                 if save is not None:
                     table.save(save)
@@ -224,10 +227,12 @@ class _Measurement:
             for kept in (self.states, self.entering, self.measure):
                 kept.close()
 
-    def _enter(self, part: LayerPart) -> dict[Sublayer, NormalEquations]:
-        """Sums over what enters the projections of a layer in the parent; the parent moves on through it."""
+    def _enter(self, part: LayerPart, options: Sequence[str]) -> dict[Sublayer, NormalEquations]:
+        """Normal equations of the sublayers that the options cut; the parent moves on through the layer."""
         device = self.supernet.model.device
-        sums = {s: NormalEquations(len(kept_weight(output_projection(part, s))[0]), device=device) for s in SUBLAYERS}
+        cut = {option.partition("/")[0] for option in options if _is_cut(part, option)}
+        weights = {s: kept_weight(output_projection(part, s)) for s in SUBLAYERS if s in cut}
+        sums = {s: NormalEquations(len(weight), device=device) for s, (weight, _) in weights.items()}
         for index, batch in enumerate(self.data):
             calls = self.runner.calls(batch)
             hidden = calls.hidden if part.index == 0 else self.states[index]
@@ -235,7 +240,7 @@ class _Measurement:
                 self.states[index] = self.runner.run(part.index, hidden, calls)
             for sublayer, total in sums.items():
                 total.add(calls.rows(seen.inputs[sublayer]))
-        return sums
+        return {sublayer: total.toward(*weights[sublayer]) for sublayer, total in sums.items()}
 
     def _leave(self, part: LayerPart) -> None:
         """Moves the held-out batches of the parent through a layer."""
@@ -244,11 +249,12 @@ class _Measurement:
             hidden = calls.hidden if part.index == 0 else self.entering[index]
             self.entering[index] = self.runner.run(part.index, hidden, calls)
 
-    def _damage(self, part: LayerPart, option: str, sums: Mapping[Sublayer, NormalEquations]) -> float:
+    def _damage(self, part: LayerPart, option: str, sums: dict[Sublayer, NormalEquations]) -> float:
         shape = shape_of_option(part, option)
         if shape == part.full:
             return 0.0
         if option == WHOLE:
+            sums.clear()  # it is a layer's last option, and the repair behind the layer makes sums of its own
             return self._damage_without(part, shape)
         with self._cut(part, shape, option, sums=sums):
             return self.measure.damage(self.runner, self._last(part))
@@ -278,12 +284,12 @@ class _Measurement:
         """Cuts and repairs a layer inside the block."""
         originals: list[tuple[Tensor, Tensor]] = []
         sublayer, _, size = option.partition("/")
-        if option != WHOLE and int(size):
+        if _is_cut(part, option):
             kind: Sublayer = "attention" if sublayer == "attention" else "mlp"
             projection = output_projection(part, kind)
             weight, bias = kept_weight(projection)
             kept = shape.num_attention_heads * part.head_dim if kind == "attention" else shape.intermediate_size
-            solved = sums[kind].toward(weight, bias).prefix(kept).solve(weight[:kept], bias, ridge=self.ridge)
+            solved = sums[kind].prefix(kept).solve(weight[:kept], bias, ridge=self.ridge)
             for place, values in solved_places(projection, solved):
                 originals.append((place, place.clone()))
                 place.copy_(values.to(place.dtype))
@@ -293,6 +299,11 @@ class _Measurement:
         finally:
             for place, values in originals:
                 place.copy_(values)
+
+
+def _is_cut(part: LayerPart, option: str) -> bool:
+    """Whether an option leaves part of a sublayer, which can be repaired."""
+    return option != WHOLE and not option.endswith("/0") and shape_of_option(part, option) != part.full
 
 
 def shape_of_option(part: LayerPart, option: str) -> LayerShape:
