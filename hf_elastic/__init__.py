@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.repair.recovery import recover as recover
     from hf_elastic.repair.refitting import RefitReport as RefitReport
     from hf_elastic.repair.refitting import refit as refit
+    from hf_elastic.repair.refitting import refitted as refitted
     from hf_elastic.repair.teacher_cache import TeacherCache as TeacherCache
     from hf_elastic.repair.teacher_cache import cache_teacher as cache_teacher
     from hf_elastic.search import Evaluation as Evaluation
@@ -112,7 +113,7 @@ _HOMES = {
     ),
     "checkpoint": ("ExportReport", "export", "extract"),
     "repair.recovery": ("RecoverReport", "recover"),
-    "repair.refitting": ("RefitReport", "refit"),
+    "repair.refitting": ("RefitReport", "refit", "refitted"),
     "repair.teacher_cache": ("TeacherCache", "cache_teacher"),
     "tables.budgets": ("Budgets", "Workload"),
     "tables.latencies": ("LatencyTable", "measure_latency_table"),
@@ -177,6 +178,7 @@ __all__ = [
     "measure_quality_table",
     "recover",
     "refit",
+    "refitted",
     "search_subnets",
     "set_layer_order",
     "sort_by_importance_",

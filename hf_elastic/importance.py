@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_elastic.errors import DataError, SpaceError
 from hf_elastic.layers import ElasticLinear, ElasticProjection, evaluating
-from hf_elastic.least_squares import NormalEquations, elimination_order
+from hf_elastic.least_squares import Scatter, elimination_order
 from hf_elastic.parts import LayerPart
 from hf_elastic.streams import (
     SUBLAYERS,
@@ -251,10 +251,10 @@ class _Eliminator:
         finally:
             self.states.close()
 
-    def _sums(self, part: LayerPart) -> dict[Sublayer, NormalEquations]:
+    def _sums(self, part: LayerPart) -> dict[Sublayer, Scatter]:
         device = self.supernet.model.device
         sizes = {s: len(_unit_columns(part, output_path(part, s))) for s in SUBLAYERS}
-        sums = {s: NormalEquations(size, device=device, quick=True) for s, size in sizes.items()}
+        sums = {s: Scatter(size, device=device) for s, size in sizes.items()}
         moved, tokens = 0.0, 0
         for index, batch in enumerate(self.data):
             calls = self.runner.calls(batch)
@@ -273,12 +273,15 @@ class _Eliminator:
         self.influence.append(moved / tokens)
         return sums
 
-    def _scores(self, part: LayerPart, sublayer: Sublayer, sums: NormalEquations) -> Tensor:
+    def _scores(self, part: LayerPart, sublayer: Sublayer, sums: Scatter) -> Tensor:
         """Units by how late they go, ``(U,)``: the first to go scores 1."""
-        weight, bias = kept_weight(output_projection(part, sublayer), len(sums.gram))
+        weight, bias = kept_weight(output_projection(part, sublayer))
         ratio = part.full.num_attention_heads // part.full.num_key_value_heads
         unit = 1 if sublayer == "mlp" else part.head_dim * ratio
-        order = elimination_order(sums.scatter(centred=bias is not None), weight, unit=unit)
+        try:
+            order = elimination_order(sums.matrix(centred=bias is not None), weight, unit=unit)
+        except DataError as error:
+            raise DataError(f"layer {part.index}, {sublayer}: {error}") from None
         scores = torch.empty(len(order), dtype=torch.float64, device=order.device)
         scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float64, device=order.device)
         return scores

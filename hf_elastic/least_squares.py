@@ -49,13 +49,9 @@ class NormalEquations:
         inputs: ``I``.
         outputs: ``O``; 0 to sum ``xᵀx`` alone.
         device: where the sums live.
-        quick: as for half precision whatever the inputs: enough to order inputs, in half the time.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int = 0, *, device: torch.device | str = "cpu", quick: bool = False
-    ) -> None:
-        self._quick = quick
+    def __init__(self, inputs: int, outputs: int = 0, *, device: torch.device | str = "cpu") -> None:
         wide = {"dtype": torch.float64, "device": device}
         self.gram = torch.zeros(inputs, inputs, **wide)  # type: ignore[call-overload]
         self.cross = torch.zeros(inputs, outputs, **wide)  # type: ignore[call-overload]
@@ -71,7 +67,7 @@ class NormalEquations:
             x: ``(N, I)``.
             y: ``(N, O)``.
         """
-        exact = x.dtype in (torch.float32, torch.float64) and not self._quick
+        exact = x.dtype in (torch.float32, torch.float64)
         step = len(x) if exact else _ROWS
         wide = torch.float64 if exact else torch.float32
         for start in range(0, len(x), max(1, step)):
@@ -177,6 +173,39 @@ class NormalEquations:
         return int(torch.linalg.matrix_rank(self.gram, hermitian=True))
 
 
+class Scatter:
+    """Sums of ``xᵀx`` to order inputs by: products in float32 around the mean of the first rows, in half the time.
+
+    Args:
+        inputs: ``I``.
+        device: where the sums live.
+    """
+
+    def __init__(self, inputs: int, *, device: torch.device | str = "cpu") -> None:
+        self._gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self._around = torch.zeros(inputs, device=device)
+        self._rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Adds rows ``(N, I)``."""
+        if not self._rows and len(x):
+            self._around = x.float().mean(0)  # (I,)
+        for start in range(0, len(x), _ROWS):
+            part = x[start : start + _ROWS].float() - self._around  # (n, I)
+            _add_square(self._gram, part)
+            self._sum += part.sum(0, dtype=torch.float64)
+        self._rows += len(x)
+
+    def matrix(self, *, centred: bool) -> Tensor:
+        """``xᵀx``, ``(I, I)``, as :meth:`NormalEquations.scatter`."""
+        if centred:
+            return torch.addr(self._gram, self._sum, self._sum, alpha=-1 / max(1, self._rows))
+        around = self._around.double()
+        crossed = torch.addr(self._gram, around, self._sum).addr_(self._sum, around)
+        return crossed.addr_(around, around, alpha=self._rows)
+
+
 def _add_square(total: Tensor, rows: Tensor) -> None:
     """Adds ``xᵀx`` of ``(n, I)`` to ``(I, I)``, of which only what is below the diagonal is computed."""
     for start in range(0, len(total), _STRIP):
@@ -260,11 +289,18 @@ def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: flo
 
     Returns:
         Units ``(I / unit,)``, the most important first.
+
+    Raises:
+        DataError: the sums are not finite.
     """
     units = len(gram) // unit
     inverse = gram.double().clone()
     inverse.diagonal().add_(ridge * float(gram.diagonal().mean()) or 1.0)
-    torch.linalg.cholesky(inverse.mT, out=inverse.mT)  # the matrix is symmetric, and its transpose LAPACK's layout
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    # The matrix is symmetric, and its transpose LAPACK's layout.
+    torch.linalg.cholesky_ex(inverse.mT, out=(inverse.mT, failed))
+    if int(failed) or not torch.isfinite(inverse.diagonal()).all():
+        raise DataError("the calibration activations hold NaN or infinity; check the weights and the batches")
     torch.cholesky_inverse(inverse.mT, out=inverse.mT)
     weights = weight.double().clone()
     left = torch.arange(units, device=gram.device)

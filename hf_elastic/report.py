@@ -136,7 +136,7 @@ def _describe_checkpoint(folder: Path) -> str:
 
 
 def _budgets(options: Mapping[str, Any]) -> str:
-    given = {name: options[name] for name in ("speedup", "latency", "memory")} | options["within"]
+    given = {name: options.get(name) for name in ("speedup", "latency", "memory")} | options["within"]
     return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
@@ -178,7 +178,8 @@ def _describe_run(folder: Path) -> str:
     record = read_record(folder / RESULT_FILE)
     options, stages = record["options"], record["stages"]
     lines = [
-        f"run: {options['model']} within {_budgets(options)}, recipe {options['recipe']}, seed {options['seed']}",
+        f"run: {options['model']} within {_budgets(options)}, recipe {options.get('recipe', 'best')}, "
+        f"seed {options['seed']}",
         stage_times(record),
     ]
     if "rows" in stages.get("compare", {}):
@@ -197,4 +198,4 @@ def _compared(stage: Mapping[str, Any]) -> list[str]:
     fixed = {"name", "parameters", "total_parameters", "macs", "latency", "loadability", "architecture"}
     quality = [name for name in stage["rows"][0] if name not in fixed]
     table = comparison_table(stage["rows"], quality=quality, seq_len=LATENCY_TOKENS)
-    return [table, f"latency: {stage['setting']}"]
+    return [table, *([f"latency: {stage['setting']}"] if "setting" in stage else [])]

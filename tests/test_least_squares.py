@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_elastic import DataError, least_squares
-from hf_elastic.least_squares import NormalEquations, elimination_order
+from hf_elastic.least_squares import NormalEquations, Scatter, elimination_order
 
 
 def rows(
@@ -128,14 +128,27 @@ def test_half_precision_is_summed_without_its_rounding(dtype: torch.dtype) -> No
     torch.testing.assert_close(sums.gram, x.double().t() @ x.double(), rtol=1e-5, atol=1e-2)
 
 
-def test_quick_sums_differ_by_rounding_only() -> None:
-    x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(0)) + 3
-    exact, quick = NormalEquations(7), NormalEquations(7, quick=True)
-    for sums in (exact, quick):
-        sums.add(x)
-    assert not torch.equal(exact.gram, quick.gram)
-    torch.testing.assert_close(quick.gram, exact.gram, rtol=1e-6, atol=0)
-    torch.testing.assert_close(quick.sum_x, exact.sum_x, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("mean", [0.0, 3.0, 300.0])
+def test_a_quick_scatter_differs_by_rounding_only_also_around_a_large_mean(mean: float) -> None:
+    x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-2, *[1.0] * 6])
+    x[:, 0] += mean
+    exact, quick = NormalEquations(7), Scatter(7)
+    for part in x.split(1300):
+        exact.add(part)
+        quick.add(part)
+    for centred in (False, True):
+        torch.testing.assert_close(
+            quick.matrix(centred=centred), exact.scatter(centred=centred), rtol=1e-5, atol=2e-3 * (1 + mean)
+        )
+    wanted = x.double()[:, 0].var(unbiased=False) * len(x)
+    assert float(quick.matrix(centred=True)[0, 0]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_sums_that_are_not_finite_give_no_order() -> None:
+    sums = Scatter(3)
+    sums.add(torch.tensor([[1.0, 2.0, torch.nan], [0.0, 1.0, 1.0]]))
+    with pytest.raises(DataError, match="NaN or infinity"):
+        elimination_order(sums.matrix(centred=True), torch.ones(3, 2))
 
 
 def test_too_few_rows_are_refused_with_how_many_are_needed() -> None:

@@ -43,7 +43,7 @@ class ExportReport:
         snippet: Python that loads it.
         files: names of the files copied from the parent (tokenizer, chat template, sentence-transformers
             modules).
-        max_difference: largest |difference| of outputs between the written model and the supernet, on token
+        max_difference: largest |difference| of outputs between the extracted model and the supernet, on token
             ids.
         macs: of one forward over ``macs_seq_len`` tokens; ``None`` in a report that was put together from records.
         macs_seq_len: tokens at which MACs are stated everywhere, also beyond the positions of the model.
@@ -68,6 +68,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     source: str | Path | None = None,
     overwrite: bool = False,
+    model: PreTrainedModel | None = None,
 ) -> ExportReport:
     """Writes a subnet to a folder that ``from_pretrained`` loads.
 
@@ -83,10 +84,13 @@ def export(
         tokenizer: saved instead of the parent's tokenizer files.
         source: the parent's folder or Hub name; by default what it was loaded from.
         overwrite: whether a non-empty folder may be replaced.
+        model: written instead of the supernet's own weights: a model of this architecture in this form that was made
+            better, as :func:`hf_elastic.refit` and :func:`hf_elastic.recover` return it.
 
     Raises:
         ArchitectureError: the architecture is not a point of the space.
-        ExportError: the form cannot hold it, or the written model would not equal the subnet.
+        ExportError: the form cannot hold it, the written model would not equal the subnet, or ``model`` is of another
+            class or of other shapes.
         CheckpointError: the folder cannot be written, or transformers refuses to write the generation config;
             nothing is left half-written.
     """
@@ -95,15 +99,16 @@ def export(
     parent = str(source or supernet.model.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
         save_generation_config(supernet.model, folder)
-        model = extract(supernet, point, loadability=form)
-        difference = _check_parity(supernet, point, model)
-        _save_model(model, folder, form)
+        extracted = extract(supernet, point, loadability=form)
+        difference = _check_parity(supernet, point, extracted)
+        written = extracted if model is None else _like(extracted, model)
+        _save_model(written, folder, form)
         names = copy_companions(parent, folder, tokenizer=tokenizer)
         record = _record(supernet, point, form)
         write_json(folder / ARCHITECTURE_FILE, record)
     path, has_tokenizer = Path(directory), _has_tokenizer(names)
     note = NOTES[form] if has_tokenizer else f"{NOTES[form]}; {_no_tokenizer(parent)}"
-    snippet = _snippet(model, path, form, tokenizer=has_tokenizer)
+    snippet = _snippet(written, path, form, tokenizer=has_tokenizer)
     macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS)
     return ExportReport(path, form, note, snippet, names, difference, macs)
 
@@ -115,6 +120,20 @@ def _has_tokenizer(names: tuple[str, ...]) -> bool:
 def _no_tokenizer(parent: str) -> str:
     where = parent or "the parent, which was not loaded from a folder"
     return f"no tokenizer found in {where}; pass tokenizer= or source="
+
+
+def _like(extracted: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, if it is of the class and the shapes of the extracted one."""
+    if type(model) is not type(extracted):
+        raise ExportError(f"model is a {type(model).__name__}, this architecture is a {type(extracted).__name__}")
+    ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (extracted, model))
+    if other := sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)):
+        name = other[0]
+        raise ExportError(
+            f"model has {name} of {theirs.get(name)}, this architecture of {ours.get(name)}; pass the architecture "
+            "that the model was made for"
+        )
+    return model
 
 
 def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_elastic import objectives
-from hf_elastic.errors import InfeasibleError
+from hf_elastic.errors import DataError, InfeasibleError
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.pipeline.goal import Goal
 from hf_elastic.pipeline.tasks import Task, TaskData
@@ -23,15 +23,43 @@ from hf_elastic.tables.quality import LEAST_ORDERED, WHOLE, Additivity, QualityT
 
 _HELD_SHARE = 0.25  # of the validation rows: enough to rank options
 _RANKING_TOKENS = 6144  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
+_TOKENS_PER_INPUT = 2  # at least, for a projection to be solved
 _DEPTHS = 3  # candidates: the best with at most so many layers, for the largest few numbers of layers
 _KEPT, _LEFT_OUT, _OUTSIDE = "layers", "left_out", "outside"
 _MEASURES = {"embedding": "similarity", "causal-lm": "kl", "masked-lm": "kl", "classification": "hidden"}
 
 
-def ranking_batches(data: TaskData) -> list[Batch]:
-    """A part of every calibration batch, some 6,000 tokens: what candidates are repaired on to be compared."""
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in data.calibration)
-    return _part(data.calibration, min(1.0, _RANKING_TOKENS / tokens))
+def ranking_batches(supernet: Supernet, data: TaskData) -> list[Batch]:
+    """A part of every calibration batch: what candidates are repaired on to be compared.
+
+    Some 6,000 tokens, or of a wide model twice as many as its widest projection has inputs.
+    """
+    enough = max(_RANKING_TOKENS, _TOKENS_PER_INPUT * _widest(supernet))
+    return _part(data.calibration, min(1.0, enough / _tokens(data)))
+
+
+def require_calibration(supernet: Supernet, data: TaskData) -> None:
+    """Checks that every projection can be solved from the calibration text.
+
+    Raises:
+        DataError: there is too little of it.
+    """
+    needed, there = _widest(supernet), _tokens(data)
+    if there < needed:
+        raise DataError(
+            f"the data gives {there} tokens for the closed-form repair, which must determine {needed} inputs; pass "
+            f"more text, at least {_TOKENS_PER_INPUT * needed} tokens"
+        )
+
+
+def _tokens(data: TaskData) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in data.calibration)
+
+
+def _widest(supernet: Supernet) -> int:
+    """Inputs of the widest projection that a repair solves."""
+    parts = supernet.layer_parts
+    return max(max(p.full.intermediate_size, p.full.num_attention_heads * p.head_dim) for p in parts)
 
 
 def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
@@ -41,7 +69,7 @@ def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
 def quality_table(supernet: Supernet, *, task: Task, data: TaskData, path: Path) -> QualityTable:
     """Measures, or goes on measuring, the damage of every option of every layer."""
     held = _part(data.validation, _HELD_SHARE)
-    return measure_quality_table(supernet, ranking_batches(data), held, measure=_measure(task), path=path)
+    return measure_quality_table(supernet, ranking_batches(supernet, data), held, measure=_measure(task), path=path)
 
 
 def trust(
@@ -55,10 +83,8 @@ def trust(
             points.setdefault(point)
     if len(points) < LEAST_ORDERED:
         return None
-    held = _part(data.validation, _HELD_SHARE)
-    return additivity(
-        supernet, table, tuple(points), calibration=ranking_batches(data), validation=held, measure=_measure(task)
-    )
+    some, held = ranking_batches(supernet, data), _part(data.validation, _HELD_SHARE)
+    return additivity(supernet, table, tuple(points), calibration=some, validation=held, measure=_measure(task))
 
 
 def _measure(task: Task) -> str:

@@ -38,6 +38,7 @@ EXPORTS = "family exports"
 """Stage of a run's record that holds every size of every family by the folder that it was written to."""
 _PARENT = "parent"
 _STARTS: Mapping[str, str] = {SORTED: "repaired", TRAINED: "trained"}
+_CUT = "cut"
 _SECONDS = 10.0  # of timing, for each model
 
 
@@ -49,7 +50,8 @@ class FamilySize:
         name: of its folder, such as ``1.7x``.
         architecture: the subnet.
         report: how it was exported.
-        start: whose weights it has: ``repaired`` (the parent's, solved in closed form) or ``trained`` (the supernet's).
+        start: whose weights it has: ``repaired`` (the parent's, solved in closed form), ``cut`` (the parent's, where
+            the repair ended farther away) or ``trained`` (the supernet's).
         lines: whether it is as fast as asked for, and as predicted.
     """
 
@@ -88,9 +90,9 @@ def export_family(
     """Exports several sizes of a finished run, nested in one another, and one table of them all.
 
     Each size is the architecture of least predicted damage that keeps its speed-up by the latency table and can be cut
-    from the next larger one: a switchable model holds them all. Its weights are the parent's, repaired in closed form;
+    from the next larger one. Shapes are nested, and each has weights of its own: the parent's, repaired in closed form;
     of a run of recipe ``best``, the trained supernet's where these measure better. Interrupted, the same call goes on;
-    sizes that are finished are not made again, also by a call that asks for more of them.
+    sizes that are finished are not made again, also by a call that asks for smaller ones besides.
 
     Args:
         run: its folder, ``<output>.run``.
@@ -223,9 +225,8 @@ class _Family:
         plan = self._plan()
         if not self.record.finished(self.stage) or not all(self._written(name, plan[name]) for name in plan):
             with self.record.stage(self.stage):
-                for name, architecture in plan.items():
-                    self._make(name, architecture)
-                if "rows" not in self.record.numbers(self.stage):
+                made = [self._make(name, architecture) for name, architecture in plan.items()]
+                if any(made) or "rows" not in self.record.numbers(self.stage):
                     self._compare(plan)
         return self._told(plan)
 
@@ -239,7 +240,10 @@ class _Family:
             plan = nested_architectures(self.parent, quality, self.goals)
         for name, path in self.paths.items():
             if (entry := self._entry(path)) and entry["digest"] != plan[name].digest:
-                raise CheckpointError(f"{path} is of another family of {self.finished.folder}; choose another output")
+                raise CheckpointError(
+                    f"{path} is of another family of {self.finished.folder}, which other sizes lie around; choose "
+                    "another output"
+                )
         self.record.note(self.stage, plan={name: dict(point) for name, point in plan.items()})
         return plan
 
@@ -268,10 +272,10 @@ class _Family:
         entry = self._entry(self.paths[name])
         return bool(entry.get("written")) and entry["digest"] == architecture.digest
 
-    def _make(self, name: str, architecture: Architecture) -> None:
-        """Repairs, measures and writes one size, unless an earlier call has."""
+    def _make(self, name: str, architecture: Architecture) -> bool:
+        """Repairs, measures and writes one size, unless an earlier call has; says whether it did."""
         if self._written(name, architecture):
-            return
+            return False
         path = self.paths[name]
         for half_written in self.output.glob(f".{name}.*/"):
             shutil.rmtree(half_written)
@@ -280,6 +284,7 @@ class _Family:
         with refitted(self.parent, architecture, self.finished.data.calibration) as repair:
             tried = self._tried(architecture)
             start = min(tried, key=lambda place: tried[place].distance)
+            label = _CUT if start == SORTED and not repair.repaired else _STARTS[start]
             supernet = self._supernets[start]
             form = written_form(supernet, architecture, allowed=self.finished.options.form)
             row = table_row(Candidate(name, supernet, architecture), tried[start].values, loadability=form)
@@ -290,7 +295,7 @@ class _Family:
         entry = {
             "digest": architecture.digest,
             "written": True,
-            "start": _STARTS[start],
+            "start": label,
             "row": row,
             "error_cut": repair.error_cut,
             "error": repair.error,
@@ -298,7 +303,8 @@ class _Family:
             "report": {**asdict(report), "directory": str(path), "files": list(report.files)},
         }
         self.record.note(EXPORTS, **{str(path.resolve()): entry})
-        self.say(f"{name}: {_STARTS[start]}, at {row['macs'] / self._macs:.0%} of the MACs, written to {path}")
+        self.say(f"{name}: {label}, at {row['macs'] / self._macs:.0%} of the MACs, written to {path}")
+        return True
 
     @cached_property
     def _macs(self) -> int:

@@ -112,10 +112,11 @@ class CompressOptions:
         object.__setattr__(self, "within", dict(within))
         if isinstance(self.speedup, int | float):
             object.__setattr__(self, "speedup", repr(self.speedup))
-        if self.budgets.needs_table and self.form == "stock-padded":
+        budgets = self.budgets  # which raises where one is malformed
+        if (budgets.needs_table or budgets.memory is not None) and self.form == "stock-padded":
             raise SpaceError(
-                "loadability='stock-padded' fills up what was cut with zeros, so it is never faster; take 'stock' or "
-                "'any' with a speed-up or a latency"
+                "loadability='stock-padded' fills up what was cut with zeros, so it is never faster and seldom "
+                "smaller; take 'stock' or 'any' with a speed-up, a latency or a memory"
             )
 
     @property

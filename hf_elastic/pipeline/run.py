@@ -24,7 +24,7 @@ from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
 from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite, written_form
-from hf_elastic.pipeline.fast import candidates, quality_table, ranking_batches, tried, trust
+from hf_elastic.pipeline.fast import candidates, quality_table, ranking_batches, require_calibration, tried, trust
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
 from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, TEACHER_FILE, export_dtype, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
@@ -103,6 +103,7 @@ class CompressRun:
         self.folder = options.run_folder
         self.dtype = export_dtype(options.model)
         self.latencies: LatencyTable | None = None
+        self.tables_at: Path | None = self.folder
         self._check_output()
         rows = read_rows(options.data, text_column=options.text_column)
         self.data: TaskData = self.task.prepare(load_tokenizer(options), rows, options)
@@ -119,8 +120,16 @@ class CompressRun:
         if not ours and run.exists() and not (run.is_dir() and all(f.name.startswith(".") for f in run.iterdir())):
             raise CheckpointError(f"{run}, where this run keeps its work, holds something else; choose another output")
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a continued run must have been started with."""
+        return {**self.options.to_dict(), "text": self.text_digest}
+
     def dry_run(self) -> str:
         """Describes the space, what the limits leave, loadability and time, without training or writing anything."""
+        if (self.folder / RESULT_FILE).is_file():  # nothing is said of one run that would be done in another
+            RunRecord(self.folder, self._identity)
+        self.tables_at = None
         supernet = self._new_supernet()
         limits, share = self.goal.feasible, feasible_share(supernet, self.goal.feasible)
         pool = near_limit(supernet, limits, count=16, seed=self.options.seed)
@@ -156,7 +165,10 @@ class CompressRun:
     def run(self) -> CompressResult:
         """Runs the stages that are not finished and returns the result."""
         fresh = None if (self.folder / RESULT_FILE).exists() else self._new_supernet()
-        self.record = RunRecord(self.folder, {**self.options.to_dict(), "text": self.text_digest})
+        self.record = RunRecord(self.folder, self._identity)
+        if self.record.finished("check") and (self.options.output_folder / ARCHITECTURE_FILE).is_file():
+            space = self._kept("sorted").space
+            return self._told(space.canonical(self.record.numbers("compare")["rows"][1]["architecture"]))
         for half_written in self.folder.glob(".*"):  # what an attempt was writing aside when it was killed
             shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
         if fresh is not None and self.goal.table is not None:
@@ -201,7 +213,7 @@ class CompressRun:
     def _fast_answer(self, supernet: Supernet) -> Supernet:
         """The best of a few exact answers, repaired in closed form on all calibration data."""
         table = QualityTable.load(self.folder / QUALITY_FILE)
-        measures, some = self._measures(supernet), ranking_batches(self.data)
+        measures, some = self._measures(supernet), ranking_batches(supernet, self.data)
         points = candidates(supernet, table, self.goal)
         trials = [tried(supernet, point, measures=measures, calibration=some) for point in points]
         best = min(trials, key=lambda trial: trial.distance).architecture
@@ -210,11 +222,13 @@ class CompressRun:
             repaired = copy.deepcopy(supernet.model)
         kept = self._macs(supernet, best) / self._macs(supernet, supernet.space.largest())
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.say(f"without training: {shown} at {kept:.0%} of the MACs")
+        dropped = "" if report.repaired else "; only cut, as the repair ended farther from the parent"
+        self.say(f"without training: {shown} at {kept:.0%} of the MACs{dropped}")
         self.record.note(
             "repair",
             architecture=dict(best),
             values=_recorded(values),
+            repaired=report.repaired,
             error_cut=report.error_cut,
             error=report.error,
             tried=[{"architecture": dict(trial.architecture), **_recorded(trial.values)} for trial in trials],
@@ -245,13 +259,14 @@ class CompressRun:
         model = load_model(self.task, self.options)
         space = self.options.space or default_space(model, self.options.loadability)
         supernet = make_elastic(model, space).to(self.device)
+        require_calibration(supernet, self.data)
         self.goal = self._goal(supernet)
         near_limit(supernet, self.goal.feasible, count=1, seed=self.options.seed)
         return supernet
 
     def _goal(self, supernet: Supernet) -> Goal:
         """The budgets as limits; latencies are measured once a run, at its very start."""
-        path = self.folder / LATENCY_FILE if (self.folder / RESULT_FILE).is_file() else None
+        path = self.tables_at / LATENCY_FILE if self.tables_at and (self.tables_at / RESULT_FILE).is_file() else None
         goal = goal_of(supernet, self.options.budgets, dtype=self.dtype, table=self.latencies, path=path)
         self.latencies = goal.table
         return goal
@@ -354,8 +369,13 @@ class CompressRun:
             with self.record.stage("compare"):
                 rows = self._compare(final, architecture)
                 self.record.note("compare", rows=rows, setting=str(self.goal.setting))
-        report = self._export(final, architecture)
+        self._export(final, architecture)
         self._check(final, architecture)
+        return self._told(architecture)
+
+    def _told(self, architecture: Architecture) -> CompressResult:
+        """Says what is recorded of a run whose stages are all done."""
+        report = self._report()
         if not (report.directory / RESULT_FILE).is_file():
             write_json(report.directory / RESULT_FILE, self.record.data)
         rows = self.record.numbers("compare")["rows"]
@@ -365,7 +385,7 @@ class CompressRun:
         self.say(f"{self.options.output}: {report.note}\n  {report.snippet}")
         return CompressResult(architecture, report, tuple(rows), table, self.record.data, self.folder)
 
-    def _export(self, final: Supernet, architecture: Architecture) -> ExportReport:
+    def _export(self, final: Supernet, architecture: Architecture) -> None:
         """Writes the found model in the dtype of its parent, unless an earlier attempt of the run has."""
         output = self.options.output_folder
         if not (self.record.finished("export") and (output / ARCHITECTURE_FILE).is_file()):
@@ -377,8 +397,11 @@ class CompressRun:
                 )  # fmt: skip
                 kept = {name: value for name, value in asdict(report).items() if name != "directory"}
                 self.record.note("export", **{**kept, "files": list(report.files)})
+
+    def _report(self) -> ExportReport:
+        """How the run's model was exported, as recorded."""
         made = {name: value for name, value in self.record.numbers("export").items() if name in _REPORTED}
-        return ExportReport(output, **{**made, "files": tuple(made["files"])})
+        return ExportReport(self.options.output_folder, **{**made, "files": tuple(made["files"])})
 
     def _check(self, final: Supernet, architecture: Architecture) -> None:
         """Holds what was exported against the budgets, measured beside the parent."""

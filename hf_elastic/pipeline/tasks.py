@@ -255,11 +255,13 @@ def _batches(features: list[Feature], collate: Callable[[list[Feature]], Batch])
     return [dict(collate(ordered[i : i + _BATCH])) for i in range(0, len(ordered), _BATCH)]
 
 
-def _calibration(features: list[Feature]) -> list[Feature]:
-    """The first examples that make enough tokens."""
-    tokens = 0
+def _calibration(features: list[Feature], options: CompressOptions) -> list[Feature]:
+    """The first examples that make enough tokens: twice as many as the FFN has neurons, where it is wide."""
+    config, tokens = read_config(options.model), 0
+    neurons = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    enough = max(CALIBRATION, 2 * int(neurons))
     for number, feature in enumerate(features):
-        if tokens >= CALIBRATION:
+        if tokens >= enough:
             return features[:number]
         tokens += len(feature["input_ids"])
     return features
@@ -301,7 +303,7 @@ def _embedding_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options
     collate = _padder(tokenizer)
     features = _encode(tokenizer, train, options)
     validation = _batches(_encode(tokenizer, held, options), collate)
-    return TaskData(features, validation, _batches(_calibration(features), collate), collate, tuple(held))
+    return TaskData(features, validation, _batches(_calibration(features, options), collate), collate, tuple(held))
 
 
 def _causal_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
@@ -313,7 +315,7 @@ def _causal_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: C
         ids = torch.tensor([f["input_ids"] for f in chosen])  # (B, T)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
-    return TaskData(train, _batches(held, collate), _batches(_calibration(train), collate), collate)
+    return TaskData(train, _batches(held, collate), _batches(_calibration(train, options), collate), collate)
 
 
 def _masked_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
@@ -330,7 +332,7 @@ def _masked_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: C
         masker.generator = torch.Generator().manual_seed(batch_digest + options.seed)
         return dict(masker(chosen))
 
-    return TaskData(train, _batches(held, collate), _batches(_calibration(train), collate), collate)
+    return TaskData(train, _batches(held, collate), _batches(_calibration(train, options), collate), collate)
 
 
 def _token_blocks(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> list[list[int]]:
@@ -356,7 +358,7 @@ def _label_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: Co
         feature["labels"] = label
     train, held = _split(features, options, what="labelled rows")
     collate = _padder(tokenizer)
-    return TaskData(train, _batches(held, collate), _batches(_calibration(train), collate), collate)
+    return TaskData(train, _batches(held, collate), _batches(_calibration(train, options), collate), collate)
 
 
 def _label(value: Any, known: Mapping[str, int]) -> int:

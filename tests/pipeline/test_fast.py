@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from hf_elastic import ElasticConfig, InfeasibleError, Objective, Supernet, make_elastic, objectives
-from hf_elastic.pipeline.fast import candidates, tried
+from hf_elastic import DataError, ElasticConfig, InfeasibleError, Objective, Supernet, make_elastic, objectives
+from hf_elastic.pipeline.fast import candidates, ranking_batches, require_calibration, tried
 from hf_elastic.pipeline.goal import Goal, goal_of
+from hf_elastic.pipeline.tasks import TaskData
 from hf_elastic.space import Architecture
 from hf_elastic.tables.budgets import Budgets
 from hf_elastic.tables.quality import QualityTable, predicted_damage
@@ -87,3 +88,25 @@ def test_the_distance_of_a_trial(
     point = candidates(supernet, table(without=[1.0] * LAYERS), within(supernet, 0.7))[0]
     assert tried(supernet, point, measures=measures, calibration=[ids]).distance == pytest.approx(distance)
     assert all(torch.equal(before[name], tensor) for name, tensor in supernet.model.state_dict().items())
+
+
+def task_data(rows: int, length: int = 8) -> TaskData:
+    ids = {
+        "input_ids": torch.ones(rows, length, dtype=torch.long),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+    }
+    return TaskData([], [], [ids, ids], lambda features: ids)
+
+
+def test_a_wide_model_is_ranked_on_more_tokens(supernet: Supernet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its widest projection has 32 inputs, so that 64 tokens are needed whatever the usual number is."""
+    for usual, wanted in ((10, 64), (100, 112), (1000, 160)):
+        monkeypatch.setattr("hf_elastic.pipeline.fast._RANKING_TOKENS", usual)
+        batches = ranking_batches(supernet, task_data(10))
+        assert sum(int(batch["attention_mask"].sum()) for batch in batches) == wanted
+
+
+def test_text_that_cannot_determine_the_widest_projection_is_refused(supernet: Supernet) -> None:
+    require_calibration(supernet, task_data(2))
+    with pytest.raises(DataError, match="gives 16 tokens .* must determine 32 inputs; pass more text, at least 64"):
+        require_calibration(supernet, task_data(1))

@@ -55,6 +55,7 @@ BAD: list[tuple[type[ElasticError], dict[str, Any], str]] = [
     (SpaceError, {"speedup": "fast"}, "speedup 'fast'"),
     (SpaceError, {"latency": "8"}, "8ms"),
     (SpaceError, {"memory": "6"}, "6GB"),
+    (SpaceError, {"memory": "6GB", "loadability": "stock-padded"}, "seldom smaller"),
     (SpaceError, {"phase": "training"}, "phase='training'"),
     (SpaceError, {"speedup": 1.5, "loadability": "stock-padded"}, "never faster"),
 ]
