@@ -6,14 +6,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import extract
 from hf_elastic.declaration import Loadability as Allowed
+from hf_elastic.pipeline.options import CompressOptions
+from hf_elastic.pipeline.tasks import Task, load_model
+from hf_elastic.pipeline.training import device_of
 from hf_elastic.repair.refitting import repaired_shapes
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
@@ -78,7 +83,7 @@ def table_row(candidate: Candidate, values: Mapping[str, float], *, loadability:
         "macs": costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS),
         "loadability": loadability,
         "architecture": dict(point),
-        **{name: finite(value) for name, value in values.items()},
+        **recorded(values),
     }
 
 
@@ -87,6 +92,19 @@ def written_form(supernet: Supernet, architecture: Architecture, *, allowed: All
     form = supernet.loadability(architecture)
     compact = allowed == "any" and supernet.family.static_type is not None
     return "remote-code" if form == "stock-padded" and compact else form
+
+
+def load_exported(task: Task, options: CompressOptions, *, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint in the dtype of the export, on the device of the run; without a folder the parent's."""
+    model: Any = load_model(task, options, folder=folder)
+    model = model.to(device_of(options))
+    cast_parameters_(model, dtype)
+    return model  # type: ignore[no-any-return]
+
+
+def recorded(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers as a record keeps them."""
+    return {name: finite(value) for name, value in values.items()}
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:

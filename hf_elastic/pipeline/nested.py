@@ -11,18 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.errors import CheckpointError, InfeasibleError, SpaceError
 from hf_elastic.files import read_json
-from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, finite, table_row, written_form
+from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, load_exported, recorded, table_row, written_form
 from hf_elastic.pipeline.fast import Trial, distance_of, least
 from hf_elastic.pipeline.goal import Goal, goal_of, judged
 from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, SORTED, TRAINED, FinishedRun, named_folder
-from hf_elastic.pipeline.tasks import load_model
 from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table
 from hf_elastic.space import Architecture
@@ -299,7 +296,7 @@ class _Family:
             "row": row,
             "error_cut": repair.error_cut,
             "error": repair.error,
-            "tried": {_STARTS[place]: _finite(trial.values) for place, trial in tried.items()},
+            "tried": {_STARTS[place]: recorded(trial.values) for place, trial in tried.items()},
             "report": {**asdict(report), "directory": str(path), "files": list(report.files)},
         }
         self.record.note(EXPORTS, **{str(path.resolve()): entry})
@@ -333,17 +330,14 @@ class _Family:
         cast_parameters_(model, self.finished.dtype)
         return Supernet(model)
 
-    def _loaded(self, folder: Path | None) -> PreTrainedModel:
-        """A checkpoint as it is exported; the parent's without a folder."""
-        model: Any = load_model(self.finished.task, self.finished.options, folder=folder)
-        cast_parameters_(model.to(self.finished.device), self.finished.dtype)
-        return model
-
     def _compare(self, plan: Mapping[str, Architecture]) -> None:
         """Times all exported checkpoints beside the parent, and holds each against its speed-up."""
         goals = self.goals
         setting = next(iter(goals.values())).setting
-        models = {_PARENT: self._loaded(None), **{name: self._loaded(path) for name, path in self.paths.items()}}
+        models = {
+            name: load_exported(self.finished.task, self.finished.options, folder=path, dtype=self.finished.dtype)
+            for name, path in {_PARENT: None, **self.paths}.items()
+        }
         timed = measure_models(models, setting, seconds=_SECONDS * len(models))
         largest = self.parent.space.largest()
         whole = Candidate(_PARENT, self.parent, largest)
@@ -375,7 +369,3 @@ class _Family:
         for size in sizes:
             self.say(f"{size.report.directory}: {size.report.note}\n  {size.report.snippet}")
         return FamilyResult(tuple(sizes), tuple(numbers["rows"]), table, numbers["setting"])
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: finite(value) for name, value in values.items()}

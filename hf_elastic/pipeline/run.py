@@ -23,10 +23,26 @@ from hf_elastic.errors import CheckpointError
 from hf_elastic.files import write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
-from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, compare, finite, written_form
+from hf_elastic.pipeline.comparison import (
+    Candidate,
+    cast_parameters_,
+    compare,
+    finite,
+    load_exported,
+    recorded,
+    written_form,
+)
 from hf_elastic.pipeline.fast import candidates, quality_table, ranking_batches, require_calibration, tried, trust
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
-from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, TEACHER_FILE, export_dtype, text_digest
+from hf_elastic.pipeline.kept import (
+    LATENCY_FILE,
+    QUALITY_FILE,
+    SORTED,
+    TEACHER_FILE,
+    TRAINED,
+    export_dtype,
+    text_digest,
+)
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
 from hf_elastic.pipeline.nested import FamilyResult, export_family
 from hf_elastic.pipeline.options import CompressOptions, default_space
@@ -167,7 +183,7 @@ class CompressRun:
         fresh = None if (self.folder / RESULT_FILE).exists() else self._new_supernet()
         self.record = RunRecord(self.folder, self._identity)
         if self.record.finished("check") and (self.options.output_folder / ARCHITECTURE_FILE).is_file():
-            space = self._kept("sorted").space
+            space = self._kept(SORTED).space
             return self._told(space.canonical(self.record.numbers("compare")["rows"][1]["architecture"]))
         for half_written in self.folder.glob(".*"):  # what an attempt was writing aside when it was killed
             shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
@@ -175,7 +191,7 @@ class CompressRun:
             self.goal.table.save(self.folder / LATENCY_FILE)
         if self.data.held_out:
             (self.folder / "validation.txt").write_text("\n".join(self.data.held_out), encoding="utf-8")
-        supernet = self._stage("space", "sorted", lambda: self._sorted(fresh or self._new_supernet()))
+        supernet = self._stage("space", SORTED, lambda: self._sorted(fresh or self._new_supernet()))
         self.goal = self._goal(supernet)
         self.validation_teacher = self._teacher(supernet)
         self._measure_tables(supernet)
@@ -189,7 +205,7 @@ class CompressRun:
             return self._finish(self._stage("specialise", "found", lambda: self._specialise(answer, fast)), fast)
         pool = near_limit(supernet, self.goal.feasible, seed=self.options.seed)
         self._plan_training(supernet, pool)
-        trained = self._stage("train", "supernet", lambda: self._train_supernet(supernet, pool))
+        trained = self._stage("train", TRAINED, lambda: self._train_supernet(supernet, pool))
         found = self._search(trained)
         final = self._stage("specialise", "found", lambda: self._specialise(trained, found))
         return self._finish(final, found)
@@ -227,11 +243,11 @@ class CompressRun:
         self.record.note(
             "repair",
             architecture=dict(best),
-            values=_recorded(values),
+            values=recorded(values),
             repaired=report.repaired,
             error_cut=report.error_cut,
             error=report.error,
-            tried=[{"architecture": dict(trial.architecture), **_recorded(trial.values)} for trial in trials],
+            tried=[{"architecture": dict(trial.architecture), **recorded(trial.values)} for trial in trials],
         )
         return Supernet(repaired)
 
@@ -409,9 +425,9 @@ class CompressRun:
             return
         with self.record.stage("check"):
             folders = (None, self.options.output_folder)
-            parent, exported = (load_model(self.task, self.options, folder=folder) for folder in folders)
-            for model in (parent, exported):
-                cast_parameters_(model.to(self.device), self.dtype)  # type: ignore[arg-type]
+            parent, exported = (
+                load_exported(self.task, self.options, folder=folder, dtype=self.dtype) for folder in folders
+            )
             outcome = outcome_of(self.goal, final, architecture, parent=parent, exported=exported)
             self.record.note("check", **outcome.to_dict(), lines=outcome.lines())
 
@@ -421,14 +437,14 @@ class CompressRun:
 
     def _compare(self, final: Supernet, architecture: Architecture) -> list[dict[str, Any]]:
         """Rows of the table: the parent, what was found, how it stood on the way, and what plain cutting gives."""
-        pristine = self._kept("sorted")
+        pristine = self._kept(SORTED)
         rows = [
             Candidate("parent", pristine, pristine.space.largest()),
             Candidate("found", final, architecture),
             *self._on_the_way(pristine, architecture),
         ]
         plain = plain_alternatives(
-            lambda: load_model(self.task, self.options, folder=self.folder / "sorted"),
+            lambda: load_model(self.task, self.options, folder=self.folder / SORTED),
             limit=self._macs(final, architecture),
             layer_order=self.record.numbers("space")["layer_order"],
         )
@@ -448,16 +464,12 @@ class CompressRun:
         if self.options.recipe != "fast":
             found.insert(0, Candidate("fast answer, untrained", self._kept("repaired"), fast))
         if self.options.recipe == "best":
-            trained = self._kept("supernet")
+            trained = self._kept(TRAINED)
             found.insert(0, Candidate("midpoint", trained, trained.space.midpoint()))
         return found
 
     def _kept(self, folder: str) -> Supernet:
         return Supernet.from_pretrained(self.folder / folder, dtype=torch.float32).to(self.device)
-
-
-def _recorded(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: finite(value) for name, value in values.items()}
 
 
 def compress(options: CompressOptions, *, say: Say = print) -> CompressResult:
