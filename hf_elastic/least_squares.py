@@ -291,7 +291,7 @@ def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: flo
         Units ``(I / unit,)``, the most important first.
 
     Raises:
-        DataError: the sums are not finite.
+        DataError: the sums are not finite, or not positive definite with the ridge.
     """
     units = len(gram) // unit
     inverse = gram.double().clone()
@@ -299,8 +299,10 @@ def elimination_order(gram: Tensor, weight: Tensor, *, unit: int = 1, ridge: flo
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
     # The matrix is symmetric, and its transpose LAPACK's layout.
     torch.linalg.cholesky_ex(inverse.mT, out=(inverse.mT, failed))
-    if int(failed) or not torch.isfinite(inverse.diagonal()).all():
+    if not torch.isfinite(gram.sum()):
         raise DataError("the calibration activations hold NaN or infinity; check the weights and the batches")
+    if int(failed):
+        raise DataError("the calibration activations do not determine an order of the inputs; pass more text")
     torch.cholesky_inverse(inverse.mT, out=inverse.mT)
     weights = weight.double().clone()
     left = torch.arange(units, device=gram.device)

@@ -149,6 +149,9 @@ def test_sums_that_are_not_finite_give_no_order() -> None:
     sums.add(torch.tensor([[1.0, 2.0, torch.nan], [0.0, 1.0, 1.0]]))
     with pytest.raises(DataError, match="NaN or infinity"):
         elimination_order(sums.matrix(centred=True), torch.ones(3, 2))
+    indefinite = torch.diag(torch.tensor([4.0, 4.0, -1.0]))
+    with pytest.raises(DataError, match="do not determine an order"):
+        elimination_order(indefinite, torch.ones(3, 2))
 
 
 def test_too_few_rows_are_refused_with_how_many_are_needed() -> None:
