@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 
 _RESAMPLES = 10_000
 _PACKAGES = ("torch", "transformers", "numpy")
@@ -136,6 +137,16 @@ def _processor() -> str:
     lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"({names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def started(threads: int) -> dict[str, Any]:
+    """Begins a benchmark of real checkpoints, without the noise of loading them; prints and returns the machine."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    machine = environment()
+    print_environment(machine)
+    return machine
 
 
 def print_environment(found: Mapping[str, Any]) -> None:

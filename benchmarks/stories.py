@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from llama2c_tokenizer import Llama2cTokenizer
-from measuring import environment, print_environment, print_table, write_json
+from measuring import print_table, started, write_json
 from torch import Tensor
 from transformers import LlamaForCausalLM, PrinterCallback, TrainingArguments
 
@@ -311,11 +310,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     folder = checked_data(options.data)
-    torch.set_num_threads(options.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    machine = environment()
-    print_environment(machine)
+    machine = started(options.threads)
     results = []
     for name in options.models:
         found = run_model(folder, name, options)

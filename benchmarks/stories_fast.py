@@ -24,9 +24,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from measuring import environment, print_environment, print_table, write_json
+from measuring import print_table, started, write_json
 from stories import (
     IGNORED,
     MODELS,
@@ -263,11 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark; see the module."""
     options = parsed(arguments)
     folder = checked_data(options.data)
-    torch.set_num_threads(options.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    machine = environment()
-    print_environment(machine)
+    machine = started(options.threads)
     results = []
     for name in options.models:
         results.append(run_model(folder, name, options))
