@@ -13,6 +13,7 @@ from hf_elastic.errors import DataError, InfeasibleError
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.pipeline.goal import Goal
 from hf_elastic.pipeline.tasks import Task, TaskData
+from hf_elastic.repair.parent_streams import ParentStreams
 from hf_elastic.repair.refitting import repaired_shapes
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.space import Architecture
@@ -29,13 +30,13 @@ _KEPT, _LEFT_OUT, _OUTSIDE = "layers", "left_out", "outside"
 _MEASURES = {"embedding": "similarity", "causal-lm": "kl", "masked-lm": "kl", "classification": "hidden"}
 
 
-def ranking_batches(supernet: Supernet, data: TaskData) -> list[Batch]:
-    """A part of every calibration batch: what candidates are repaired on to be compared.
+def ranking_streams(supernet: Supernet, data: TaskData) -> ParentStreams:
+    """What the parent makes of a part of every calibration batch: what candidates are repaired on to be compared.
 
     Some 6,000 tokens, or of a wide model twice as many as its widest projection has inputs.
     """
     enough = max(_RANKING_TOKENS, _TOKENS_PER_INPUT * _widest(supernet))
-    return _part(data.calibration, min(1.0, enough / _tokens(data)))
+    return ParentStreams(supernet, _part(data.calibration, min(1.0, enough / _tokens(data))))
 
 
 def require_calibration(supernet: Supernet, data: TaskData) -> None:
@@ -66,14 +67,21 @@ def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
     return [{name: v[: math.ceil(share * len(v))] for name, v in batch.items()} for batch in batches]
 
 
-def quality_table(supernet: Supernet, *, task: Task, data: TaskData, path: Path) -> QualityTable:
+def quality_table(supernet: Supernet, parent: ParentStreams, *, task: Task, data: TaskData, path: Path) -> QualityTable:
     """Measures, or goes on measuring, the damage of every option of every layer."""
     held = _part(data.validation, _HELD_SHARE)
-    return measure_quality_table(supernet, ranking_batches(supernet, data), held, measure=_measure(task), path=path)
+    return measure_quality_table(supernet, parent, held, measure=_measure(task), path=path)
 
 
 def trust(
-    supernet: Supernet, table: QualityTable, *, task: Task, data: TaskData, count: int, seed: int
+    supernet: Supernet,
+    table: QualityTable,
+    parent: ParentStreams,
+    *,
+    task: Task,
+    data: TaskData,
+    count: int,
+    seed: int,
 ) -> Additivity | None:
     """How well the sums predict the damage of random architectures with a layer; ``None`` where there are too few."""
     rng, points = random.Random(seed), dict[Architecture, None]()
@@ -83,8 +91,8 @@ def trust(
             points.setdefault(point)
     if len(points) < LEAST_ORDERED:
         return None
-    some, held = ranking_batches(supernet, data), _part(data.validation, _HELD_SHARE)
-    return additivity(supernet, table, tuple(points), calibration=some, validation=held, measure=_measure(task))
+    held = _part(data.validation, _HELD_SHARE)
+    return additivity(supernet, table, tuple(points), calibration=parent, validation=held, measure=_measure(task))
 
 
 def _measure(task: Task) -> str:
@@ -196,7 +204,11 @@ class Trial:
 
 
 def tried(
-    supernet: Supernet, architecture: Architecture, *, measures: Sequence[Objective], calibration: Sequence[Batch]
+    supernet: Supernet,
+    architecture: Architecture,
+    *,
+    measures: Sequence[Objective],
+    calibration: Sequence[Batch] | ParentStreams,
 ) -> Trial:
     """Repairs a candidate inside the supernet, measures it, and gives the supernet its weights back."""
     with repaired_shapes(supernet, supernet.layer_shapes(architecture), calibration, judged=False):

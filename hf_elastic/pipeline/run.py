@@ -32,7 +32,7 @@ from hf_elastic.pipeline.comparison import (
     recorded,
     written_form,
 )
-from hf_elastic.pipeline.fast import candidates, quality_table, ranking_batches, require_calibration, tried, trust
+from hf_elastic.pipeline.fast import candidates, quality_table, ranking_streams, require_calibration, tried, trust
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
 from hf_elastic.pipeline.kept import (
     LATENCY_FILE,
@@ -49,6 +49,7 @@ from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of, random_batches, step_seconds, train_phase
+from hf_elastic.repair.parent_streams import ParentStreams
 from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table
 from hf_elastic.search import Objective, search_subnets
@@ -194,8 +195,7 @@ class CompressRun:
         supernet = self._stage("space", SORTED, lambda: self._sorted(fresh or self._new_supernet()))
         self.goal = self._goal(supernet)
         self.validation_teacher = self._teacher(supernet)
-        self._measure_tables(supernet)
-        answer = self._stage("repair", "repaired", lambda: self._fast_answer(supernet))
+        answer = self._without_training(supernet)
         fast = supernet.space.canonical(self.record.numbers("repair")["architecture"])
         if self.options.recipe == "fast":
             return self._finish(answer, fast)
@@ -210,28 +210,34 @@ class CompressRun:
         final = self._stage("specialise", "found", lambda: self._specialise(trained, found))
         return self._finish(final, found)
 
-    def _measure_tables(self, supernet: Supernet) -> None:
+    def _without_training(self, supernet: Supernet) -> Supernet:
+        ranking = ranking_streams(supernet, self.data)
+        self._measure_tables(supernet, ranking)
+        return self._stage("repair", "repaired", lambda: self._fast_answer(supernet, ranking))
+
+    def _measure_tables(self, supernet: Supernet, ranking: ParentStreams) -> None:
         if not self.record.finished("tables"):
             with self.record.stage("tables"):
-                table = quality_table(supernet, task=self.task, data=self.data, path=self.folder / QUALITY_FILE)
-                self.record.note("tables", **self._trust(supernet, table))
+                path = self.folder / QUALITY_FILE
+                table = quality_table(supernet, ranking, task=self.task, data=self.data, path=path)
+                self.record.note("tables", **self._trust(supernet, table, ranking))
 
-    def _trust(self, supernet: Supernet, table: QualityTable) -> dict[str, Any]:
+    def _trust(self, supernet: Supernet, table: QualityTable, ranking: ParentStreams) -> dict[str, Any]:
         """Says how far the sums over layers are to be trusted."""
         count, seed = _TRUSTED[self.options.recipe], self.options.seed
-        found = trust(supernet, table, task=self.task, data=self.data, count=count, seed=seed)
+        found = trust(supernet, table, ranking, task=self.task, data=self.data, count=count, seed=seed)
         if found is None:
             return {}
         self.say(str(found))
         correlation, ratio = finite(found.rank_correlation), finite(found.mean_ratio)
         return {"architectures": len(found.measured), "rank_correlation": correlation, "ratio": ratio}
 
-    def _fast_answer(self, supernet: Supernet) -> Supernet:
+    def _fast_answer(self, supernet: Supernet, ranking: ParentStreams) -> Supernet:
         """The best of a few exact answers, repaired in closed form on all calibration data."""
         table = QualityTable.load(self.folder / QUALITY_FILE)
-        measures, some = self._measures(supernet), ranking_batches(supernet, self.data)
+        measures = self._measures(supernet)
         points = candidates(supernet, table, self.goal)
-        trials = [tried(supernet, point, measures=measures, calibration=some) for point in points]
+        trials = [tried(supernet, point, measures=measures, calibration=ranking) for point in points]
         best = min(trials, key=lambda trial: trial.distance).architecture
         with refitted(supernet, best, self.data.calibration) as report:
             values = objectives.evaluated(measures, best)

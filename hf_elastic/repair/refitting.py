@@ -16,16 +16,15 @@ from hf_elastic.errors import DataError
 from hf_elastic.layers import ElasticProjection, evaluating
 from hf_elastic.least_squares import NormalEquations, Solution
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.repair.parent_streams import ParentStreams, ParentWalk, parent_streams
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import (
     MEMORY_LIMIT,
     Batch,
     HiddenStates,
     LayerCalls,
-    LayerRunner,
     Sublayer,
     Sublayers,
-    checked_batches,
     kept_weight,
     output_projection,
     shaped,
@@ -161,7 +160,7 @@ def refitted(
 def repaired_shapes(
     supernet: Supernet,
     shapes: Sequence[LayerShape],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | ParentStreams,
     *,
     ridge: float = RIDGE,
     carry: float = CARRY,
@@ -172,20 +171,21 @@ def repaired_shapes(
     """As :func:`refitted`, for any shape of each layer, in the space or not.
 
     Args:
-        supernet, batches, ridge, carry, memory: as :func:`refitted`.
+        supernet, ridge, carry, memory: as :func:`refitted`.
+        batches: as :func:`refitted`; for many repairs on the same ones, what the parent makes of them.
         shapes: one per layer.
         judged: whether to compare with the mere cut; without, a third of the time is saved, the errors of the report
             are NaN, and the repair stays whatever it ends at.
         reach: how many layers behind the first cut are repaired, without being judged; by default all.
     """
-    data = checked_batches(batches)
+    parent = parent_streams(supernet, batches)
     if not 0 < ridge < float("inf"):
         raise DataError(f"ridge={ridge!r} must be a number above 0")
     if not 0 <= carry <= 1:
         raise DataError(f"carry={carry!r} must be a number from 0 to 1")
     with ExitStack() as stack:
         stack.enter_context(evaluating(supernet.model))
-        work = _Refit(supernet, shapes, data, ridge=ridge, carry=carry, memory=memory, judged=judged, reach=reach)
+        work = _Refit(supernet, shapes, parent, ridge=ridge, carry=carry, memory=memory, judged=judged, reach=reach)
         stack.callback(work.restore)
         with torch.no_grad(), supernet.activate(supernet.space.largest()):
             work.run()
@@ -199,7 +199,7 @@ class _Refit:
         self,
         supernet: Supernet,
         shapes: Sequence[LayerShape],
-        data: list[Batch],
+        parent: ParentStreams,
         *,
         ridge: float,
         carry: float,
@@ -207,13 +207,13 @@ class _Refit:
         judged: bool,
         reach: int | None,
     ) -> None:
-        self.supernet, self.data, self.ridge, self.carry = supernet, data, ridge, carry
-        self.runner = LayerRunner(supernet)
+        self.supernet, self.parent, self.ridge, self.carry = supernet, parent, ridge, carry
+        self.runner, self.batches, self.memory = parent.runner, range(len(parent.batches)), memory // 4
         self.shapes, self.judged = shapes, judged and reach is None
         cuts = (part.index for part, shape in zip(supernet.layer_parts, shapes, strict=True) if shape != part.full)
         self.first_cut = next(cuts, len(shapes))
         self.end = len(shapes) if reach is None else min(len(shapes), self.first_cut + reach + 1)
-        self.parent, self.student, self.cut, self.targets = (HiddenStates(memory=memory // 4) for _ in range(4))
+        self.student, self.cut, self.targets = (HiddenStates(memory=self.memory) for _ in range(3))
         self.report = RefitReport()
         self._originals: list[tuple[Tensor, Tensor]] = []
 
@@ -225,39 +225,35 @@ class _Refit:
         self._originals.clear()
 
     def run(self) -> None:
-        try:
+        with ExitStack() as stack:
+            for states in (self.student, self.cut, self.targets):
+                stack.callback(states.close)
+            walk = stack.enter_context(self.parent.walk(memory=self.memory))
             for part, shape in zip(self.supernet.layer_parts[: self.end], self.shapes, strict=False):
                 touched = part.index >= self.first_cut
-                self._start(part, shape, touched=touched)
+                self._start(part, shape, walk=walk, touched=touched)
                 if touched:
                     self._finish(part, shape)
             if self.judged:
-                self._judge()
-        finally:
-            for states in (self.parent, self.student, self.cut, self.targets):
-                states.close()
+                self._judge(walk)
 
-    def _start(self, part: LayerPart, shape: LayerShape, *, touched: bool) -> None:
+    def _start(self, part: LayerPart, shape: LayerShape, *, walk: ParentWalk, touched: bool) -> None:
         """Advances the parent and the mere cut through a layer, and solves the subnet's attention on the way."""
         behind = touched and part.index != self.first_cut
         follows = behind or shape.num_attention_heads != part.full.num_attention_heads
         sums = None
         if shape.attention and follows:
             sums = self._sums(part, shape.num_attention_heads * part.head_dim)
-        for index, batch in enumerate(self.data):
-            calls = self.runner.calls(batch)
-            hidden = self._entering(self.parent, part, index, calls=calls)
-            with Sublayers(part) as seen:
-                self.parent[index] = after = self.runner.run(part.index, hidden, calls)
+        for index in self.batches:
+            whole = walk.through(part, index)
             if not touched:
-                self.student[index] = self.cut[index] = after
+                self.student[index] = self.cut[index] = whole.after
                 continue
-            self.targets[index] = seen.stream("mlp", hidden)
+            self.targets[index] = whole.mlp
+            calls = self.parent.calls(index)
             if sums is not None:
                 student = self._entering(self.student, part, index, calls=calls)
-                self._add(
-                    sums, part, "attention", student=student, calls=calls, wanted=seen.stream("attention", hidden)
-                )
+                self._add(sums, part, "attention", student=student, calls=calls, wanted=whole.attention)
             if self.judged:
                 cut = self._entering(self.cut, part, index, calls=calls)
                 with shaped(part, shape):
@@ -270,8 +266,8 @@ class _Refit:
         if shape.mlp:
             sums = self._sums(part, shape.intermediate_size)
             with shaped(part, replace(shape, intermediate_size=part.full.intermediate_size)):
-                for index, batch in enumerate(self.data):
-                    calls = self.runner.calls(batch)
+                for index in self.batches:
+                    calls = self.parent.calls(index)
                     student = self._entering(self.student, part, index, calls=calls)
                     self._add(sums, part, "mlp", student=student, calls=calls, wanted=self.targets[index])
             self._solve(part, "mlp", sums)
@@ -279,8 +275,8 @@ class _Refit:
         if part.index + 1 == self.end and not self.judged:
             return  # nobody looks at what comes out
         with shaped(part, shape):
-            for index, batch in enumerate(self.data):
-                calls = self.runner.calls(batch)
+            for index in self.batches:
+                calls = self.parent.calls(index)
                 student = self._entering(self.student, part, index, calls=calls)
                 self.student[index] = self.runner.run(part.index, student, calls)
 
@@ -325,12 +321,12 @@ class _Refit:
             )
         )  # fmt: skip
 
-    def _judge(self) -> None:
+    def _judge(self, walk: ParentWalk) -> None:
         """Measures cut and repair at the last hidden state, and drops a repair that ended farther away."""
         size, errors = 0.0, [0.0, 0.0]
-        for index, batch in enumerate(self.data):
-            calls = self.runner.calls(batch)
-            wanted = calls.rows(self.parent[index]).double()
+        for index in self.batches:
+            calls = self.parent.calls(index)
+            wanted = calls.rows(walk.last(index)).double()
             size += float(wanted.square().sum())
             for number, states in enumerate((self.cut, self.student)):
                 errors[number] += float((calls.rows(states[index]).double() - wanted).square().sum())

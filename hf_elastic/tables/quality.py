@@ -23,6 +23,7 @@ from hf_elastic.fingerprints import fingerprint
 from hf_elastic.layers import evaluating
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.repair.parent_streams import LayerStreams, ParentStreams, parent_streams
 from hf_elastic.repair.refitting import RIDGE, repaired_shapes, solved_places
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.streams import (
@@ -118,7 +119,7 @@ def _interpolated(entries: Mapping[str, float], sublayer: str, size: int) -> flo
 
 def measure_quality_table(
     supernet: Supernet,
-    calibration: Iterable[Batch],
+    calibration: Iterable[Batch] | ParentStreams,
     validation: Iterable[Batch],
     *,
     measure: str | Callable[[nn.Module], float],
@@ -135,7 +136,7 @@ def measure_quality_table(
 
     Args:
         supernet: sorted by importance; unchanged afterwards.
-        calibration: batches to repair on.
+        calibration: batches to repair on, or what the parent makes of them.
         validation: batches to measure on.
         measure: ``"hidden"``, ``"kl"``, ``"similarity"`` (see :mod:`hf_elastic.tables.measures`), or a function of the
             model whose value grows with the damage.
@@ -148,16 +149,18 @@ def measure_quality_table(
         DataError: a batch is unusable, or the measure does not fit the model.
         CheckpointError: ``path`` holds a table of another model, other data or other settings.
     """
-    data, held = checked_batches(calibration), checked_batches(validation)
+    parent, held = parent_streams(supernet, calibration), checked_batches(validation)
     name = measure if isinstance(measure, str) else getattr(measure, "__qualname__", type(measure).__name__)
     options = [sublayer_options(part, sizes=sizes) for part in supernet.layer_parts]
     settings = (name, ridge, options, supernet.layer_order)
-    table = QualityTable(name, fingerprint(supernet.model, [*data, *held], rest=settings), tuple({} for _ in options))
+    table = QualityTable(
+        name, fingerprint(supernet.model, [*parent.batches, *held], rest=settings), tuple({} for _ in options)
+    )
     if path is not None and Path(path).is_file():
         table = _continued(QualityTable.load(path), table.fingerprint, path)
     if any(set(wanted) - set(row) for wanted, row in zip(options, table.damages, strict=True)):
         with evaluating(supernet.model), torch.no_grad(), supernet.activate(supernet.space.largest()):
-            work = _Measurement(supernet, data, held, measure=measure_named(measure, supernet), ridge=ridge)
+            work = _Measurement(supernet, parent, held, measure=measure_named(measure, supernet), ridge=ridge)
             table = work.run(table, options, save=path, progress=progress)
     return table
 
@@ -193,10 +196,10 @@ class _Measurement:
     """Walks through the parent once; at each layer, tries every option and runs what is behind it."""
 
     def __init__(
-        self, supernet: Supernet, data: list[Batch], held: list[Batch], *, measure: Measure, ridge: float
+        self, supernet: Supernet, parent: ParentStreams, held: list[Batch], *, measure: Measure, ridge: float
     ) -> None:
-        self.supernet, self.data, self.held, self.measure, self.ridge = supernet, data, held, measure, ridge
-        self.runner = LayerRunner(supernet)
+        self.supernet, self.parent, self.held, self.measure, self.ridge = supernet, parent, held, measure, ridge
+        self.runner, self.held_calls = parent.runner, ParentStreams(supernet, held).calls
         self.states, self.entering = (HiddenStates(memory=MEMORY_LIMIT // 2) for _ in range(2))
 
     def run(
@@ -233,19 +236,20 @@ class _Measurement:
         cut = {option.partition("/")[0] for option in options if _is_cut(part, option)}
         weights = {s: kept_weight(output_projection(part, s)) for s in SUBLAYERS if s in cut}
         sums = {s: NormalEquations(len(weight), device=device) for s, (weight, _) in weights.items()}
-        for index, batch in enumerate(self.data):
-            calls = self.runner.calls(batch)
+        for index in range(len(self.parent.batches)):
+            calls = self.parent.calls(index)
             hidden = calls.hidden if part.index == 0 else self.states[index]
             with Sublayers(part) as seen:
-                self.states[index] = self.runner.run(part.index, hidden, calls)
+                self.states[index] = after = self.runner.run(part.index, hidden, calls)
+            self.parent.remember(part, index, LayerStreams.seen(seen, hidden, after))
             for sublayer, total in sums.items():
                 total.add(calls.rows(seen.inputs[sublayer]))
         return {sublayer: total.toward(*weights[sublayer]) for sublayer, total in sums.items()}
 
     def _leave(self, part: LayerPart) -> None:
         """Moves the held-out batches of the parent through a layer."""
-        for index, batch in enumerate(self.held):
-            calls = self.runner.calls(batch)
+        for index in range(len(self.held)):
+            calls = self.held_calls(index)
             hidden = calls.hidden if part.index == 0 else self.entering[index]
             self.entering[index] = self.runner.run(part.index, hidden, calls)
 
@@ -263,7 +267,7 @@ class _Measurement:
         """Damage of leaving a layer out: what stands behind it is what can be repaired."""
         shapes = [shape if other is part else other.full for other in self.supernet.layer_parts]
         with (
-            repaired_shapes(self.supernet, shapes, self.data, ridge=self.ridge, judged=False, reach=_REACH),
+            repaired_shapes(self.supernet, shapes, self.parent, ridge=self.ridge, judged=False, reach=_REACH),
             shaped(part, shape),
         ):
             return self.measure.damage(self.runner, self._last(part))
@@ -271,7 +275,7 @@ class _Measurement:
     def _last(self, part: LayerPart) -> Iterator[tuple[Batch, Tensor]]:
         """Each held-out batch with what leaves the last layer, ``(B, T, D)``."""
         for index, batch in enumerate(self.held):
-            calls = self.runner.calls(batch)
+            calls = self.held_calls(index)
             hidden = calls.hidden if part.index == 0 else self.entering[index]
             for number in range(part.index, len(self.runner.layers)):
                 hidden = self.runner.run(number, hidden, calls)
@@ -359,7 +363,7 @@ def true_damage(
     supernet: Supernet,
     architecture: Architecture,
     *,
-    calibration: Iterable[Batch],
+    calibration: Iterable[Batch] | ParentStreams,
     validation: Iterable[Batch],
     measure: str | Callable[[nn.Module], float],
 ) -> float:
@@ -385,7 +389,7 @@ def additivity(
     table: QualityTable,
     architectures: Sequence[Architecture],
     *,
-    calibration: Iterable[Batch],
+    calibration: Iterable[Batch] | ParentStreams,
     validation: Iterable[Batch],
     measure: str | Callable[[nn.Module], float],
 ) -> Additivity:
@@ -396,11 +400,11 @@ def additivity(
     """
     if len(architectures) < LEAST_ORDERED:
         raise DataError(f"additivity needs at least {LEAST_ORDERED} architectures to order, got {len(architectures)}")
-    data, held = checked_batches(calibration), checked_batches(validation)
+    parent, held = parent_streams(supernet, calibration), checked_batches(validation)
     return Additivity(
         tuple(predicted_damage(supernet, table, point) for point in architectures),
         tuple(
-            true_damage(supernet, point, calibration=data, validation=held, measure=measure)
+            true_damage(supernet, point, calibration=parent, validation=held, measure=measure)
             for point in architectures
         ),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from hf_elastic import DataError, ElasticConfig, InfeasibleError, Objective, Supernet, make_elastic, objectives
-from hf_elastic.pipeline.fast import candidates, ranking_batches, require_calibration, tried
+from hf_elastic.pipeline.fast import candidates, ranking_streams, require_calibration, tried
 from hf_elastic.pipeline.goal import Goal, goal_of
 from hf_elastic.pipeline.tasks import TaskData
 from hf_elastic.space import Architecture
@@ -102,7 +102,7 @@ def test_a_wide_model_is_ranked_on_more_tokens(supernet: Supernet, monkeypatch: 
     """Its widest projection has 32 inputs, so that 64 tokens are needed whatever the usual number is."""
     for usual, wanted in ((10, 64), (100, 112), (1000, 160)):
         monkeypatch.setattr("hf_elastic.pipeline.fast._RANKING_TOKENS", usual)
-        batches = ranking_batches(supernet, task_data(10))
+        batches = ranking_streams(supernet, task_data(10)).batches
         assert sum(int(batch["attention_mask"].sum()) for batch in batches) == wanted
 
 
