@@ -214,19 +214,22 @@ MINILM = {
     "minilm-balanced": "all-MiniLM-L6-v2, recipe `balanced`",
 }
 SECTIONS = {
-    "exact-front": exact_front, "refit-memory": refit_memory, "predicted-speedup": predicted_speedup,
+    "stories-fast": stories_fast, "stories260K": stories, "babyllama105": stories, "exact-front": exact_front,
+    "refit-memory": refit_memory, "predicted-speedup": predicted_speedup, "backbone": backbone,
 }  # fmt: skip
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The page about the results that are there, by the names of their files."""
+    """The page about the results that are there, by the names of their files.
+
+    Raises:
+        SystemExit: there is a result that no section is about.
+    """
+    if unknown := sorted(set(found) - set(MINILM) - set(SECTIONS)):
+        raise SystemExit(f"no section of the page is about {', '.join(unknown)}; name it in SECTIONS")
     sections = [INTRODUCTION.strip()]
     sections += [minilm(title, found[name]) for name, title in MINILM.items() if name in found]
-    if "stories-fast" in found:
-        sections.append(stories_fast(found["stories-fast"]))
-    sections += [stories(found[name]) for name in found if name.startswith("stories") and name != "stories-fast"]
     sections += [section(found[name]) for name, section in SECTIONS.items() if name in found]
-    sections += [backbone(found[name]) for name in found if name.startswith("backbone")]
     return "\n\n".join(sections) + "\n"
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from hf_elastic.errors import CheckpointError
 
 
@@ -57,6 +59,32 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def only_worker(folder: Path) -> Iterator[None]:
+    """Keeps other processes from working in a folder inside the block; a process that dies gives it free.
+
+    Raises:
+        CheckpointError: another process works there, or the folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(
+            f"another process is at work in {folder}; wait for it, or choose another output"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -293,6 +293,14 @@ def test_each_new_result_has_a_section_with_its_verdict() -> None:
     assert page.count("Measured with") == 4
 
 
+def test_a_result_that_the_page_would_not_show_is_refused() -> None:
+    render = script("render")
+    shown = {file.stem for file in render.RESULTS.glob("*.json")}
+    assert shown <= set(render.MINILM) | set(render.SECTIONS)
+    with pytest.raises(SystemExit, match="no section of the page is about stories1M"):
+        render.page({"stories1M": {}})
+
+
 def test_the_benchmark_of_predictions_judges_the_worst_of_each_phase(tmp_path: Path) -> None:
     file = tmp_path / "predicted-speedup.json"
     tiny = (

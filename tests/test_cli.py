@@ -200,7 +200,7 @@ def test_an_interrupted_family_says_how_it_goes_on(
     def interrupted(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_elastic.pipeline.nested.measure_latency_table", interrupted)
+    monkeypatch.setattr("hf_elastic.pipeline.goal.measure_latency_table", interrupted)
     ended = command("family", finished.with_name("small.run"), "--speedup", "1.2", "--output", tmp_path / "sizes")
     assert (ended.code, ended.err) == (130, "hf-elastic: interrupted; the same command goes on where it was\n")
 

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from tiny_models import disk_full_at
 
 from hf_elastic import CheckpointError, SpaceError
-from hf_elastic.files import file_digest, read_json, whole_folder, write_json
+from hf_elastic.files import file_digest, only_worker, read_json, whole_folder, write_json
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -28,6 +30,40 @@ def fill(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "sub").mkdir()
     (folder / "sub" / "weights").write_bytes(b"x" * 5000)
+
+
+# -- one process at a time ---------------------------------------------------------------------------------------------
+
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from hf_elastic.files import only_worker
+with only_worker(Path(sys.argv[1])):
+    print("working", flush=True)
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_folder_has_one_worker_until_that_ends_or_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", WORKER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None and worker.stdin is not None
+        assert worker.stdout.readline() == "working\n"
+        with pytest.raises(CheckpointError, match=f"another process is at work in {folder}"), only_worker(folder):
+            pass
+        worker.stdin.close()
+    assert worker.returncode < 0
+    for _ in range(2):
+        with only_worker(folder):
+            pass
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write to "), only_worker(tmp_path / "file" / "run"):
+        pass
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------

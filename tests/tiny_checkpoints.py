@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_elastic import CompressOptions
-from hf_elastic.pipeline import nested
+from hf_elastic.pipeline import goal, nested
 
 WORDS = re.findall(
     r"\w+",
@@ -180,6 +180,5 @@ def parameter_seconds(call: Any) -> float:
 
 def time_by_parameters(patch: pytest.MonkeyPatch) -> None:
     """Families are timed by :func:`parameter_seconds`."""
-    for name in ("measure_latency_table", "measure_models"):
-        timed = functools.partial(getattr(nested, name), timer=parameter_seconds, rounds=3)
-        patch.setattr(nested, name, timed)
+    for module, name in ((goal, "measure_latency_table"), (nested, "measure_models")):
+        patch.setattr(module, name, functools.partial(getattr(module, name), timer=parameter_seconds, rounds=3))

@@ -67,10 +67,18 @@ def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
     return [{name: v[: math.ceil(share * len(v))] for name, v in batch.items()} for batch in batches]
 
 
-def quality_table(supernet: Supernet, parent: ParentStreams, *, task: Task, data: TaskData, path: Path) -> QualityTable:
+def quality_table(
+    supernet: Supernet,
+    parent: ParentStreams,
+    *,
+    task: Task,
+    data: TaskData,
+    path: Path,
+    progress: Callable[[int, int], object] | None = None,
+) -> QualityTable:
     """Measures, or goes on measuring, the damage of every option of every layer."""
     held = _part(data.validation, _HELD_SHARE)
-    return measure_quality_table(supernet, parent, held, measure=_measure(task), path=path)
+    return measure_quality_table(supernet, parent, held, measure=_measure(task), path=path, progress=progress)
 
 
 def trust(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_elastic import objectives
 from hf_elastic.costs import Latency
 from hf_elastic.pipeline.limits import feasibility
+from hf_elastic.pipeline.progress import progress_bar
 from hf_elastic.search import Objective
 from hf_elastic.search.limits import Feasibility
 from hf_elastic.space import Architecture
@@ -63,6 +64,7 @@ def goal_of(
     dtype: torch.dtype,
     table: LatencyTable | None = None,
     path: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Goal:
     """Resolves budgets for a supernet; measures latencies first where one is a speed-up or a latency.
 
@@ -72,6 +74,7 @@ def goal_of(
         dtype: of its export.
         table: latencies that are known.
         path: of a latency table: one that is there is read, or gone on with; else it is written.
+        say: where a line goes before latencies are measured.
 
     Raises:
         SearchError: a limit names no cost.
@@ -79,14 +82,26 @@ def goal_of(
         CheckpointError: the table was measured on another device, or in another setting.
     """
     if budgets.needs_table and table is None:
-        timed = budgets.timed
-        table = measure_latency_table(
-            supernet, batch_size=timed.batch_size, length=timed.length, phase=budgets.phase, dtype=dtype, path=path
-        )
+        table = latencies_for(supernet, budgets, dtype=dtype, path=path, say=say)
     known = objectives.budget_costs(supernet, budgets, table, dtype=dtype)
     within = budgets.limits(supernet, table, dtype=dtype)
     setting = table.setting if table else Setting.of(supernet, batch_size=_TABLE_BATCH, dtype=dtype)
     return Goal(budgets, table, dtype, known, within, feasibility(supernet, within, known=known), setting)
+
+
+def latencies_for(
+    supernet: Supernet, budgets: Budgets, *, dtype: torch.dtype, path: Path | None, say: Callable[[str], None]
+) -> LatencyTable:
+    """Measures, goes on measuring or reads the latency table that budgets need; raises as :func:`goal_of`."""
+    timed = budgets.timed
+    if path is None or not path.is_file() or not LatencyTable.load(path).finished:
+        where = timed.fitted(supernet, new=int(budgets.phase == "decode"))
+        say(f"measuring latencies: {budgets.phase} of {where} in {str(dtype).removeprefix('torch.')}")
+    with progress_bar("latency table") as tell:
+        return measure_latency_table(
+            supernet, batch_size=timed.batch_size, length=timed.length, phase=budgets.phase, dtype=dtype, path=path,
+            progress=tell,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

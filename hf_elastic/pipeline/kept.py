@@ -76,7 +76,7 @@ def require_run(folder: Path) -> None:
     if not (folder / RESULT_FILE).is_file():
         raise CheckpointError(f"{folder} is no run: it holds no {RESULT_FILE}; give the OUTPUT.run that compress made")
     if (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is the output of a run; its work is in {folder}.run")
+        raise CheckpointError(f"{folder} is what a run exported; give the folder of the run itself, OUTPUT.run")
 
 
 class FinishedRun:

@@ -14,18 +14,19 @@ from typing import Any
 from hf_elastic import costs, objectives
 from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
+from hf_elastic.checkpoint.run_record import RESULT_FILE
 from hf_elastic.errors import CheckpointError, InfeasibleError, SpaceError
-from hf_elastic.files import read_json
+from hf_elastic.files import only_worker, read_json, write_json
 from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, load_exported, recorded, table_row, written_form
 from hf_elastic.pipeline.fast import Trial, distance_of, least
-from hf_elastic.pipeline.goal import Goal, goal_of, judged
-from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, SORTED, TRAINED, FinishedRun, named_folder
+from hf_elastic.pipeline.goal import Goal, goal_of, judged, latencies_for
+from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, SORTED, TRAINED, FinishedRun, named_folder, require_run
 from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.budgets import LATENCY, MARGIN, Budgets
-from hf_elastic.tables.latencies import LatencyTable, measure_latency_table
+from hf_elastic.tables.latencies import LatencyTable
 from hf_elastic.tables.quality import QualityTable
 from hf_elastic.tables.timing import Phase, Setting, measure_models, typical
 
@@ -36,6 +37,7 @@ EXPORTS = "family exports"
 _PARENT = "parent"
 _STARTS: Mapping[str, str] = {SORTED: "repaired", TRAINED: "trained"}
 _CUT = "cut"
+_SHARED = ("space", "teacher", "tables", "plan", "train")  # stages of a run that all sizes have behind them
 _SECONDS = 10.0  # of timing, for each model
 
 
@@ -106,6 +108,14 @@ def export_family(
     """
     asked = parse_speedups(speedups)
     folder = named_folder(run)
+    require_run(folder)
+    with only_worker(folder):
+        return _exported(folder, asked, output=output, phase=phase, say=say)
+
+
+def _exported(
+    folder: Path, asked: Mapping[str, Budgets], *, output: str | Path | None, phase: Phase | None, say: Say
+) -> FamilyResult:
     finished = FinishedRun(folder)
     if finished.options.form == "stock-padded":
         raise SpaceError(
@@ -252,18 +262,15 @@ class _Family:
 
     def _latency_table(self) -> LatencyTable:
         """The run's latencies, or those of this workload, which are measured and kept beside them."""
-        timed, dtype = next(iter(self.asked.values())).timed, self.finished.dtype
+        asked, dtype = next(iter(self.asked.values())), self.finished.dtype
+        timed = asked.timed
         wanted = Setting.of(
             self.parent, batch_size=timed.batch_size, length=timed.length, phase=self.phase, dtype=dtype
         )
         path = self.finished.folder / LATENCY_FILE
         if not path.is_file() or LatencyTable.load(path).setting != wanted:
             path = path.with_name(self.file)
-        if not path.is_file():
-            self.say(f"measuring latencies for {wanted}")
-        return measure_latency_table(
-            self.parent, batch_size=timed.batch_size, length=timed.length, phase=self.phase, dtype=dtype, path=path
-        )
+        return latencies_for(self.parent, asked, dtype=dtype, path=path, say=self.say)
 
     def _written(self, name: str, architecture: Architecture) -> bool:
         entry = self._entry(self.paths[name])
@@ -355,8 +362,25 @@ class _Family:
             outcomes[name] = {**outcome.to_dict(), "lines": outcome.lines()}
         self.record.note(self.stage, rows=rows, setting=str(setting), outcomes=outcomes)
 
+    def _result(self, name: str) -> dict[str, Any]:
+        """What lies in a size's folder as ``result.json``: the record of the run, with the size's own numbers."""
+        numbers, entry, data = self.record.numbers(self.stage), self._entry(self.paths[name]), self.record.data
+        row = 1 + list(self.asked).index(name)  # behind the parent's
+        own = {
+            "compare": {"rows": [numbers["rows"][0], numbers["rows"][row]], "setting": numbers["setting"]},
+            "export": {**entry["report"], "finished": True},
+            "check": numbers["outcomes"][name],
+        }
+        shared = {stage: found for stage, found in data["stages"].items() if stage in _SHARED}
+        budgets: dict[str, Any] = {"speedup": f"{self.asked[name].speedup:g}@{self._workload()}", "phase": self.phase}
+        budgets |= {"latency": None, "memory": None, "within": {}}
+        return {**data, "options": {**data["options"], **budgets}, "stages": {**shared, **own}}
+
     def _told(self, plan: Mapping[str, Architecture]) -> FamilyResult:
         numbers = self.record.numbers(self.stage)
+        for name, path in self.paths.items():
+            if not (path / RESULT_FILE).is_file():
+                write_json(path / RESULT_FILE, self._result(name))
         sizes = []
         for name, point in plan.items():
             entry = self._entry(self.paths[name])

@@ -113,6 +113,8 @@ class CompressOptions:
         if isinstance(self.speedup, int | float):
             object.__setattr__(self, "speedup", repr(self.speedup))
         budgets = self.budgets  # which raises where one is malformed
+        if self.phase != CompressOptions.phase and not budgets.needs_table:
+            raise SpaceError(f"phase={self.phase!r} is what a speed-up or a latency is of; give one, or leave it out")
         if (budgets.needs_table or budgets.memory is not None) and self.form == "stock-padded":
             raise SpaceError(
                 "loadability='stock-padded' fills up what was cut with zeros, so it is never faster and seldom "

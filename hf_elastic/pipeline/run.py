@@ -20,7 +20,7 @@ from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import write_json
+from hf_elastic.files import LOCK_FILE, only_worker, write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
 from hf_elastic.pipeline.comparison import (
@@ -46,9 +46,10 @@ from hf_elastic.pipeline.kept import (
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
 from hf_elastic.pipeline.nested import FamilyResult, export_family
 from hf_elastic.pipeline.options import CompressOptions, default_space
+from hf_elastic.pipeline.progress import progress_bar
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
-from hf_elastic.pipeline.training import device_of, random_batches, step_seconds, train_phase
+from hf_elastic.pipeline.training import device_of, train_phase, training_plan
 from hf_elastic.repair.parent_streams import ParentStreams
 from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table
@@ -64,7 +65,7 @@ Say = Callable[[str], None]
 
 UNIFORM_REPAIRED = "uniform width, refit"
 _TRUSTED: Mapping[str, int] = {"fast": 4, "balanced": 12, "best": 12}  # random architectures that try the sums out
-_OVERHEAD = 1.3  # optimizer, collation, checkpoints and logging, as measured on MiniLM
+_PADDED = "these are costs of the subnet: the exported file is filled up with zeros, so it holds and computes more"
 _REPORTED = {field.name for field in fields(ExportReport)} - {"directory"}
 
 
@@ -164,7 +165,7 @@ class CompressRun:
         """What a dry run says of the stages that the recipe has."""
         lines, recipe = [f"  recipe         {self.options.recipe}"], self.options.recipe
         if recipe != "fast":
-            plan = self._plan(supernet, pool)
+            plan = training_plan(supernet, pool, data=self.data, options=self.options)
             steps, per_step = plan["supernet_steps"] + plan["found_steps"], plan["seconds_per_step"]
             lines.append(f"  training       {self.options.minutes:g} min: {steps} steps of {per_step:.2f} s")
         if recipe == "best":
@@ -181,13 +182,22 @@ class CompressRun:
 
     def run(self) -> CompressResult:
         """Runs the stages that are not finished and returns the result."""
-        fresh = None if (self.folder / RESULT_FILE).exists() else self._new_supernet()
+        fresh = None
+        if (self.folder / RESULT_FILE).exists():
+            RunRecord(self.folder, self._identity)  # what is no run of ours is left untouched
+        else:
+            fresh = self._new_supernet()
+        with only_worker(self.folder):
+            return self._run(fresh)
+
+    def _run(self, fresh: Supernet | None) -> CompressResult:
         self.record = RunRecord(self.folder, self._identity)
         if self.record.finished("check") and (self.options.output_folder / ARCHITECTURE_FILE).is_file():
             space = self._kept(SORTED).space
             return self._told(space.canonical(self.record.numbers("compare")["rows"][1]["architecture"]))
         for half_written in self.folder.glob(".*"):  # what an attempt was writing aside when it was killed
-            shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
+            if half_written.name != LOCK_FILE:
+                shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
         if fresh is not None and self.goal.table is not None:
             self.goal.table.save(self.folder / LATENCY_FILE)
         if self.data.held_out:
@@ -219,7 +229,10 @@ class CompressRun:
         if not self.record.finished("tables"):
             with self.record.stage("tables"):
                 path = self.folder / QUALITY_FILE
-                table = quality_table(supernet, ranking, task=self.task, data=self.data, path=path)
+                with progress_bar("quality table") as tell:
+                    table = quality_table(
+                        supernet, ranking, task=self.task, data=self.data, path=path, progress=tell
+                    )  # fmt: skip
                 self.record.note("tables", **self._trust(supernet, table, ranking))
 
     def _trust(self, supernet: Supernet, table: QualityTable, ranking: ParentStreams) -> dict[str, Any]:
@@ -289,7 +302,9 @@ class CompressRun:
     def _goal(self, supernet: Supernet) -> Goal:
         """The budgets as limits; latencies are measured once a run, at its very start."""
         path = self.tables_at / LATENCY_FILE if self.tables_at and (self.tables_at / RESULT_FILE).is_file() else None
-        goal = goal_of(supernet, self.options.budgets, dtype=self.dtype, table=self.latencies, path=path)
+        goal = goal_of(
+            supernet, self.options.budgets, dtype=self.dtype, table=self.latencies, path=path, say=self.say
+        )  # fmt: skip
         self.latencies = goal.table
         return goal
 
@@ -316,31 +331,12 @@ class CompressRun:
         """Turns minutes into a number of steps, once; a continued run keeps the plan."""
         if self.record.numbers("plan"):
             return
-        plan = self._plan(supernet, pool)
+        plan = training_plan(supernet, pool, data=self.data, options=self.options)
         self.record.note("plan", **plan)
         self.say(
             f"training: {plan['supernet_steps']} steps for the supernet, {plan['found_steps']} for the subnet found, "
             f"{plan['seconds_per_step']:.2f} s each"
         )
-
-    def _plan(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> dict[str, Any]:
-        if not self.options.minutes:
-            return {"bf16": False, "seconds_per_step": 0.0, "supernet_steps": 0, "found_steps": 0}
-        bf16 = self._bf16(supernet, pool)
-        seconds = self._seconds_per_step(supernet, pool, bf16=bf16)
-        steps = max(1, round(60 * self.options.minutes / (_OVERHEAD * seconds)))
-        first = round(steps * self.options.share) if self.options.recipe == "best" else 0
-        return {"bf16": bf16, "seconds_per_step": seconds, "supernet_steps": first, "found_steps": steps - first}
-
-    def _bf16(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> bool:
-        if self.options.precision != "auto":
-            return self.options.precision == "bf16"
-        slow, fast = (self._seconds_per_step(supernet, pool, bf16=bf16) for bf16 in (False, True))
-        return fast < 0.95 * slow
-
-    def _seconds_per_step(self, supernet: Supernet, pool: tuple[Architecture, ...], *, bf16: bool) -> float:
-        batches = random_batches(self.data, size=self.options.batch_size)
-        return step_seconds(supernet, pool, batches=batches, bf16=bf16)
 
     def _train(self, supernet: Supernet, rule: Any, *, phase: str) -> Supernet:
         plan = self.record.numbers("plan")
@@ -435,7 +431,8 @@ class CompressRun:
                 load_exported(self.task, self.options, folder=folder, dtype=self.dtype) for folder in folders
             )
             outcome = outcome_of(self.goal, final, architecture, parent=parent, exported=exported)
-            self.record.note("check", **outcome.to_dict(), lines=outcome.lines())
+            padded = [_PADDED] if self._form(final, architecture) == "stock-padded" else []
+            self.record.note("check", **outcome.to_dict(), lines=[*outcome.lines(), *padded])
 
     def _form(self, supernet: Supernet, architecture: Architecture) -> Loadability:
         """How an architecture is written: compact where the options allow remote code, rather than padded."""

@@ -6,6 +6,7 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from hf_elastic.training.preparation import prepared_for_distillation
 
 _PROBE_STEPS = 8
 _SAVES = 5
+_OVERHEAD = 1.3  # optimizer, collation, checkpoints and logging, as measured on MiniLM
 
 
 def train_phase(
@@ -90,6 +92,30 @@ def device_of(options: CompressOptions) -> str:
     if options.device != "auto":
         return options.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def training_plan(
+    supernet: Supernet, pool: tuple[Architecture, ...], *, data: TaskData, options: CompressOptions
+) -> dict[str, Any]:
+    """Turns minutes into numbers of steps, by what a few steps of subnets take here.
+
+    Args:
+        supernet: its weights do not change.
+        pool: the subnets that are trained.
+        data, options: of the run.
+
+    Returns:
+        ``bf16``, ``seconds_per_step``, ``supernet_steps`` and ``found_steps``.
+    """
+    if not options.minutes:
+        return {"bf16": False, "seconds_per_step": 0.0, "supernet_steps": 0, "found_steps": 0}
+    batches = random_batches(data, size=options.batch_size)
+    tried = {"auto": (False, True), "fp32": (False,), "bf16": (True,)}[options.precision]
+    seconds = {bf16: step_seconds(supernet, pool, batches=batches, bf16=bf16) for bf16 in tried}
+    bf16 = tried[0] if len(tried) == 1 else seconds[True] < 0.95 * seconds[False]
+    steps = max(1, round(60 * options.minutes / (_OVERHEAD * seconds[bf16])))
+    first = round(steps * options.share) if options.recipe == "best" else 0
+    return {"bf16": bf16, "seconds_per_step": seconds[bf16], "supernet_steps": first, "found_steps": steps - first}
 
 
 def step_seconds(

@@ -94,7 +94,7 @@ class ParentStreams:
             states.close()
 
 
-def parent_streams(supernet: Supernet, batches: Iterable[Batch] | ParentStreams) -> ParentStreams:
+def streams_of(supernet: Supernet, batches: Iterable[Batch] | ParentStreams) -> ParentStreams:
     """The streams of a single use, or those that are shared."""
     return batches if isinstance(batches, ParentStreams) else ParentStreams(supernet, batches, memory=0)
 

@@ -16,7 +16,7 @@ from hf_elastic.errors import DataError
 from hf_elastic.layers import ElasticProjection, evaluating
 from hf_elastic.least_squares import NormalEquations, Solution
 from hf_elastic.parts import LayerPart, LayerShape
-from hf_elastic.repair.parent_streams import ParentStreams, ParentWalk, parent_streams
+from hf_elastic.repair.parent_streams import ParentStreams, ParentWalk, streams_of
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import (
     MEMORY_LIMIT,
@@ -178,7 +178,7 @@ def repaired_shapes(
             are NaN, and the repair stays whatever it ends at.
         reach: how many layers behind the first cut are repaired, without being judged; by default all.
     """
-    parent = parent_streams(supernet, batches)
+    parent = streams_of(supernet, batches)
     if not 0 < ridge < float("inf"):
         raise DataError(f"ridge={ridge!r} must be a number above 0")
     if not 0 <= carry <= 1:

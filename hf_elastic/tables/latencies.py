@@ -395,7 +395,9 @@ def _spread(sizes: Iterable[int], count: int) -> list[int]:
 def _continued(found: LatencyTable, wanted: LatencyTable, path: str | Path) -> LatencyTable:
     """A table that was read, if it is of what is to be measured."""
     if difference := found.setting.difference(wanted.setting):
-        raise CheckpointError(f"{path} was measured with {difference}; delete it or choose another file")
+        raise CheckpointError(
+            f"{path} was measured with {difference}; use it where it was made, delete it, or choose another file"
+        )
     names = ("model", "kinds", "whole", "variants")
     if any(getattr(found, name) != getattr(wanted, name) for name in names):
         raise CheckpointError(f"{path} was measured on another model or space; delete it or choose another file")

@@ -23,7 +23,7 @@ from hf_elastic.fingerprints import fingerprint
 from hf_elastic.layers import evaluating
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.parts import LayerPart, LayerShape
-from hf_elastic.repair.parent_streams import LayerStreams, ParentStreams, parent_streams
+from hf_elastic.repair.parent_streams import LayerStreams, ParentStreams, streams_of
 from hf_elastic.repair.refitting import RIDGE, repaired_shapes, solved_places
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.streams import (
@@ -149,7 +149,7 @@ def measure_quality_table(
         DataError: a batch is unusable, or the measure does not fit the model.
         CheckpointError: ``path`` holds a table of another model, other data or other settings.
     """
-    parent, held = parent_streams(supernet, calibration), checked_batches(validation)
+    parent, held = streams_of(supernet, calibration), checked_batches(validation)
     name = measure if isinstance(measure, str) else getattr(measure, "__qualname__", type(measure).__name__)
     options = [sublayer_options(part, sizes=sizes) for part in supernet.layer_parts]
     settings = (name, ridge, options, supernet.layer_order)
@@ -400,7 +400,7 @@ def additivity(
     """
     if len(architectures) < LEAST_ORDERED:
         raise DataError(f"additivity needs at least {LEAST_ORDERED} architectures to order, got {len(architectures)}")
-    parent, held = parent_streams(supernet, calibration), checked_batches(validation)
+    parent, held = streams_of(supernet, calibration), checked_batches(validation)
     return Additivity(
         tuple(predicted_damage(supernet, table, point) for point in architectures),
         tuple(

@@ -30,6 +30,7 @@ from hf_elastic import (
     extract,
 )
 from hf_elastic.checkpoint.run_record import RunRecord
+from hf_elastic.files import only_worker
 from hf_elastic.parts import LayerShape
 from hf_elastic.pipeline import FamilyResult, export_family, nested
 from hf_elastic.pipeline.goal import Goal, goal_of
@@ -209,6 +210,11 @@ def test_a_run_of_any_recipe_has_a_family_of_ordinary_checkpoints(
         assert predicted.startswith("speed-up predicted ") and "measured" in predicted
         assert any(f"{size.name}: {met}" in text for text in said)
         outer = size.architecture
+        described = describe_folder(folder)
+        assert met in described and f"within speedup={size.name[:-1]}@1x64, recipe {recipe}" in described
+        assert f"\n{row['name']} " in described and "exported " in described
+        with pytest.raises(CheckpointError, match="is what a run exported"):
+            export_family(folder, SPEEDUPS)
     assert any(text.startswith(result.table) for text in said)
     assert result.table in describe_folder(run) and f"2x: {result.sizes[-1].lines[0]}" in describe_folder(run)
 
@@ -304,7 +310,7 @@ def test_a_finished_family_is_told_again_and_a_larger_one_makes_only_what_is_new
     assert exports == ["2x"] and longer.sizes[:2] == tuple(
         replace(size, lines=lines) for size, lines in zip(result.sizes, [s.lines for s in longer.sizes], strict=False)
     )
-    for name in ("export", "refitted", "measure_models", "measure_latency_table", "nested_architectures"):
+    for name in ("export", "refitted", "measure_models", "latencies_for", "nested_architectures"):
         monkeypatch.setattr(nested, name, lambda *a, **k: pytest.fail("done again"))
     before = (run / "result.json").read_bytes()
     assert silent(run, SPEEDUPS[:2]) == result and silent(run, SPEEDUPS) == longer
@@ -427,7 +433,7 @@ BAD: list[tuple[Any, Callable[[Path], None], type[ElasticError], str]] = [
     ([1.2], _other_text, CheckpointError, "is not what .* was made from"),
     ([1.2], _padded, SpaceError, "never faster"),
     ([1.2], _no_run, CheckpointError, "is no run"),
-    ([1.2], _output_instead, CheckpointError, "is the output of a run"),
+    ([1.2], _output_instead, CheckpointError, "is what a run exported"),
     ([1.2], _occupied, CheckpointError, "holds 1.2x, which no family"),
     ([1.2], _something_beside, CheckpointError, "holds thesis.txt, which no family"),
     ([1.2], _file, CheckpointError, "cannot write"),
@@ -448,6 +454,13 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_is_written(
     assert "\n" not in str(caught.value)
     after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert before == {file: content for file, content in after.items() if not file.name.startswith("latency-")}
+
+
+def test_two_families_of_a_run_at_once_are_refused(runs: dict[str, CompressOptions], tmp_path: Path) -> None:
+    run = copied(runs, "fast", tmp_path)
+    with only_worker(run), pytest.raises(CheckpointError, match="another process is at work in .*small.run; wait"):
+        silent(run)
+    assert len(silent(run).sizes) == 3
 
 
 def test_a_size_of_another_family_is_not_replaced(

@@ -57,6 +57,8 @@ BAD: list[tuple[type[ElasticError], dict[str, Any], str]] = [
     (SpaceError, {"memory": "6"}, "6GB"),
     (SpaceError, {"memory": "6GB", "loadability": "stock-padded"}, "seldom smaller"),
     (SpaceError, {"phase": "training"}, "phase='training'"),
+    (SpaceError, {"phase": "decode"}, "phase='decode' is what a speed-up or a latency is of"),
+    (SpaceError, {"phase": "decode", "memory": "6GB"}, "give one, or leave it out"),
     (SpaceError, {"speedup": 1.5, "loadability": "stock-padded"}, "never faster"),
 ]
 

@@ -31,6 +31,7 @@ from hf_elastic import (
     UnsupportedModelError,
     compress,
 )  # fmt: skip
+from hf_elastic.files import only_worker
 from hf_elastic.pipeline import CompressRun, open_supernet
 from hf_elastic.tables.latencies import LatencyTable
 
@@ -122,8 +123,17 @@ def test_a_speedup_and_a_memory_are_searched_for_measured_and_told(
     assert [verdict["budget"] for verdict in check["budgets"]] == ["speedup", "memory"]
     assert check["predicted_speedup"] > 1.02 and check["measured_speedup"] > 0
     assert check["budgets"][1]["met"] and any("speed-up predicted" in text for text in said)
+    assert said.count("measuring latencies: prefill of 2x32 in float32") == 1
     (given.run_folder / "latency.json").write_text("of another machine by now")
     assert silent(given).record["stages"]["check"] == check  # a finished run is told, whatever stands here
+
+
+def test_a_run_that_another_process_works_at_is_left_alone(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+    given = options(checkpoint("embedding"), data("embedding"), tmp_path / "small", recipe="fast")
+    with only_worker(given.run_folder), pytest.raises(CheckpointError, match="another process is at work in "):
+        silent(given)
+    assert [file.name for file in given.run_folder.iterdir()] == [".lock"]
+    assert silent(given).report.directory == tmp_path / "small"
 
 
 def test_a_dry_run_of_other_options_leaves_a_run_alone(results: dict[str, Any]) -> None:
@@ -219,7 +229,7 @@ def test_the_sentence_encoder_keeps_its_modules(results: dict[str, Any]) -> None
 def test_a_finished_run_is_told_again_not_done_again(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given, result = results["embedding"]
     before = {f: f.stat().st_mtime_ns for f in Path(given.output).rglob("*") if f.is_file()}
-    for name in ("train_phase", "search_subnets", "export", "plain_alternatives", "step_seconds"):
+    for name in ("train_phase", "search_subnets", "export", "plain_alternatives", "training_plan"):
         monkeypatch.setattr(f"hf_elastic.pipeline.run.{name}", lambda *a, **k: pytest.fail("done again"))
     said: list[str] = []
     again = compress(given, say=said.append)
@@ -395,6 +405,8 @@ def test_what_would_only_be_padded_is_written_compactly_where_remote_code_is_all
         )  # fmt: skip
         result = silent(given)
         assert result.report.loadability == result.rows[1]["loadability"] == form
+        told = result.record["stages"]["check"]["lines"]
+        assert any("filled up with zeros" in line for line in told) is (form == "stock-padded")
         with safe_open(tmp_path / form / "model.safetensors", framework="pt") as file:
             shape = file.get_slice("model.layers.0.mlp.up_proj.weight").get_shape()
         assert shape == [16 if form == "remote-code" else 64, 32]

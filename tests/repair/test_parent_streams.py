@@ -26,6 +26,20 @@ def batches(made: Supernet) -> list[dict[str, Tensor]]:
     return found
 
 
+def leaving(made: Supernet, batch: dict[str, Tensor]) -> list[Tensor]:
+    """What leaves each layer of the whole model."""
+    seen: list[Tensor] = []
+
+    def note(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [part.layer.register_forward_hook(note) for part in made.layer_parts]
+    made.model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 class Counted(LayerRunner):
     """Counts how often a layer runs."""
 
@@ -49,16 +63,7 @@ def test_a_pass_gives_what_leaves_the_models_layers(family: str, memory: int) ->
     made = supernet_of(family, "base")
     parent = ParentStreams(made, batches(made), memory=memory)
     for index, batch in enumerate(parent.batches):
-        seen: list[Tensor] = []
-        hooks = [
-            part.layer.register_forward_hook(
-                lambda _m, _args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-            )
-            for part in made.layer_parts
-        ]
-        made.model(**batch)
-        for hook in hooks:
-            hook.remove()
+        seen = leaving(made, batch)
         for _ in range(2):  # the second time as it is remembered, or anew
             with parent.walk() as walk:
                 for part, wanted in zip(made.layer_parts, seen, strict=True):

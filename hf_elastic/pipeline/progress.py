@@ -1,0 +1,20 @@
+"""A bar on a terminal for measurements that report how many they have done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what to call with the measurements done and to be done; shows nothing where there is no terminal."""
+    with tqdm(desc=name, disable=None, dynamic_ncols=True) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tell
