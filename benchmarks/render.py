@@ -128,6 +128,21 @@ def backbone(result: Mapping[str, Any]) -> str:
     )
 
 
+def minilm_recover(result: Mapping[str, Any]) -> str:
+    """Section about minutes of recover()."""
+    bars = "; ".join(f"{name}: {_verdict(met)}" for name, met in result["bars"].items())
+    return "\n\n".join(
+        [
+            "## all-MiniLM-L6-v2, `recover()` behind recipe `fast`",
+            "STS-B of the answer without training and after distilling it from its parent, on the same text, without "
+            f"labels: {result['steps']} steps in {result['seconds']:.0f} s. It is {result['speedup']:.2f}x as fast as "
+            f"the parent. {bars}.",
+            table(result["stsb"]),
+            machine(result["environment"]),
+        ]
+    )
+
+
 def stories_fast(result: Mapping[str, Any]) -> str:
     """Section about the small LLaMA checkpoints without training."""
     settings = result["settings"]
@@ -214,7 +229,8 @@ MINILM = {
     "minilm-balanced": "all-MiniLM-L6-v2, recipe `balanced`",
 }
 SECTIONS = {
-    "stories-fast": stories_fast, "stories260K": stories, "babyllama105": stories, "exact-front": exact_front,
+    "minilm-recover": minilm_recover, "stories-fast": stories_fast,
+    "stories260K": stories, "babyllama105": stories, "exact-front": exact_front,
     "refit-memory": refit_memory, "predicted-speedup": predicted_speedup, "backbone": backbone,
 }  # fmt: skip
 

@@ -13,6 +13,9 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
+from tiny_checkpoints import options, sentence_encoder, write_text
+
+from hf_elastic import compress
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -291,6 +294,26 @@ def test_each_new_result_has_a_section_with_its_verdict() -> None:
     assert "| decoder | 9 | <= 10 | yes |" in page and "| <= 2 | yes |" in page and "| <= 10 | NO |" in page
     assert "Bar at 60%: met, 80%: **NOT met**." in page
     assert page.count("Measured with") == 4
+
+
+def test_the_recover_benchmark_judges_and_times_a_run(
+    tmp_path: Path, judged_runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = sentence_encoder(tmp_path / "parent"), write_text(tmp_path / "text.txt", count=400)
+    compress(options(model, text, tmp_path / "one", recipe="fast"), say=lambda line: None)
+    benchmark = script("minilm_recover")
+    monkeypatch.setattr(benchmark, "TIMED_SECONDS", 0.1)
+    values = {"parent": 0.8, "one": 0.76, "recovered": 0.79}
+    monkeypatch.setattr(script("minilm"), "sts", lambda place, rows: values[Path(place).name])
+    given = [str(tmp_path / "one"), *judged_runs, "--minutes", "0.01"]
+    given[given.index("parent")] = str(model)
+    benchmark.main(given)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["kept"] for row in found["stsb"]] == [1.0, 0.76 / 0.8, 0.79 / 0.8]
+    assert found["bars"]["STS-B >= 0.98 of the parent's"] is True and found["speedup"] > 0 and found["steps"] >= 1
+    assert str(tmp_path) not in json.dumps(found)
+    page = script("render").page({"minilm-recover": found})
+    assert "| one |" not in page and "0.01 min of recover()" in page and "of the parent's: met; speed-up" in page
 
 
 def test_a_result_that_the_page_would_not_show_is_refused() -> None:
