@@ -23,7 +23,7 @@ from hf_elastic.checkpoint import export as export_subnet
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
-from hf_elastic.pipeline import CompressRun, export_family, front_row, open_supernet, search_run
+from hf_elastic.pipeline import CompressRun, export_family, front_row, open_for_export, search_run
 from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
@@ -166,7 +166,7 @@ def export_command(
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Write one architecture of a supernet as a checkpoint."""
-    handle, parent = open_supernet(Path(supernet))
+    handle, parent = open_for_export(Path(supernet))
     points = {
         "largest": handle.space.largest,
         "midpoint": handle.space.midpoint,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -62,15 +65,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def only_worker(folder: Path) -> Iterator[None]:
     """Keeps other processes from working in a folder inside the block; a process that dies gives it free.
 
+    The folder is made if it is missing, and is gone again if the block fails and has written nothing. File systems that
+    cannot lock are told apart by a warning; there nothing is kept from anyone.
+
     Raises:
         CheckpointError: another process works there, or the folder cannot be written.
     """
+    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +88,18 @@ def only_worker(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"another process is at work in {folder}; wait for it, or choose another output"
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            _remove_empty(made)
+            raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
+        logger.warning("%s cannot be locked here: do not start two commands on it at once", folder)
     try:
         yield
+    except BaseException:
+        if folder in made and [file.name for file in folder.iterdir()] == [LOCK_FILE]:
+            (folder / LOCK_FILE).unlink()
+            _remove_empty(made)
+        raise
     finally:
         lock.release()
 
@@ -116,6 +133,12 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         _remove_empty(made)
+
+
+def remove_half_written(target: Path) -> None:
+    """Removes what :func:`whole_folder` left beside a folder when it was killed; nobody else may be writing there."""
+    for aside in target.parent.glob(f".{glob.escape(target.name)}.*/"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _prepared(target: str | Path, *, overwrite: bool) -> tuple[Path, list[Path]]:

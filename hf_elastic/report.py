@@ -177,6 +177,8 @@ def _describe_export(folder: Path) -> str:
 def _describe_run(folder: Path) -> str:
     record = read_record(folder / RESULT_FILE)
     options, stages = record["options"], record["stages"]
+    if (recovery := stages.get("recover")) is not None:
+        return _describe_recovery(options["settings"], recovery)
     lines = [
         f"run: {options['model']} within {_budgets(options)}, recipe {options.get('recipe', 'best')}, "
         f"seed {options['seed']}",
@@ -191,6 +193,16 @@ def _describe_run(folder: Path) -> str:
     if not stages.get("export", {}).get("finished"):
         lines.append("not finished: the same compress command goes on")
     return "\n".join(lines)
+
+
+def _describe_recovery(settings: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
+    """Says what a run of ``recover()`` was asked for and where it is."""
+    first = f"recovery: {settings['target']} distilled for {stage['steps']} steps, seed {settings['seed']}"
+    if not stage.get("finished"):
+        return f"{first}\nnot finished: the same call goes on"
+    losses = [f"{point['loss']:.4g} at step {point['step']}" for point in stage["losses"]]
+    shown = f", loss {losses[0]}, {losses[-1]}" if losses else ""
+    return f"{first}\n  done in {stage['seconds']:.0f} s{shown}"
 
 
 def _compared(stage: Mapping[str, Any]) -> list[str]:

@@ -101,15 +101,24 @@ class LayerRunner:
         """Finds out how the model calls its layers on a batch.
 
         Raises:
-            DataError: the batch has no ``input_ids``.
+            DataError: the batch has no ``input_ids``, or one that the model has no embedding of.
         """
         feed = self._feed(batch)
+        self._check_ids(feed["input_ids"])
         with _without_layers(self.layers) as seen:
             self.model.base_model(**{k: v for k, v in feed.items() if k not in _TARGETS}, **self._options)
         hidden = seen[0][0]
         mask = feed.get("attention_mask")
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
         return LayerCalls(hidden, tuple((args, kwargs) for _, args, kwargs in seen), kept)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        known = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            raise DataError(
+                f"a calibration batch has the token {int(ids.max() if ids.min() >= 0 else ids.min())}, the model knows "
+                f"0 to {known - 1}; tokenize the text with the model's own tokenizer"
+            )
 
     def run(self, index: int, hidden: Tensor, calls: LayerCalls) -> Tensor:
         """Runs one layer, ``(B, T, D) -> (B, T, D)``."""

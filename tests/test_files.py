@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny_models import disk_full_at
 
 from hf_elastic import CheckpointError, SpaceError
-from hf_elastic.files import file_digest, only_worker, read_json, whole_folder, write_json
+from hf_elastic.files import file_digest, only_worker, read_json, remove_half_written, whole_folder, write_json
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -58,6 +58,43 @@ def test_a_folder_has_one_worker_until_that_ends_or_is_killed(tmp_path: Path) ->
     for _ in range(2):
         with only_worker(folder):
             pass
+
+
+def test_a_failure_that_wrote_nothing_leaves_no_folder_and_one_that_did_leaves_its_work(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    with pytest.raises(SpaceError), only_worker(folder):
+        raise SpaceError("no")
+    assert not (tmp_path / "deep").exists()
+    with pytest.raises(SpaceError), only_worker(folder):
+        (folder / "work").write_text("")
+        raise SpaceError("no")
+    assert {file.name for file in folder.iterdir()} == {".lock", "work"}
+    with pytest.raises(SpaceError), only_worker(folder):
+        raise SpaceError("no")
+    assert (folder / "work").is_file()
+
+
+def test_where_nothing_can_be_locked_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(self: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("hf_elastic.files.FileLock.acquire", refused)
+    with only_worker(tmp_path / "run"):
+        pass
+    assert "cannot be locked here" in caplog.text
+
+
+def test_what_a_killed_export_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "a[b]"
+    for name in (".a[b].x1", ".a[b].old.x2", ".ab.x3", "a[b]", "other"):
+        (tmp_path / name).mkdir()
+        fill(tmp_path / name)
+    (tmp_path / ".a[b].file").write_text("")
+    remove_half_written(target)
+    assert {path.name for path in tmp_path.iterdir()} == {".ab.x3", "a[b]", "other", ".a[b].file"}
+    remove_half_written(tmp_path / "never" / "made")
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:

@@ -89,8 +89,12 @@ def test_rows_are_real_tokens() -> None:
 def test_a_failing_model_gets_its_layers_back() -> None:
     supernet = supernet_of("bert", "base")
     layers = list(supernet.model.encoder.layer)
+    ids = torch.tensor([[3, 4]])
     with pytest.raises(IndexError):
-        LayerRunner(supernet).calls({"input_ids": torch.tensor([[10**6]])})
+        LayerRunner(supernet).calls({"input_ids": ids, "token_type_ids": 9 * ids})
+    for bad in (10**6, -1):
+        with pytest.raises(DataError, match=f"has the token {bad}, the model knows 0 to"):
+            LayerRunner(supernet).calls({"input_ids": torch.tensor([[3, bad]])})
     assert all(a is b for a, b in zip(layers, supernet.model.encoder.layer, strict=True))
 
 

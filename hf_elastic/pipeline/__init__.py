@@ -3,7 +3,7 @@
 from hf_elastic.pipeline.nested import FamilyResult, export_family
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.run import CompressResult, CompressRun, compress
-from hf_elastic.pipeline.steps import front_row, open_supernet, search_run
+from hf_elastic.pipeline.steps import front_row, open_for_export, open_supernet, search_run
 
 __all__ = [
     "CompressOptions",
@@ -13,6 +13,7 @@ __all__ = [
     "compress",
     "export_family",
     "front_row",
+    "open_for_export",
     "open_supernet",
     "search_run",
 ]

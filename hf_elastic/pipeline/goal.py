@@ -94,10 +94,11 @@ def latencies_for(
 ) -> LatencyTable:
     """Measures, goes on measuring or reads the latency table that budgets need; raises as :func:`goal_of`."""
     timed = budgets.timed
-    if path is None or not path.is_file() or not LatencyTable.load(path).finished:
+    open_ended = path is None or not path.is_file() or not LatencyTable.load(path).finished
+    if open_ended:
         where = timed.fitted(supernet, new=int(budgets.phase == "decode"))
         say(f"measuring latencies: {budgets.phase} of {where} in {str(dtype).removeprefix('torch.')}")
-    with progress_bar("latency table") as tell:
+    with progress_bar("latency table", shown=open_ended) as tell:
         return measure_latency_table(
             supernet, batch_size=timed.batch_size, length=timed.length, phase=budgets.phase, dtype=dtype, path=path,
             progress=tell,

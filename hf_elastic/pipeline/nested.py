@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE
 from hf_elastic.errors import CheckpointError, InfeasibleError, SpaceError
-from hf_elastic.files import only_worker, read_json, write_json
+from hf_elastic.files import only_worker, read_json, remove_half_written, write_json
 from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, load_exported, recorded, table_row, written_form
 from hf_elastic.pipeline.fast import Trial, distance_of, least
 from hf_elastic.pipeline.goal import Goal, goal_of, judged, latencies_for
@@ -281,8 +280,7 @@ class _Family:
         if self._written(name, architecture):
             return False
         path = self.paths[name]
-        for half_written in self.output.glob(f".{name}.*/"):
-            shutil.rmtree(half_written)
+        remove_half_written(path)
         # Noted before it is written: a call that is killed in between leaves a folder that is known to be ours.
         self.record.note(EXPORTS, **{str(path.resolve()): {"digest": architecture.digest, "written": False}})
         with refitted(self.parent, architecture, self.finished.data.calibration) as repair:
@@ -379,8 +377,9 @@ class _Family:
     def _told(self, plan: Mapping[str, Architecture]) -> FamilyResult:
         numbers = self.record.numbers(self.stage)
         for name, path in self.paths.items():
-            if not (path / RESULT_FILE).is_file():
-                write_json(path / RESULT_FILE, self._result(name))
+            file, found = path / RESULT_FILE, self._result(name)
+            if not file.is_file() or read_json(file) != found:
+                write_json(file, found)
         sizes = []
         for name, point in plan.items():
             entry = self._entry(self.paths[name])

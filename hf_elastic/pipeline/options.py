@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -81,10 +82,13 @@ class CompressOptions:
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, str) or not self.data:
+        for name in ("model", "output"):
+            object.__setattr__(self, name, _name_of(getattr(self, name), option=name))
+        if isinstance(self.data, str | os.PathLike) or not isinstance(self.data, Sequence) or not self.data:
             raise DataError(
                 f"data={self.data!r} is no tuple of names; pass text files, .jsonl or .csv files, or data sets"
             )
+        object.__setattr__(self, "data", tuple(_name_of(name, option="data") for name in self.data))
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
                 raise _ERRORS[name](f"{name}={value!r} is not one of {', '.join(allowed)}")
@@ -106,6 +110,11 @@ class CompressOptions:
 
     def _check_budgets(self) -> None:
         others = any(budget is not None for budget in (self.speedup, self.latency, self.memory))
+        for name, example in (("latency", "8ms"), ("memory", "6GB")):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise SpaceError(f"{name}={value!r} must be text with a unit, such as {example!r}")
+        if not isinstance(self.within, Mapping | None):
+            raise SpaceError(f"within={self.within!r} must be a dict such as {{'parameters': 0.6}}")
         within = self.within if self.within is not None else {} if others else _WITHIN
         if not (within or others) or any(not (_is_number(limit) and limit > 0) for limit in within.values()):
             raise SpaceError(f"within={dict(within)} must name a cost and a limit above 0, such as parameters=0.6")
@@ -177,6 +186,13 @@ _ERRORS: Mapping[str, type[ElasticError]] = {
     "device": TrainingError, "evaluations": SearchError, "sequence_length": DataError, "batch_size": TrainingError,
     "seed": SearchError, "phase": SpaceError,
 }  # fmt: skip
+
+
+def _name_of(value: object, *, option: str) -> str:
+    """A name or a path as a string, as a run can be recorded with."""
+    if not isinstance(value, str | os.PathLike):
+        raise CheckpointError(f"{option}={value!r} must be a name or a path")
+    return os.fspath(value)  # type: ignore[return-value]
 
 
 def _is_number(value: object) -> bool:

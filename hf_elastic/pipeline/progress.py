@@ -9,9 +9,14 @@ from tqdm import tqdm
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what to call with the measurements done and to be done; shows nothing where there is no terminal."""
-    with tqdm(desc=name, disable=None, dynamic_ncols=True) as bar:
+def progress_bar(name: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Yields what to call with the measurements done and to be done; shows nothing where there is no terminal.
+
+    Args:
+        name: of what is measured.
+        shown: whether there is anything to measure.
+    """
+    with tqdm(desc=name, disable=None if shown else True, dynamic_ncols=True) as bar:
 
         def tell(done: int, total: int) -> None:
             bar.total = total

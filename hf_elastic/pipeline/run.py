@@ -20,7 +20,7 @@ from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import LOCK_FILE, only_worker, write_json
+from hf_elastic.files import LOCK_FILE, only_worker, remove_half_written, write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
 from hf_elastic.pipeline.comparison import (
@@ -182,19 +182,17 @@ class CompressRun:
 
     def run(self) -> CompressResult:
         """Runs the stages that are not finished and returns the result."""
-        fresh = None
         if (self.folder / RESULT_FILE).exists():
-            RunRecord(self.folder, self._identity)  # what is no run of ours is left untouched
-        else:
-            fresh = self._new_supernet()
+            self.record = RunRecord(self.folder, self._identity)
+            if self.record.finished("check") and (self.options.output_folder / ARCHITECTURE_FILE).is_file():
+                space = self._kept(SORTED).space
+                return self._told(space.canonical(self.record.numbers("compare")["rows"][1]["architecture"]))
         with only_worker(self.folder):
-            return self._run(fresh)
+            return self._run()
 
-    def _run(self, fresh: Supernet | None) -> CompressResult:
+    def _run(self) -> CompressResult:
+        fresh = None if (self.folder / RESULT_FILE).exists() else self._new_supernet()
         self.record = RunRecord(self.folder, self._identity)
-        if self.record.finished("check") and (self.options.output_folder / ARCHITECTURE_FILE).is_file():
-            space = self._kept(SORTED).space
-            return self._told(space.canonical(self.record.numbers("compare")["rows"][1]["architecture"]))
         for half_written in self.folder.glob(".*"):  # what an attempt was writing aside when it was killed
             if half_written.name != LOCK_FILE:
                 shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
@@ -408,6 +406,7 @@ class CompressRun:
         output = self.options.output_folder
         if not (self.record.finished("export") and (output / ARCHITECTURE_FILE).is_file()):
             cast_parameters_(final.model, self.dtype)
+            remove_half_written(output.resolve())
             with self.record.stage("export"):
                 report = export(
                     final, architecture, output, loadability=self._form(final, architecture),

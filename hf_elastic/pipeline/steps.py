@@ -10,7 +10,8 @@ from hf_elastic import objectives
 from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.costs import count
 from hf_elastic.errors import ArchitectureError, CheckpointError
-from hf_elastic.pipeline.kept import TRAINED, options_of, require_run, teacher_vectors, text_digest
+from hf_elastic.pipeline.comparison import cast_parameters_
+from hf_elastic.pipeline.kept import TRAINED, export_dtype, options_of, require_run, teacher_vectors, text_digest
 from hf_elastic.pipeline.limits import feasibility
 from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
@@ -19,6 +20,14 @@ from hf_elastic.report import aligned
 from hf_elastic.search import Evaluation, SearchResult, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import SPACE_FILE, Supernet
+
+
+def open_for_export(folder: Path) -> tuple[Supernet, str]:
+    """As :func:`open_supernet`; that of a run in the dtype in which the run exports."""
+    supernet, parent = open_supernet(folder)
+    if not (folder / SPACE_FILE).is_file():
+        cast_parameters_(supernet.model, export_dtype(parent))
+    return supernet, parent
 
 
 def open_supernet(folder: Path) -> tuple[Supernet, str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_elastic.errors import DataError
+from hf_elastic.fingerprints import fingerprint
 from hf_elastic.parts import LayerPart
 from hf_elastic.streams import MEMORY_LIMIT, Batch, HiddenStates, LayerCalls, LayerRunner, Sublayers, checked_batches
 from hf_elastic.supernet import Supernet
@@ -38,7 +40,7 @@ class ParentStreams:
 
     Where all of it fits into memory it is worked out once and remembered, so that a repair costs what the subnet
     costs; otherwise each repair runs the parent again, and one layer of it is held at a time. It belongs to the weights
-    that the supernet has now: make another one once they are trained or sorted.
+    that the supernet has now: once they are trained or sorted it is refused.
 
     Args:
         supernet: its largest subnet is the parent.
@@ -56,11 +58,23 @@ class ParentStreams:
     def __init__(self, supernet: Supernet, batches: Iterable[Batch], *, memory: int = MEMORY_LIMIT) -> None:
         self.batches = checked_batches(batches)
         self.runner = LayerRunner(supernet)
+        self._supernet, self._weights = supernet, fingerprint(supernet.model)
         tokens = sum(batch["input_ids"].numel() for batch in self.batches if "input_ids" in batch)
         per_token = sum(3 * part.hidden_size for part in supernet.layer_parts) * supernet.model.dtype.itemsize
         self._remembers = tokens * per_token <= memory
         self._layers: dict[tuple[int, int], LayerStreams] = {}
         self._calls: dict[int, LayerCalls] = {}
+
+    def require(self, supernet: Supernet) -> None:
+        """Checks whose they are.
+
+        Raises:
+            DataError: they are of another supernet, or of other weights than it has now.
+        """
+        if supernet is not self._supernet:
+            raise DataError("the streams are of another supernet; make a ParentStreams of this one")
+        if fingerprint(supernet.model) != self._weights:
+            raise DataError("the weights of the supernet have changed since its streams were made; make them again")
 
     def calls(self, index: int) -> LayerCalls:
         """How the model calls its layers on a batch."""
@@ -95,8 +109,15 @@ class ParentStreams:
 
 
 def streams_of(supernet: Supernet, batches: Iterable[Batch] | ParentStreams) -> ParentStreams:
-    """The streams of a single use, or those that are shared."""
-    return batches if isinstance(batches, ParentStreams) else ParentStreams(supernet, batches, memory=0)
+    """The streams of a single use, or those that are shared.
+
+    Raises:
+        DataError: as :class:`ParentStreams`, or they are shared by other weights.
+    """
+    if not isinstance(batches, ParentStreams):
+        return ParentStreams(supernet, batches, memory=0)
+    batches.require(supernet)
+    return batches
 
 
 class ParentWalk:

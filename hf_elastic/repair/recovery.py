@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic.distillation import layer_pairs
 from hf_elastic.errors import CheckpointError, TrainingError
+from hf_elastic.files import only_worker
 from hf_elastic.fingerprints import fingerprint
 from hf_elastic.layers import evaluating
 from hf_elastic.repair.distilling import (
@@ -25,7 +27,7 @@ from hf_elastic.repair.distilling import (
     without_traces,
 )
 from hf_elastic.repair.features import Batch, Feature, Rows, check_features, data_digest, read_features, vocabulary_size
-from hf_elastic.repair.recovery_record import RunFile
+from hf_elastic.repair.recovery_record import RecoveryRecord
 from hf_elastic.repair.recovery_settings import RecoverSettings
 from hf_elastic.repair.teacher_cache import (
     CacheIdentity,
@@ -100,7 +102,8 @@ def recover(
         data: rows with ``input_ids`` and maybe ``attention_mask``, ``token_type_ids``, ``labels``; or conversations
             with ``messages``, of which only what the assistant says is scored. Labels per token say which positions of
             logits are compared (-100: not); states are compared at every token, since answers attend to prompts.
-        output: folder of the run: its record, checkpoints, and the teacher's cache.
+        output: folder of the run: its record (``result.json``), checkpoints, and the teacher's cache. One process at a
+            time works there.
         target: ``"logits"``, ``"embeddings"``, ``"last_hidden_state"`` or ``"hidden_states"``; or a
             :class:`Distillation` with temperature, divergence, pooling, weights. A name alone compares states by
             their relative distance and leaves the loss of the labels out.
@@ -201,7 +204,10 @@ class _Recovery:
                     teaching.enter_context(_placed(self.teacher, device))
                     teaching.enter_context(evaluating(self.teacher))
                 self._try()
-                record = RunFile(self.settings.output, self._identity())
+                identity = self._identity()
+                RecoveryRecord(self.settings.output, identity)  # what is no run of ours is left untouched
+                stack.enter_context(only_worker(self.settings.output))
+                record = RecoveryRecord(self.settings.output, identity)
                 student = stack.enter_context(self._student())
                 stack.enter_context(
                     prepared_for_distillation(student, freeze_embeddings=self.settings.freeze_embeddings)
@@ -211,7 +217,7 @@ class _Recovery:
                 if self.settings.cache:
                     teaching.close()
                 report = self._train(student, examples, record)
-            _check_finite(self.model)
+                _check_finite(self.model)
             return report
         finally:
             self.model.eval()
@@ -302,7 +308,7 @@ class _Recovery:
         with adapted(self.model, self.settings.lora, seed=self.settings.seed) as student:
             yield student
 
-    def _steps(self, student: nn.Module, record: RunFile) -> int:
+    def _steps(self, student: nn.Module, record: RecoveryRecord) -> int:
         """The number of steps: as noted, as asked for, or as many as take the time."""
         if record.steps is None:
             own = None
@@ -355,7 +361,7 @@ class _Recovery:
         places = {index: place for place, index in enumerate(seen)}
         return InOrder(TaughtFeatures(self.features, cache, places=places), order)
 
-    def _train(self, student: nn.Module, examples: InOrder, record: RunFile) -> RecoverReport:
+    def _train(self, student: nn.Module, examples: InOrder, record: RecoveryRecord) -> RecoverReport:
         assert record.steps is not None
         trainer = DistillingTrainer(
             student,
@@ -364,10 +370,11 @@ class _Recovery:
             examples=examples,
             collate=self.collate,
         )
-        checkpoint = last_complete_checkpoint(self.settings.output)
+        checkpoint, began_at = last_complete_checkpoint(self.settings.output), time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         logged = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
         began = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+        record.finish(seconds=time.perf_counter() - began_at, losses=logged)
         return RecoverReport(record.steps, began, record.step_seconds, tuple(logged))
 
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord, read_record
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import read_json, write_json
+from hf_elastic.files import LOCK_FILE
 
-RUN_FILE = "recover.json"
+STAGE = "recover"
+"""The stage of a recovery in its ``result.json``."""
 
-_FORMAT = 1
 
-
-class RunFile:
+class RecoveryRecord:
     """What a run folder says about its run: models, data, settings, and the number of steps.
 
     Args:
@@ -26,25 +26,33 @@ class RunFile:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self._file, self._identity = folder / RUN_FILE, dict(identity)
+        self._folder, self._identity = folder, dict(identity)
         self.steps: int | None = None
         self.step_seconds: float | None = None
-        if not self._file.is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / RESULT_FILE).is_file():
+            if folder.exists() and (not folder.is_dir() or any(f.name != LOCK_FILE for f in folder.iterdir())):
                 raise CheckpointError(f"{folder} holds no run of recover(); give another folder")
             return
-        found = read_json(self._file)
-        if difference := _difference(found, self._identity):
+        found = read_record(folder / RESULT_FILE)
+        if STAGE not in found["stages"]:
+            raise CheckpointError(f"{folder} holds no run of recover(); give another folder")
+        if difference := _difference(found["options"], self._identity):
             raise CheckpointError(f"{folder} holds a run with {difference}; give another folder, or delete it")
         try:
-            self.steps, self.step_seconds = int(found["steps"]), found["step_seconds"]
+            stage = found["stages"][STAGE]
+            self.steps, self.step_seconds = int(stage["steps"]), stage["step_seconds"]
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self._file} describes no run of recover(): {error!r}") from error
+            raise CheckpointError(f"{folder / RESULT_FILE} describes no run of recover(): {error!r}") from error
 
     def note(self, *, steps: int, step_seconds: float | None) -> None:
-        """Writes the file."""
+        """Writes what is to be done."""
         self.steps, self.step_seconds = steps, step_seconds
-        write_json(self._file, {"format": _FORMAT, **self._identity, "steps": steps, "step_seconds": step_seconds})
+        RunRecord(self._folder, self._identity).note(STAGE, steps=steps, step_seconds=step_seconds)
+
+    def finish(self, *, seconds: float, losses: list[tuple[int, float]]) -> None:
+        """Writes how it ended."""
+        done = [{"step": step, "loss": loss} for step, loss in losses]
+        RunRecord(self._folder, self._identity).note(STAGE, finished=True, seconds=round(seconds, 3), losses=done)
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

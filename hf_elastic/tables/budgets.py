@@ -170,7 +170,8 @@ class Budgets:
         """
         found = dict(self.within)
         if self.needs_table:
-            found[LATENCY] = self._nanoseconds(supernet, self._checked(supernet, table), margin=margin)
+            kind = dtype or supernet.model.dtype
+            found[LATENCY] = self._nanoseconds(supernet, self._checked(supernet, table, dtype=kind), margin=margin)
         if self.memory is not None:
             low, high = (
                 memory_bytes(supernet, point, workload=self.held, dtype=dtype)
@@ -179,13 +180,14 @@ class Budgets:
             if low > self.memory:
                 where = self.held.fitted(supernet)
                 raise InfeasibleError(
-                    f"{_sized(self.memory)} of memory at {where} cannot be reached: the space goes from "
-                    f"{_sized(low)} to {_sized(high)}; allow more, or widen the space"
+                    f"{_sized(self.memory)} of memory at {where} cannot be reached: the space"
+                    f"{_if_without_layers(supernet)} goes from {_sized(low)} to {_sized(high)}; allow more, or widen "
+                    "the space"
                 )
             found[MEMORY] = self.memory
         return found
 
-    def _checked(self, supernet: Supernet, table: LatencyTable | None) -> LatencyTable:
+    def _checked(self, supernet: Supernet, table: LatencyTable | None, *, dtype: torch.dtype) -> LatencyTable:
         if table is None:
             raise CheckpointError("a speed-up or a latency needs a latency table; call measure_latency_table first")
         table.require(supernet)
@@ -194,6 +196,10 @@ class Budgets:
         if (setting.batch_size, setting.length, setting.phase) != (wanted.batch_size, wanted.length, self.phase):
             raise CheckpointError(
                 f"the latency table is for {setting}, the budget for {self.phase} of {wanted}; measure one for it"
+            )
+        if setting.dtype != str(dtype).removeprefix("torch."):
+            raise CheckpointError(
+                f"the latency table is for {setting.dtype}, the export will be in {dtype}; measure one with that dtype"
             )
         return table
 
@@ -208,9 +214,9 @@ class Budgets:
         aim = min(targets) / (1 + margin)
         if fastest > aim:
             raise InfeasibleError(
-                f"{self._timed_words()} cannot be reached (aiming {margin:.0%} faster): the space goes from "
-                f"{1e3 * fastest:.3g} ms, {parent / fastest:.3g} times faster, to the parent's {1e3 * parent:.3g} ms "
-                f"for {table.setting}; ask for less, or widen the space"
+                f"{self._timed_words()} cannot be reached (aiming {margin:.0%} faster): the space"
+                f"{_if_without_layers(supernet)} goes from {1e3 * fastest:.3g} ms, {parent / fastest:.3g} times "
+                f"faster, to the parent's {1e3 * parent:.3g} ms for {table.setting}; ask for less, or widen the space"
             )
         return math.floor(NANOSECONDS * aim)
 
@@ -261,6 +267,12 @@ class Budgets:
             )
             found.append(Verdict(limit.name, limit.allows(value), f"{limit}: it is {value:g}, {words}"))
         return tuple(found)
+
+
+def _if_without_layers(supernet: Supernet) -> str:
+    """What has to be said of the reach of a space whose smallest architecture has no layer, which no run takes."""
+    shapes = supernet.layer_shapes(supernet.space.smallest())
+    return ", with no layer left," if all(shape.skipped for shape in shapes) else ""
 
 
 def _speedup_verdict(wanted: float, ratio: float, *, where: str) -> Verdict:

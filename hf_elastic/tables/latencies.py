@@ -29,6 +29,7 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.timing import (
+    LEAST_ROUNDS,
     MOST_ROUNDS,
     CachePool,
     Forward,
@@ -302,7 +303,7 @@ def measure_latency_table(
         rounds: at most so many.
         seconds: in forwards, after which no new round begins; there are at least three.
         path: keeps each round; an interrupted measurement goes on, a finished one is read.
-        progress: called with the rounds done and to be done at most.
+        progress: called with the rounds done and to be done, as it looks now.
         timer: runs a call and returns its seconds.
 
     Raises:
@@ -328,7 +329,9 @@ def measure_latency_table(
         table = replace(table, rounds=found, spent=spent, finished=done)
         if path is not None:
             table.save(path)
-        tell(len(found), most)
+        each = spent / len(found)
+        likely = min(most, max(LEAST_ROUNDS, math.ceil(seconds / each)))
+        tell(len(found), len(found) if done else max(likely, len(found) + 1))
     return table
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_elastic.distillation import Pooling, pooled
 from hf_elastic.errors import DataError
-from hf_elastic.streams import Batch, HiddenStates, LayerRunner
+from hf_elastic.streams import MEMORY_LIMIT, Batch, HiddenStates, LayerRunner
 from hf_elastic.supernet import Supernet
 
 Last = Iterable[tuple[Batch, Tensor]]
@@ -43,12 +43,16 @@ def layer_outputs(runner: LayerRunner, held: Sequence[Batch]) -> Iterator[tuple[
 class _AgainstParent:
     """Keeps what leaves the parent's last layer."""
 
-    def __init__(self) -> None:
-        self._parent = HiddenStates()
+    def __init__(self, *, memory: int = MEMORY_LIMIT) -> None:
+        self._parent = HiddenStates(memory=memory)
 
     def start(self, runner: LayerRunner, held: Sequence[Batch]) -> None:
-        for index, (_, hidden) in enumerate(layer_outputs(runner, held)):
+        tokens = 0
+        for index, (batch, hidden) in enumerate(layer_outputs(runner, held)):
             self._parent[index] = hidden
+            tokens += int(_kept(batch, hidden).sum())
+        if not tokens:
+            raise DataError("the held-out batches have no real token: their attention_mask is 0 everywhere")
 
     def close(self) -> None:
         self._parent.close()
@@ -134,13 +138,16 @@ class ModelError:
         self._parent = 0.0
 
 
-def measure_named(measure: str | Callable[[nn.Module], float], supernet: Supernet) -> Measure:
+def measure_named(
+    measure: str | Callable[[nn.Module], float], supernet: Supernet, *, memory: int = MEMORY_LIMIT
+) -> Measure:
     """Makes a measure.
 
     Args:
         measure: ``"hidden"``, ``"kl"``, ``"similarity"`` (with ``"/cls"`` or ``"/last"`` behind it: other pooling), or
             a function of the model that grows with the damage.
         supernet: to check that the measure fits.
+        memory: bytes of the parent's hidden states kept in memory.
 
     Raises:
         DataError: the name is unknown, or the model has no logits for ``"kl"``.
@@ -148,11 +155,11 @@ def measure_named(measure: str | Callable[[nn.Module], float], supernet: Superne
     if not isinstance(measure, str):
         return ModelError(measure)
     if measure == "hidden":
-        return HiddenError()
+        return HiddenError(memory=memory)
     if measure == "kl":
         if supernet.model.get_output_embeddings() is None:
             raise DataError(f"measure='kl' needs a language model, a {type(supernet.model).__name__} has no vocabulary")
-        return Divergence()
+        return Divergence(memory=memory)
     kind, _, pooling = measure.partition("/")
     if kind == "similarity" and pooling in ("", "mean", "cls", "last"):
         chosen: Any = pooling or "mean"

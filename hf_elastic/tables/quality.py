@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -126,6 +127,7 @@ def measure_quality_table(
     sizes: int = 6,
     ridge: float = RIDGE,
     path: str | Path | None = None,
+    memory: int = MEMORY_LIMIT,
     progress: Callable[[int, int], object] | None = None,
 ) -> QualityTable:
     """Measures the damage of every option of every layer, each alone in the otherwise whole parent.
@@ -140,19 +142,23 @@ def measure_quality_table(
         validation: batches to measure on.
         measure: ``"hidden"``, ``"kl"``, ``"similarity"`` (see :mod:`hf_elastic.tables.measures`), or a function of the
             model whose value grows with the damage.
-        sizes: at most so many widths per layer are measured, spread evenly; the others are interpolated.
+        sizes: at most so many widths per layer are measured, at least 2, spread evenly; the others are interpolated.
         ridge: as for :func:`hf_elastic.refit`.
-        path: keeps what is measured; an interrupted measurement goes on, a finished one is read.
+        path: keeps what is measured; an interrupted measurement goes on, a finished one is read. A function that
+            measures is then known by its name and its code: it must be one made with ``def``.
+        memory: bytes of hidden states kept in memory; the rest waits on disk.
         progress: called with the measurements done and to be done.
 
     Raises:
         DataError: a batch is unusable, or the measure does not fit the model.
         CheckpointError: ``path`` holds a table of another model, other data or other settings.
     """
+    if type(sizes) is not int or sizes < 2:
+        raise DataError(f"sizes={sizes!r} must be an integer of at least 2, the smallest and the whole")
     parent, held = streams_of(supernet, calibration), checked_batches(validation)
-    name = measure if isinstance(measure, str) else getattr(measure, "__qualname__", type(measure).__name__)
+    name, code = _identified(measure, kept=path is not None)
     options = [sublayer_options(part, sizes=sizes) for part in supernet.layer_parts]
-    settings = (name, ridge, options, supernet.layer_order)
+    settings = (name, ridge, options, supernet.layer_order, *code)
     table = QualityTable(
         name, fingerprint(supernet.model, [*parent.batches, *held], rest=settings), tuple({} for _ in options)
     )
@@ -160,9 +166,31 @@ def measure_quality_table(
         table = _continued(QualityTable.load(path), table.fingerprint, path)
     if any(set(wanted) - set(row) for wanted, row in zip(options, table.damages, strict=True)):
         with evaluating(supernet.model), torch.no_grad(), supernet.activate(supernet.space.largest()):
-            work = _Measurement(supernet, parent, held, measure=measure_named(measure, supernet), ridge=ridge)
-            table = work.run(table, options, save=path, progress=progress)
+            judge = measure_named(measure, supernet, memory=memory // 2)
+            work = _Measurement(supernet, parent, held, measure=judge, ridge=ridge, memory=memory // 4)
+            with closing(work):
+                table = work.run(table, options, save=path, progress=progress)
     return table
+
+
+def _identified(measure: str | Callable[[nn.Module], float], *, kept: bool) -> tuple[str, tuple[object, ...]]:
+    """Name of a measure, and what tells it apart from another of that name.
+
+    Raises:
+        DataError: a table that is to be kept could not be told apart from another's.
+    """
+    if isinstance(measure, str):
+        return measure, ()
+    name, code = getattr(measure, "__qualname__", type(measure).__name__), getattr(measure, "__code__", None)
+    if kept and (code is None or "<lambda>" in name):
+        raise DataError(
+            f"a table of the measure {name} cannot be kept in a file, since nothing tells it from another; make it a "
+            "function with def, or leave path out"
+        )
+    if code is None:
+        return name, ()
+    constants = [value for value in code.co_consts if not isinstance(value, CodeType)]
+    return name, (code.co_code.hex(), code.co_names, repr(constants))
 
 
 def _continued(found: QualityTable, wanted: str, path: str | Path) -> QualityTable:
@@ -196,11 +224,18 @@ class _Measurement:
     """Walks through the parent once; at each layer, tries every option and runs what is behind it."""
 
     def __init__(
-        self, supernet: Supernet, parent: ParentStreams, held: list[Batch], *, measure: Measure, ridge: float
+        self,
+        supernet: Supernet,
+        parent: ParentStreams,
+        held: list[Batch],
+        *,
+        measure: Measure,
+        ridge: float,
+        memory: int,
     ) -> None:
         self.supernet, self.parent, self.held, self.measure, self.ridge = supernet, parent, held, measure, ridge
         self.runner, self.held_calls = parent.runner, ParentStreams(supernet, held).calls
-        self.states, self.entering = (HiddenStates(memory=MEMORY_LIMIT // 2) for _ in range(2))
+        self.states, self.entering = (HiddenStates(memory=memory) for _ in range(2))
 
     def run(
         self,
@@ -212,23 +247,27 @@ class _Measurement:
     ) -> QualityTable:
         total = sum(len(wanted) for wanted in options)
         rows, tell = [dict(entries) for entries in table.damages], progress or (lambda done, total: None)
-        try:
-            self.measure.start(self.runner, self.held)
-            for part, wanted, row in zip(self.supernet.layer_parts, options, rows, strict=True):
-                missing = [option for option in wanted if option not in row]
-                sums = self._enter(part, missing)
-                for option in missing:
-                    row[option] = self._damage(part, option, sums)
+        self.measure.start(self.runner, self.held)
+        for part, wanted, row in zip(self.supernet.layer_parts, options, rows, strict=True):
+            missing = [option for option in wanted if option not in row]
+            table = replace(table, damages=tuple(rows))
+            with _saved(table, save):
+                for option, damage in self._layer(part, missing):
+                    row[option] = damage
                     tell(sum(map(len, rows)), total)
-                del sums  # before the next layer's are made
-                table = QualityTable(table.measure, table.fingerprint, tuple(rows))
-                if save is not None:
-                    table.save(save)
-                self._leave(part)
-            return table
-        finally:
-            for kept in (self.states, self.entering, self.measure):
-                kept.close()
+            self._leave(part)
+        return table
+
+    def close(self) -> None:
+        """Frees memory and files."""
+        for kept in (self.states, self.entering, self.measure):
+            kept.close()
+
+    def _layer(self, part: LayerPart, options: Sequence[str]) -> Iterator[tuple[str, float]]:
+        """Measures options of the layer that the parent comes to next."""
+        sums = self._enter(part, options)
+        for option in options:
+            yield option, _finite(self._damage(part, option, sums), part, option)
 
     def _enter(self, part: LayerPart, options: Sequence[str]) -> dict[Sublayer, NormalEquations]:
         """Normal equations of the sublayers that the options cut; the parent moves on through the layer."""
@@ -303,6 +342,25 @@ class _Measurement:
         finally:
             for place, values in originals:
                 place.copy_(values)
+
+
+@contextmanager
+def _saved(table: QualityTable, path: str | Path | None) -> Iterator[None]:
+    """Saves a table behind the block, with what was added to its rows, also when the block fails."""
+    try:
+        yield
+    finally:
+        if path is not None:
+            table.save(path)
+
+
+def _finite(damage: float, part: LayerPart, option: str) -> float:
+    if not math.isfinite(damage):
+        raise DataError(
+            f"layer {part.index}, {option}: the damage is {damage}; look for NaN in the weights, and let a measure of "
+            "your own return a number for every model"
+        )
+    return damage
 
 
 def _is_cut(part: LayerPart, option: str) -> bool:

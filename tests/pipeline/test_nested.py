@@ -306,7 +306,13 @@ def test_a_finished_family_is_told_again_and_a_larger_one_makes_only_what_is_new
     result = silent(run, SPEEDUPS[:2])
     exports, export = [], nested.export
     monkeypatch.setattr(nested, "export", lambda *a, **k: exports.append(a[2].name) or export(*a, **k))
+    (tmp_path / "small.family" / "1.5x" / "result.json").write_text("{}")
     longer = silent(run, SPEEDUPS)
+    stage = json.loads((run / "result.json").read_text())["stages"]
+    rows = next(found["rows"] for name, found in stage.items() if name.startswith("family 1.2x 1.5x 2x"))
+    for row, name in zip(rows[1:], NAMES, strict=True):
+        own = json.loads((tmp_path / "small.family" / name / "result.json").read_text())
+        assert own["stages"]["compare"]["rows"] == [rows[0], row]
     assert exports == ["2x"] and longer.sizes[:2] == tuple(
         replace(size, lines=lines) for size, lines in zip(result.sizes, [s.lines for s in longer.sizes], strict=False)
     )

@@ -57,6 +57,12 @@ BAD: list[tuple[type[ElasticError], dict[str, Any], str]] = [
     (SpaceError, {"memory": "6"}, "6GB"),
     (SpaceError, {"memory": "6GB", "loadability": "stock-padded"}, "seldom smaller"),
     (SpaceError, {"phase": "training"}, "phase='training'"),
+    (SpaceError, {"latency": 8}, "latency=8 must be text with a unit, such as '8ms'"),
+    (SpaceError, {"memory": 6e9}, "memory=6000000000.0 must be text with a unit"),
+    (SpaceError, {"within": [("macs", 0.5)]}, "must be a dict such as"),
+    (CheckpointError, {"model": 3}, "model=3 must be a name or a path"),
+    (CheckpointError, {"data": (None,)}, "data=None must be a name or a path"),
+    (DataError, {"data": Path("t.txt")}, "is no tuple of names"),
     (SpaceError, {"phase": "decode"}, "phase='decode' is what a speed-up or a latency is of"),
     (SpaceError, {"phase": "decode", "memory": "6GB"}, "give one, or leave it out"),
     (SpaceError, {"speedup": 1.5, "loadability": "stock-padded"}, "never faster"),
@@ -68,6 +74,12 @@ def test_a_bad_option_is_named_in_one_line(error: type[ElasticError], changes: d
     with pytest.raises(error) as caught:
         made(**changes)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_paths_are_taken_as_names() -> None:
+    given = made(model=Path("m"), data=[Path("a.txt"), "b.txt"], output=Path("o"))
+    assert (given.model, given.data, given.output) == ("m", ("a.txt", "b.txt"), "o")
+    assert given == made(model="m", data=("a.txt", "b.txt"), output="o")
 
 
 def test_options_survive_a_record_as_json() -> None:

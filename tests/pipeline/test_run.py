@@ -327,6 +327,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
     for folder in ("", ".run"):  # the work too: no copy of anything half-written is left in it
         found = [{f.name for f in Path(f"{path}{folder}").iterdir()} for path in (whole, killed)]
         assert found[0] == found[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "whole.run", "killed", "killed.run"}
 
 
 def test_a_dry_run_trains_nothing_and_writes_nothing(

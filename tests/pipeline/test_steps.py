@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoints import options, write_text
 
 from hf_elastic import (
@@ -18,7 +19,7 @@ from hf_elastic import (
     SearchResult,
     compress,
 )
-from hf_elastic.pipeline import open_supernet, search_run
+from hf_elastic.pipeline import open_for_export, open_supernet, search_run
 from hf_elastic.pipeline.kept import options_of
 from hf_elastic.pipeline.steps import front_row, front_table
 
@@ -53,6 +54,13 @@ def test_the_supernet_of_a_run_is_the_trained_one(run: Path, checkpoint: Find) -
     assert supernet.active == supernet.space.largest()
     shutil.rmtree(run / "sorted")
     assert open_supernet(run)[0].space == supernet.space
+
+
+def test_what_is_exported_of_a_run_has_the_dtype_of_its_parent(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_elastic.pipeline.steps.export_dtype", lambda model: torch.bfloat16)
+    assert {p.dtype for p in open_for_export(run)[0].model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in open_supernet(run)[0].model.parameters()} == {torch.float32}
+    assert {p.dtype for p in open_for_export(run / "supernet")[0].model.parameters()} == {torch.float32}
 
 
 def test_a_supernet_folder_is_its_own_parent(run: Path) -> None:

@@ -128,6 +128,20 @@ def test_tables_and_additivity_that_share_a_pass_are_those_that_do_not() -> None
     assert found[0][1].measured == found[1][1].measured
 
 
+def test_streams_of_other_weights_are_refused() -> None:
+    made, other = supernet_of("bert", "base"), supernet_of("bert", "base")
+    shared, shapes = ParentStreams(made, batches(made)), made.layer_shapes(made.space.smallest())
+    for _ in range(2):
+        with repaired_shapes(made, shapes, shared):
+            pass
+    with pytest.raises(DataError, match="of another supernet"), repaired_shapes(other, shapes, shared):
+        pass
+    with torch.no_grad():
+        made.layer_parts[1].layer.output.dense.weight.mul_(1.3)
+    with pytest.raises(DataError, match="have changed"), repaired_shapes(made, shapes, shared):
+        pass
+
+
 def test_nothing_to_run_is_refused() -> None:
     with pytest.raises(DataError, match="there is no calibration batch"):
         ParentStreams(supernet_of("bert", "base"), [])

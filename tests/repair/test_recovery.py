@@ -15,10 +15,12 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hf_elastic import DataError, Distillation
+from hf_elastic import CheckpointError, DataError, Distillation
+from hf_elastic.files import only_worker
 from hf_elastic.repair.distilling import DistillingTrainer
 from hf_elastic.repair.recovery import RecoverReport, affordable_steps
 from hf_elastic.repair.teacher_cache import SignalReader, TeacherCache, cache_teacher
+from hf_elastic.report import describe_folder
 from tests.repair.cut_models import Row, bits, cut, output_of, rows, run, same
 
 
@@ -171,6 +173,15 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_with_the_same_b
     third = run(copy.deepcopy(start), teacher, rows(), tmp_path / "parts", on_report=reports.append, **given)
     assert len(taken) == 13 and reports[1].resumed_from == 12  # what is done is not done again
     assert same(bits(third), whole)
+    described = describe_folder(tmp_path / "parts")
+    assert "distilled for 12 steps, seed 0\n  done in " in described and "loss " in described
+
+
+def test_two_recoveries_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
+    teacher, model = cut("llama", "lm")
+    with only_worker(tmp_path / "run"), pytest.raises(CheckpointError, match="another process is at work in "):
+        run(model, teacher, rows(), tmp_path / "run")
+    run(model, teacher, rows(), tmp_path / "run")
 
 
 def test_a_teacher_that_was_kept_beforehand_gives_the_same_model_without_a_teacher(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"holds no run of recover\(\)"):
             run(model, teacher, rows(), output)
     assert mine.read_text() == "dear" and list(tmp_path.rglob("*")) == [mine.parent, mine]
-    (tmp_path / "mine" / "recover.json").write_text("{")
+    (tmp_path / "mine" / "result.json").write_text("{")
     with pytest.raises(CheckpointError, match="is no JSON file"):
         run(model, teacher, rows(), mine.parent)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,6 +262,59 @@ def test_a_users_measure_is_a_function_of_the_model() -> None:
     table = measure_quality_table(supernet, data, held, measure=distance)
     by_hand = cut_by_hand(supernet, 1, supernet.family.ffn_out, 16, data)
     assert table.damages[1]["mlp/16"] == pytest.approx(distance(by_hand) - distance(supernet.model), rel=1e-2, abs=1e-4)
+
+
+def test_a_damage_that_is_no_number_is_said_and_what_was_measured_is_kept(tmp_path: Path) -> None:
+    supernet, data, held = made("bert")
+    path, calls = tmp_path / "table.json", iter([1.0, 1.5, 2.0])
+
+    def broken(model: nn.Module) -> float:
+        return next(calls, float("nan"))
+
+    with pytest.raises(DataError, match=r"layer 0, \S+: the damage is nan; look for NaN"):
+        measure_quality_table(supernet, data, held, measure=broken, path=path)
+    assert sum(value > 0 for value in QualityTable.load(path).damages[0].values()) == 2
+    with torch.no_grad():
+        supernet.layer_parts[2].layer.output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(DataError):
+        measure_quality_table(supernet, data, held, measure="hidden")
+
+
+def one_measure(model: nn.Module) -> float:
+    return 1.0
+
+
+def test_the_table_of_another_function_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    supernet, data, held = made("bert")
+    path = tmp_path / "table.json"
+    table = measure_quality_table(supernet, data, held, measure=one_measure, path=path)
+    assert measure_quality_table(supernet, data, held, measure=one_measure, path=path) == table
+
+    def other(model: nn.Module) -> float:
+        return 2.0
+
+    other.__qualname__ = one_measure.__qualname__
+    with pytest.raises(CheckpointError, match="another model, other data or other settings"):
+        measure_quality_table(supernet, data, held, measure=other, path=path)
+    for nameless in (lambda model: 1.0, functools.partial(one_measure)):
+        with pytest.raises(DataError, match="make it a function with def, or leave path out"):
+            measure_quality_table(supernet, data, held, measure=nameless, path=path)
+        assert measure_quality_table(supernet, data, held, measure=nameless).damages == table.damages
+
+
+@pytest.mark.parametrize("sizes", [0, 1, -1, "a", True])
+def test_a_number_of_sizes_that_makes_no_sense_is_refused(sizes: Any) -> None:
+    supernet, data, held = made("bert")
+    with pytest.raises(DataError, match="must be an integer of at least 2"):
+        measure_quality_table(supernet, data, held, measure="hidden", sizes=sizes)
+
+
+@pytest.mark.parametrize("measure", ["hidden", "kl"])
+def test_held_out_text_without_a_token_is_refused(measure: str) -> None:
+    supernet, data, held = made("llama", "lm")
+    empty = [{**batch, "attention_mask": torch.zeros_like(batch["input_ids"])} for batch in held]
+    with pytest.raises(DataError, match="no real token"):
+        measure_quality_table(supernet, data, empty, measure=measure)
 
 
 def test_true_damage_is_that_of_the_refitted_model() -> None:
