@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from hf_elastic import objectives
 from hf_elastic.errors import DataError, InfeasibleError
+from hf_elastic.layers import evaluating
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.pipeline.goal import Goal
 from hf_elastic.pipeline.tasks import Task, TaskData
@@ -17,15 +21,27 @@ from hf_elastic.repair.parent_streams import ParentStreams
 from hf_elastic.repair.refitting import repaired_shapes
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.space import Architecture
-from hf_elastic.streams import Batch
+from hf_elastic.streams import Batch, LayerRunner
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.additive import layer_table
-from hf_elastic.tables.quality import LEAST_ORDERED, WHOLE, Additivity, QualityTable, additivity, measure_quality_table
+from hf_elastic.tables.measures import layer_outputs
+from hf_elastic.tables.quality import (
+    LEAST_ORDERED,
+    SIZES,
+    WHOLE,
+    Additivity,
+    QualityTable,
+    additivity,
+    measure_quality_table,
+    sublayer_options,
+)
 
 _HELD_SHARE = 0.25  # of the validation rows: enough to rank options
 _RANKING_TOKENS = 6144  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
 _TOKENS_PER_INPUT = 2  # at least, for a projection to be solved
 _DEPTHS = 3  # candidates: the best with at most so many layers, for the largest few numbers of layers
+_PER_REPAIR = 3  # passes that a closed-form repair costs
+_TIMING_SECONDS = 20.0  # of loading and of timing models at the end
 _KEPT, _LEFT_OUT, _OUTSIDE = "layers", "left_out", "outside"
 _MEASURES = {"embedding": "similarity", "causal-lm": "kl", "masked-lm": "kl", "classification": "hidden"}
 
@@ -65,6 +81,31 @@ def _widest(supernet: Supernet) -> int:
 
 def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
     return [{name: v[: math.ceil(share * len(v))] for name, v in batch.items()} for batch in batches]
+
+
+def untrained_seconds(supernet: Supernet, data: TaskData, *, trusted: int) -> float:
+    """About how long everything without training takes here: a forward of the parent is timed, passes are counted.
+
+    Args:
+        supernet: unchanged.
+        data: what it will be measured and repaired on.
+        trusted: random architectures that the sums are tried out on.
+    """
+    batch = data.calibration[len(data.calibration) // 2]
+    runner, times = LayerRunner(supernet), []
+    with evaluating(supernet.model), torch.no_grad(), supernet.activate(supernet.space.largest()):
+        for _ in range(3):
+            began = time.perf_counter()
+            for _ in layer_outputs(runner, [batch]):
+                pass
+            times.append(time.perf_counter() - began)
+    options = [option for part in supernet.layer_parts for option in sublayer_options(part, sizes=SIZES)]
+    whole = _tokens(data)
+    some = min(whole, max(_RANKING_TOKENS, _TOKENS_PER_INPUT * _widest(supernet)))
+    judged = sum(int(held["attention_mask"].sum()) for held in data.validation)
+    repairs = trusted + _DEPTHS + 1 + options.count(WHOLE)
+    passes = _PER_REPAIR * (repairs * some + 2 * whole) + whole + len(options) * _HELD_SHARE * judged / 2 + 10 * judged
+    return passes * min(times) / int(batch["attention_mask"].sum()) + _TIMING_SECONDS
 
 
 def quality_table(

@@ -32,7 +32,15 @@ from hf_elastic.pipeline.comparison import (
     recorded,
     written_form,
 )
-from hf_elastic.pipeline.fast import candidates, quality_table, ranking_streams, require_calibration, tried, trust
+from hf_elastic.pipeline.fast import (
+    candidates,
+    quality_table,
+    ranking_streams,
+    require_calibration,
+    tried,
+    trust,
+    untrained_seconds,
+)
 from hf_elastic.pipeline.goal import Goal, goal_of, outcome_of
 from hf_elastic.pipeline.kept import (
     LATENCY_FILE,
@@ -164,6 +172,8 @@ class CompressRun:
     def _times(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> list[str]:
         """What a dry run says of the stages that the recipe has."""
         lines, recipe = [f"  recipe         {self.options.recipe}"], self.options.recipe
+        untrained = untrained_seconds(supernet, self.data, trusted=_TRUSTED[recipe])
+        lines.append(f"  untrained      about {untrained / 60:.1f} min: tables, exact search, repair, comparison")
         if recipe != "fast":
             plan = training_plan(supernet, pool, data=self.data, options=self.options)
             steps, per_step = plan["supernet_steps"] + plan["found_steps"], plan["seconds_per_step"]

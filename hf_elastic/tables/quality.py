@@ -47,6 +47,8 @@ FORMAT = 1
 _REACH = 3  # layers repaired behind one that is left out
 WHOLE = "layer"
 """Entry for leaving out a layer as a whole."""
+SIZES = 6
+"""Widths per layer that are measured, by default."""
 LEAST_ORDERED = 3
 """Architectures that an order takes to be compared with another."""
 
@@ -124,7 +126,7 @@ def measure_quality_table(
     validation: Iterable[Batch],
     *,
     measure: str | Callable[[nn.Module], float],
-    sizes: int = 6,
+    sizes: int = SIZES,
     ridge: float = RIDGE,
     path: str | Path | None = None,
     memory: int = MEMORY_LIMIT,

@@ -163,7 +163,7 @@ def test_a_dry_run_tells_the_time_of_the_stages_that_the_recipe_has(
     given = options(checkpoint("embedding"), data("embedding"), tmp_path / "small", recipe=recipe, minutes=0.01)
     told = CompressRun(given, say=lambda text: None).dry_run()
     found = tuple(word for word in ("training", "search") if f"\n  {word}  " in told)
-    assert found == shown and f"recipe         {recipe}" in told
+    assert found == shown and f"recipe         {recipe}\n  untrained      about 0." in told
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
