@@ -179,7 +179,7 @@ def export_command(
     else:
         point = handle.space.canonical(_architecture(architecture))
     report = export_subnet(handle, point, output, loadability=loadability, source=parent, overwrite=overwrite)
-    typer.echo(f"{output}: {report.note}\n  {report.snippet}")
+    typer.echo(str(report))
 
 
 def parse_limits(texts: list[str]) -> dict[str, float]:

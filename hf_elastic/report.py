@@ -54,7 +54,16 @@ def comparison_table(rows: Sequence[Row], *, quality: Sequence[str], seq_len: in
                 str(row["loadability"]),
             ]
         )
-    return aligned(lines)
+    legend = [f"{name}: {_MEANINGS[name]}" for name in quality if name in _MEANINGS]
+    return "\n".join([aligned(lines), *legend])
+
+
+_MEANINGS: Mapping[str, str] = {
+    "structure": "correlation of the similarities of all pairs of held-out sentences with the parent's",
+    "cosine": "mean cosine of the embeddings of held-out sentences to the parent's",
+    "perplexity": "on held-out text, less is better",
+    "accuracy": "on held-out rows",
+}
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

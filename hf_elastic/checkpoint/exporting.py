@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic import costs
-from hf_elastic.checkpoint.companions import TOKENIZER_FILES, copy_companions
+from hf_elastic.checkpoint.companions import MODULES, TOKENIZER_FILES, copy_companions
 from hf_elastic.checkpoint.extraction import extract
 from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
@@ -58,6 +58,10 @@ class ExportReport:
     macs: int | None = None
     macs_seq_len: int = costs.LATENCY_TOKENS
 
+    def __str__(self) -> str:
+        indented = self.snippet.replace("\n", "\n  ")
+        return f"{self.directory}: {self.note}\n  {indented}"
+
 
 def export(
     supernet: Supernet,
@@ -80,7 +84,7 @@ def export(
         supernet: where from; unchanged.
         architecture: what.
         directory: a folder that does not exist or is empty.
-        loadability: form; by default the one :meth:`Supernet.loadability` says.
+        loadability: form; by default that of ``model``, or else the one :meth:`Supernet.loadability` says.
         tokenizer: saved instead of the parent's tokenizer files.
         source: the parent's folder or Hub name; by default what it was loaded from.
         overwrite: whether a non-empty folder may be replaced.
@@ -95,7 +99,7 @@ def export(
             nothing is left half-written.
     """
     point = supernet.point(architecture)
-    form = loadability or supernet.loadability(point)
+    form = loadability or _form_of(model, supernet) or supernet.loadability(point)
     parent = str(source or supernet.model.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
         save_generation_config(supernet.model, folder)
@@ -108,7 +112,7 @@ def export(
         write_json(folder / ARCHITECTURE_FILE, record)
     path, has_tokenizer = Path(directory), _has_tokenizer(names)
     note = NOTES[form] if has_tokenizer else f"{NOTES[form]}; {_no_tokenizer(parent)}"
-    snippet = _snippet(written, path, form, tokenizer=has_tokenizer)
+    snippet = _snippet(written, path, form, tokenizer=has_tokenizer, sentences=MODULES in names)
     macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS)
     return ExportReport(path, form, note, snippet, names, difference, macs)
 
@@ -122,10 +126,19 @@ def _no_tokenizer(parent: str) -> str:
     return f"no tokenizer found in {where}; pass tokenizer= or source="
 
 
+def _form_of(model: PreTrainedModel | None, supernet: Supernet) -> Loadability | None:
+    """The form that a model has already, where that is not for the architecture to say."""
+    compact = model is not None and model.config.model_type == supernet.family.static_type
+    return "remote-code" if compact else None
+
+
 def _like(extracted: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     """The model, if it is of the class and the shapes of the extracted one."""
     if type(model) is not type(extracted):
-        raise ExportError(f"model is a {type(model).__name__}, this architecture is a {type(extracted).__name__}")
+        raise ExportError(
+            f"model is a {type(model).__name__}, in this form the architecture is a {type(extracted).__name__}; pass "
+            "the loadability that the model was made with"
+        )
     ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (extracted, model))
     if other := sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)):
         name = other[0]
@@ -176,12 +189,13 @@ def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -
     }
 
 
-def _snippet(model: PreTrainedModel, path: Path, form: Loadability, *, tokenizer: bool) -> str:
-    where = json.dumps(str(path))
-    if form != "remote-code":
-        return f"transformers.{type(model).__name__}.from_pretrained({where})"
-    names = (next(iter(_auto_class(model)), "AutoModel"), *(["AutoTokenizer"] if tokenizer else []))
-    return "\n".join(f"transformers.{name}.from_pretrained({where}, trust_remote_code=True)" for name in names)
+def _snippet(model: PreTrainedModel, path: Path, form: Loadability, *, tokenizer: bool, sentences: bool) -> str:
+    remote = form == "remote-code"
+    names = [next(iter(_auto_class(model)), "AutoModel") if remote else type(model).__name__]
+    names += ["AutoTokenizer"] if tokenizer and remote else []
+    given = json.dumps(str(path)) + (", trust_remote_code=True" if remote else "")
+    lines = [f"transformers.{name}.from_pretrained({given})" for name in names]
+    return "\n".join([*lines, *([f"sentence_transformers.SentenceTransformer({given})"] if sentences else [])])
 
 
 def _auto_class(model: PreTrainedModel) -> list[str]:

@@ -37,7 +37,7 @@ from hf_elastic.tables.quality import (
 )
 
 _HELD_SHARE = 0.25  # of the validation rows: enough to rank options
-_RANKING_TOKENS = 6144  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
+_RANKING_TOKENS = 5120  # of the calibration tokens: enough to rank repaired cuts, not to make the last repair
 _TOKENS_PER_INPUT = 2  # at least, for a projection to be solved
 _DEPTHS = 3  # candidates: the best with at most so many layers, for the largest few numbers of layers
 _PER_REPAIR = 3  # passes that a closed-form repair costs
@@ -49,7 +49,7 @@ _MEASURES = {"embedding": "similarity", "causal-lm": "kl", "masked-lm": "kl", "c
 def ranking_streams(supernet: Supernet, data: TaskData) -> ParentStreams:
     """What the parent makes of a part of every calibration batch: what candidates are repaired on to be compared.
 
-    Some 6,000 tokens, or of a wide model twice as many as its widest projection has inputs.
+    Some 5,000 tokens, or of a wide model twice as many as its widest projection has inputs.
     """
     enough = max(_RANKING_TOKENS, _TOKENS_PER_INPUT * _widest(supernet))
     return ParentStreams(supernet, _part(data.calibration, min(1.0, enough / _tokens(data))))

@@ -22,6 +22,7 @@ from hf_elastic.tables.budgets import Budgets, Verdict
 from hf_elastic.tables.latencies import LatencyTable, measure_latency_table
 from hf_elastic.tables.timing import Setting, measure_models, speedup, typical
 
+_NOISY = 0.15  # differences between rounds from which a latency table is not to be trusted
 _TABLE_BATCH = 8  # sequences at once for the latencies of a comparison, where no budget says how many
 
 
@@ -99,10 +100,16 @@ def latencies_for(
         where = timed.fitted(supernet, new=int(budgets.phase == "decode"))
         say(f"measuring latencies: {budgets.phase} of {where} in {str(dtype).removeprefix('torch.')}")
     with progress_bar("latency table", shown=open_ended) as tell:
-        return measure_latency_table(
+        table = measure_latency_table(
             supernet, batch_size=timed.batch_size, length=timed.length, phase=budgets.phase, dtype=dtype, path=path,
             progress=tell,
         )  # fmt: skip
+    if table.noise > _NOISY:
+        say(
+            f"the machine had other work while latencies were measured (the same model differs by {table.noise:.0%}): "
+            "predictions may miss; for better ones start anew on a quiet machine"
+        )
+    return table
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,7 @@ def judged(
         seconds=typical(times.samples) if times else None,
         parent_seconds=typical(of.samples) if of else None,
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in exported.parameters()),
+        predicted=(predicted, goal.table.predict(supernet, architecture)) if goal.table and predicted else None,
         dtype=goal.dtype,
     )
     return Outcome(verdicts, predicted, speedup(of, times) if of and times else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,8 @@ class FamilyResult:
     """
 
     sizes: tuple[FamilySize, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    table: str
+    rows: tuple[Mapping[str, Any], ...] = field(repr=False)
+    table: str = field(repr=False)
     setting: str
 
 
@@ -390,5 +390,5 @@ class _Family:
         self.say(f"{table}\nlatency: {numbers['setting']}")
         self.say("\n".join(f"{size.name}: {line}" for size in sizes for line in size.lines))
         for size in sizes:
-            self.say(f"{size.report.directory}: {size.report.note}\n  {size.report.snippet}")
+            self.say(str(size.report))
         return FamilyResult(tuple(sizes), tuple(numbers["rows"]), table, numbers["setting"])

@@ -6,7 +6,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ Say = Callable[[str], None]
 UNIFORM_REPAIRED = "uniform width, refit"
 _TRUSTED: Mapping[str, int] = {"fast": 4, "balanced": 12, "best": 12}  # random architectures that try the sums out
 _PADDED = "these are costs of the subnet: the exported file is filled up with zeros, so it holds and computes more"
-_REPORTED = {field.name for field in fields(ExportReport)} - {"directory"}
+_REPORTED = {entry.name for entry in fields(ExportReport)} - {"directory"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class CompressResult:
 
     architecture: Architecture
     report: ExportReport
-    rows: tuple[Mapping[str, Any], ...]
-    table: str
-    record: Mapping[str, Any]
+    rows: tuple[Mapping[str, Any], ...] = field(repr=False)
+    table: str = field(repr=False)
+    record: Mapping[str, Any] = field(repr=False)
     folder: Path
 
     def family(
@@ -134,6 +134,7 @@ class CompressRun:
         rows = read_rows(options.data, text_column=options.text_column)
         self.data: TaskData = self.task.prepare(load_tokenizer(options), rows, options)
         self.text_digest = text_digest(rows, self.task, options)
+        self._identity = {**options.to_dict(), "text": self.text_digest}  # what a continued run must have begun with
 
     def _check_output(self) -> None:
         output, run = self.options.output_folder, self.folder
@@ -141,15 +142,12 @@ class CompressRun:
             raise CheckpointError(f"{output} is a file, expected a folder to write to; choose another output")
         ours = (run / RESULT_FILE).is_file()
         if not (ours and (output / ARCHITECTURE_FILE).is_file()) and output.is_dir() and any(output.iterdir()):
-            raise CheckpointError(f"{output} is not empty and no run made it; choose another output, or delete it")
+            gone = (output / ARCHITECTURE_FILE).is_file() and (output / RESULT_FILE).is_file()
+            why = f"the work of its run, {run}, is gone" if gone else "no run made it"
+            raise CheckpointError(f"{output} is not empty and {why}; choose another output, or delete it")
         # A run that was killed at its very start leaves at most a hidden file.
         if not ours and run.exists() and not (run.is_dir() and all(f.name.startswith(".") for f in run.iterdir())):
             raise CheckpointError(f"{run}, where this run keeps its work, holds something else; choose another output")
-
-    @property
-    def _identity(self) -> dict[str, Any]:
-        """What a continued run must have been started with."""
-        return {**self.options.to_dict(), "text": self.text_digest}
 
     def dry_run(self) -> str:
         """Describes the space, what the limits leave, loadability and time, without training or writing anything."""
@@ -408,7 +406,7 @@ class CompressRun:
         table = comparison_table(rows, quality=self.task.quality, seq_len=costs.LATENCY_TOKENS)
         self.say(f"{table}\nlatency: {self.record.numbers('compare')['setting']}")
         self.say("\n".join(self.record.numbers("check")["lines"]))
-        self.say(f"{self.options.output}: {report.note}\n  {report.snippet}")
+        self.say(str(report))
         return CompressResult(architecture, report, tuple(rows), table, self.record.data, self.folder)
 
     def _export(self, final: Supernet, architecture: Architecture) -> None:

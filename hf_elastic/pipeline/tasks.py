@@ -39,7 +39,7 @@ Feature = dict[str, Any]
 Batch = dict[str, Tensor]
 
 VALIDATION = 512  # examples kept for choosing
-CALIBRATION = 20_480  # tokens for measuring importance and for the closed-form repair
+CALIBRATION = 16_384  # tokens for measuring importance and for the closed-form repair
 _BATCH = 64
 
 
@@ -138,6 +138,8 @@ def read_config(model: str) -> PreTrainedConfig:
     Raises:
         CheckpointError: there is none at that place, or it cannot be read.
     """
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+        raise CheckpointError(f"{model} does not exist; pass the folder of a checkpoint, or its name on the Hub")
     try:
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # transformers raises whatever its parts raise
@@ -184,15 +186,15 @@ def load_tokenizer(options: CompressOptions) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.model)
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise CheckpointError(f"cannot load the tokenizer of {options.model!r}: {one_line(error)}") from error
     folder = parent_folder(options.model)
     vocabularies = [name for name in TOKENIZER_FILES if "token" not in name or name.startswith("tokenizer.")]
     if folder is not None and not any((folder / name).is_file() for name in vocabularies):
         # transformers would go on with an empty vocabulary
         raise CheckpointError(f"{folder} holds no tokenizer ({', '.join(vocabularies[:3])}, ...); copy it there")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.model)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise CheckpointError(f"cannot load the tokenizer of {options.model!r}: {one_line(error)}") from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token

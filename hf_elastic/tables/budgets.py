@@ -31,7 +31,7 @@ MARGIN = 0.03
 """How much faster than asked for a search aims: it goes to the edge of a limit, and a prediction errs both ways."""
 
 _SECONDS = {"us": Fraction(1, 10**6), "ms": Fraction(1, 10**3), "s": Fraction(1)}
-_BYTES = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}
+_BYTES = {"KB": 10**3, "KiB": 2**10, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}
 _NUMBER = r"(\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})"
 
 
@@ -234,6 +234,7 @@ class Budgets:
         seconds: float | None = None,
         parent_seconds: float | None = None,
         weight_bytes: int | None = None,
+        predicted: tuple[float, float] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Verdict, ...]:
         """Compares what was exported with each budget, without any margin.
@@ -245,6 +246,7 @@ class Budgets:
             seconds, parent_seconds: typical times of the exported model and of its parent, measured against each other
                 (:func:`~hf_elastic.tables.timing.measure_models`); needed for a speed-up or a latency.
             weight_bytes: of the exported model; needed for memory.
+            predicted: its speed-up and its seconds by the table, from which follows what to ask for after a miss.
             dtype: of its KV cache; by default the supernet's.
 
         Raises:
@@ -253,19 +255,20 @@ class Budgets:
         found, where = [], f"{self.phase} of {self.timed.fitted(supernet, new=int(self.phase == 'decode'))}"
         if self.speedup is not None:
             ratio = _given(parent_seconds, "parent_seconds") / _given(seconds, "seconds")
-            found.append(_speedup_verdict(self.speedup, ratio, where=where))
+            found.append(_speedup_verdict(self.speedup, ratio, where=where, predicted=predicted and predicted[0]))
         if self.latency is not None:
-            found.append(_latency_verdict(self.latency, _given(seconds, "seconds"), where=where))
+            taken = _given(seconds, "seconds")
+            found.append(_latency_verdict(self.latency, taken, where=where, predicted=predicted and predicted[1]))
         if self.memory is not None:
             cache = _cache_bytes(supernet, architecture, workload=self.held, itemsize=_itemsize(supernet, dtype))
             size = int(_given(weight_bytes, "weight_bytes")) + cache
             found.append(_memory_verdict(self.memory, size, where=str(self.held.fitted(supernet))))
         for limit in resolve_limits(self.within, known, supernet.space):
             value = known[limit.name](architecture)
-            words = (
-                "met" if limit.allows(value) else f"missed by {limit.excess(value):.1%}; search again with this limit"
-            )
-            found.append(Verdict(limit.name, limit.allows(value), f"{limit}: it is {value:g}, {words}"))
+            words = f"{limit.name} <= {costs.count(limit.bound)}: it is {costs.count(value)}"
+            if not limit.allows(value):
+                words += f", missed by {limit.excess(value):.1%}; search again with this limit"
+            found.append(Verdict(limit.name, limit.allows(value), words))
         return tuple(found)
 
 
@@ -275,26 +278,27 @@ def _if_without_layers(supernet: Supernet) -> str:
     return ", with no layer left," if all(shape.skipped for shape in shapes) else ""
 
 
-def _speedup_verdict(wanted: float, ratio: float, *, where: str) -> Verdict:
+def _speedup_verdict(wanted: float, ratio: float, *, where: str, predicted: float | None) -> Verdict:
     words = f"speed-up {wanted:g} for {where}: measured {ratio:.3g}"
     if ratio >= wanted:
-        return Verdict("speedup", True, f"{words}, met")
-    again = math.ceil(round(100 * wanted * wanted / ratio, 6)) / 100
-    return Verdict("speedup", False, f"{words}, missed by {1 - ratio / wanted:.1%}; ask for --speedup {again:g}")
+        return Verdict("speedup", True, words)
+    again = math.ceil(round(100 * wanted * (predicted or wanted) / ratio, 6)) / 100
+    words += f", missed by {1 - ratio / wanted:.1%}; ask for --speedup {again:g}, of this run with hf-elastic family"
+    return Verdict("speedup", False, words)
 
 
-def _latency_verdict(wanted: float, seconds: float, *, where: str) -> Verdict:
+def _latency_verdict(wanted: float, seconds: float, *, where: str, predicted: float | None) -> Verdict:
     words = f"latency {1e3 * wanted:g} ms for {where}: measured {1e3 * seconds:.3g} ms"
     if seconds <= wanted:
-        return Verdict("latency", True, f"{words}, met")
-    again = f"--latency {1e3 * wanted * wanted / seconds:.3g}ms"
+        return Verdict("latency", True, words)
+    again = f"--latency {1e3 * wanted * (predicted or wanted) / seconds:.3g}ms"
     return Verdict("latency", False, f"{words}, missed by {seconds / wanted - 1:.1%}; ask for {again}")
 
 
 def _memory_verdict(wanted: int, size: int, *, where: str) -> Verdict:
     words = f"memory {_sized(wanted)} at {where}: weights and cache take {_sized(size)}"
     if size <= wanted:
-        return Verdict("memory", True, f"{words}, met")
+        return Verdict("memory", True, words)
     words += (
         f", missed by {size / wanted - 1:.1%}; was it exported padded, or in another dtype than it was searched for?"
     )
@@ -370,14 +374,12 @@ def _parsed(
     pattern = rf"{_NUMBER}\s*({'|'.join(sorted(units, key=len, reverse=True))})(?:@(\d{{1,9}})x(\d{{1,9}}))?"
     found = re.fullmatch(pattern, text.strip(), re.ASCII)
     if not found or any(count is not None and not int(count) for count in found.groups()[2:]):
-        raise SpaceError(f"{name} {text!r} is not of the form {example}, with a unit out of {_listed(units)}")
+        listed = ", ".join(unit for unit in units if unit)
+        of_them = f", with a unit out of {listed}" if listed else ""
+        raise SpaceError(f"{name} {text!r} is not of the form {example}{of_them}")
     number, unit, batch, tokens = found.groups()
     workload = None if batch is None else Workload(int(batch), int(tokens))
     return Fraction(number) * units[unit], workload
-
-
-def _listed(units: Mapping[str, object]) -> str:
-    return ", ".join(unit for unit in units if unit) or "none"
 
 
 def _sized(size: float) -> str:

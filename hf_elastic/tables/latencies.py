@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -135,6 +136,15 @@ class LatencyTable:
         for kind in self.kinds if variant.kind >= 0 else self.kinds[:1]:
             sizes = variant[1:] if variant.kind in (-1, kind) else self.whole[kind]
             yield from ((kind, sublayer, size) for sublayer, size in enumerate(sizes) if size)
+
+    @cached_property
+    def noise(self) -> float:
+        """How far the rounds of one model differ: by how much the median is above the fastest, typically.
+
+        On a quiet machine a few per cent; where it is much more, the machine had other work and predictions may miss.
+        """
+        columns = [sorted(seconds) for seconds in zip(*self.rounds, strict=True)]
+        return statistics.median(statistics.median(column) / column[0] - 1 for column in columns)
 
     @cached_property
     def parent(self) -> float:

@@ -44,6 +44,7 @@ from hf_elastic.supernet import Supernet
 from hf_elastic.tables.measures import Measure, layer_outputs, measure_named
 
 FORMAT = 1
+_GUIDE = 0.5  # rank correlation below which sums over layers say little
 _REACH = 3  # layers repaired behind one that is left out
 WHOLE = "layer"
 """Entry for leaving out a layer as a whole."""
@@ -407,9 +408,10 @@ class Additivity:
         object.__setattr__(self, "mean_ratio", math.exp(sum(logs) / len(logs)) if logs else math.nan)
 
     def __str__(self) -> str:
+        weak = "" if self.rank_correlation >= _GUIDE else "; a weak guide, so go by what is measured as a whole"
         return (
             f"the sum over layers ranks {len(self.predicted)} random architectures with a correlation of "
-            f"{self.rank_correlation:.2f} to their true damage, which is {self.mean_ratio:.2f} times the sum"
+            f"{self.rank_correlation:.2f} to their true damage, which is {self.mean_ratio:.2f} times the sum{weak}"
         )
 
 

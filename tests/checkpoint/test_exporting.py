@@ -413,14 +413,17 @@ def test_automodel_loads_the_body_of_a_stock_export(tmp_path: Path) -> None:
 # -- a model that was made better -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("by_itself", [False, True])
 @pytest.mark.parametrize("form", ["stock", "remote-code"])
-def test_a_model_that_was_made_better_is_written_in_place_of_the_cut(form: Any, tmp_path: Path) -> None:
+def test_a_model_that_was_made_better_is_written_in_place_of_the_cut(
+    form: Any, by_itself: bool, tmp_path: Path
+) -> None:
     supernet = supernet_of("llama")
     arch = point(supernet, ffn0=16, ffn1=16, ffn2=16)
     better = extract(supernet, arch, loadability=form).eval()
     with torch.no_grad():
         better.get_input_embeddings().weight.mul_(1.5)
-    export(supernet, arch, tmp_path / "out", loadability=form, model=better)
+    export(supernet, arch, tmp_path / "out", loadability=None if by_itself else form, model=better)
     written = load_file(tmp_path / "out" / "model.safetensors")
     state = better.state_dict()
     assert written and all(torch.equal(tensor, state[name]) for name, tensor in written.items())
@@ -428,12 +431,22 @@ def test_a_model_that_was_made_better_is_written_in_place_of_the_cut(form: Any, 
         assert (tmp_path / "out" / "modeling_elastic_llama.py").is_file()
 
 
+def test_what_extract_returns_can_be_written_whatever_the_architecture(tmp_path: Path) -> None:
+    """Of shapes that differ by layer ``extract`` makes a compact model, ``Supernet.loadability`` says padded."""
+    supernet = supernet_of("llama")
+    arch = point(supernet, ffn0=16)
+    assert supernet.loadability(arch) == "stock-padded"
+    report = export(supernet, arch, tmp_path / "out", model=extract(supernet, arch))
+    assert report.loadability == "remote-code"
+    assert str(report).startswith(f"{tmp_path / 'out'}: loads with trust_remote_code=True")
+
+
 def test_a_model_of_another_architecture_or_class_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     supernet = supernet_of("llama")
     small, smaller = point(supernet, ffn0=16, ffn1=16, ffn2=16), point(supernet, ffn0=24, ffn1=24, ffn2=24)
     for wrong, form, words in (
         (smaller, "remote-code", "pass the architecture that the model was made for"),
-        (small, "stock", "model is a LlamaForCausalLM, this architecture is a ElasticLlamaForCausalLM"),
+        (small, "stock", "model is a LlamaForCausalLM, in this form the architecture is a ElasticLlamaForCausalLM"),
     ):
         model = extract(supernet, wrong, loadability=form)
         with pytest.raises(ExportError, match=words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_a_table_that_a_run_has_kept_is_read(tmp_path: Path) -> None:
     before = path.read_bytes()
     goal = goal_of(supernet, Budgets(speedup=1.1), dtype=torch.float32, path=path)
     assert goal.table == LatencyTable.load(path) and path.read_bytes() == before
+
+
+def test_a_table_that_was_measured_beside_other_work_is_said_to_be_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    supernet = supernet_of("bert")
+    for factors, noisy in (((1.0, 1.05, 1.1), False), ((1.0, 1.4, 2.0), True)):
+        table = table_of(supernet)
+        rounds = [tuple(factor * seconds for seconds in table.rounds[0]) for factor in factors]
+        table = replace(table, rounds=tuple(rounds))
+        assert table.noise == pytest.approx(factors[1] - 1)
+        monkeypatch.setattr("hf_elastic.pipeline.goal.measure_latency_table", lambda *a, made=table, **k: made)
+        said: list[str] = []
+        goal_of(supernet, Budgets(speedup=1.1), dtype=torch.float32, say=said.append)
+        assert said[0] == "measuring latencies: prefill of 1x64 in float32"
+        assert [("differs by 40%" in text) for text in said[1:]] == [True] * noisy
 
 
 def test_what_cannot_be_reached_is_refused() -> None:

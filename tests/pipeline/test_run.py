@@ -218,7 +218,12 @@ def test_every_result_loads_in_a_process_that_does_not_know_us(results: dict[str
     assert names[3] in ("LlamaForCausalLM", "ElasticLlamaForCausalLM")
 
 
+def test_a_result_shows_itself_in_a_few_lines(results: dict[str, Any]) -> None:
+    assert all(len(repr(result)) < 2000 for _, result in results.values())
+
+
 def test_the_sentence_encoder_keeps_its_modules(results: dict[str, Any]) -> None:
+    assert "\nsentence_transformers.SentenceTransformer(" in results["embedding"][1].report.snippet
     library = pytest.importorskip("sentence_transformers")
     given, _ = results["embedding"]
     encoder = library.SentenceTransformer(given.output, device="cpu")

@@ -337,6 +337,8 @@ def test_additivity_tells_rank_correlation_and_ratio() -> None:
     )
     sure = Additivity((1.0, 2.0, 3.0), (2.0, 4.0, 6.0))
     assert sure.rank_correlation == pytest.approx(1.0) and sure.mean_ratio == pytest.approx(2.0)
-    assert "correlation of 1.00" in str(sure) and "2.00 times" in str(sure)
+    assert "correlation of 1.00" in str(sure) and "2.00 times" in str(sure) and "weak" not in str(sure)
+    for order in ((3.0, 2.0, 1.0), (1.0, 1.0, 1.0)):
+        assert "a weak guide" in str(Additivity((1.0, 2.0, 3.0), order))
     with pytest.raises(DataError, match="at least 3"):
         additivity(supernet, table, points[:2], calibration=data, validation=held, measure="hidden")
