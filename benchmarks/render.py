@@ -102,9 +102,11 @@ def _verdict(met: bool) -> str:
 
 def stories(result: Mapping[str, Any]) -> str:
     """Section about the small LLaMA checkpoints."""
+    names = ", ".join(found["model"] for found in result["results"])
     parts = [
-        "## Real LLaMA weights: perplexity on TinyStories",
-        "FFN widths, key/value groups and skipped sublayers of a small checkpoint. Smaller is better; parameters and "
+        f"## {names}, supernet trained: perplexity on TinyStories",
+        "Real LLaMA weights. FFN widths, key/value groups and skipped sublayers of a small checkpoint. Smaller is "
+        "better; parameters and "
         f"MACs as shares of the parent's; limit on the parameters: {result['settings']['within']:.0%}.",
     ]
     for found in result["results"]:
@@ -147,7 +149,7 @@ def stories_fast(result: Mapping[str, Any]) -> str:
     """Section about the small LLaMA checkpoints without training."""
     settings = result["settings"]
     parts = [
-        "## Real LLaMA weights without training: perplexity on TinyStories",
+        "## Real LLaMA weights, without training: perplexity on TinyStories",
         "Sorted by reconstruction, quality table, exact search, closed-form repair; mean and standard deviation over "
         f"{settings['seeds']} seeds of the {settings['calibration_tokens']} calibration tokens. Limit: share of the "
         "parent's parameters. Smaller is better. Bar: untrained, the repaired exact answer is better than everything "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,12 @@ def comparison_table(rows: Sequence[Row], *, quality: Sequence[str], seq_len: in
                 str(row["loadability"]),
             ]
         )
-    legend = [f"{name}: {_MEANINGS[name]}" for name in quality if name in _MEANINGS]
-    return "\n".join([aligned(lines), *legend])
+    return aligned(lines)
+
+
+def legend(quality: Sequence[str], setting: object) -> str:
+    """What stands below a table: in which setting latencies were measured, and what the qualities are."""
+    return "\n".join([f"latency: {setting}", *(f"{name}: {_MEANINGS[name]}" for name in quality if name in _MEANINGS)])
 
 
 _MEANINGS: Mapping[str, str] = {
@@ -91,7 +95,7 @@ def stage_times(record: Mapping[str, Any]) -> str:
 
 
 def describe_folder(folder: Path) -> str:
-    """Says what a folder is (run, supernet, export, checkpoint) and what it holds, in a few lines.
+    """Says what a folder is (run, supernet, export, family of exports, checkpoint) and what it holds, in a few lines.
 
     Raises:
         CheckpointError: it is none of these, or a file in it is broken.
@@ -103,22 +107,28 @@ def describe_folder(folder: Path) -> str:
     parts = (
         ("config.json", _describe_checkpoint), (ARCHITECTURE_FILE, _describe_export), (RESULT_FILE, _describe_run),
     )  # fmt: skip
-    lines = []
+    lines = [
+        f"{child.name}\n{_read(_describe_export, child, ARCHITECTURE_FILE)}"
+        for child in sorted(folder.iterdir())
+        if (child / ARCHITECTURE_FILE).is_file()
+    ]
     for name, describe in parts:
         if (folder / name).is_file():
-            try:
-                lines.append(describe(folder))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise (
-                    error
-                    if isinstance(error, ElasticError)
-                    else CheckpointError(f"{folder / name} is not what hf_elastic or transformers writes: {error!r}")
-                ) from error
+            lines.append(_read(describe, folder, name))
     if not lines:
         raise CheckpointError(
             f"{folder} holds no config.json, {SPACE_FILE} or {RESULT_FILE}, so it is no checkpoint, supernet or run"
         )
     return "\n".join(lines)
+
+
+def _read(describe: Callable[[Path], str], folder: Path, name: str) -> str:
+    try:
+        return describe(folder)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ElasticError):
+            raise
+        raise CheckpointError(f"{folder / name} is not what hf_elastic or transformers writes: {error!r}") from error
 
 
 def _describe_checkpoint(folder: Path) -> str:
@@ -219,4 +229,4 @@ def _compared(stage: Mapping[str, Any]) -> list[str]:
     fixed = {"name", "parameters", "total_parameters", "macs", "latency", "loadability", "architecture"}
     quality = [name for name in stage["rows"][0] if name not in fixed]
     table = comparison_table(stage["rows"], quality=quality, seq_len=LATENCY_TOKENS)
-    return [table, *([f"latency: {stage['setting']}"] if "setting" in stage else [])]
+    return [table, *([legend(quality, stage["setting"])] if "setting" in stage else [])]

@@ -329,6 +329,8 @@ BAD: dict[str, tuple[dict[str, Given], str]] = {
     "size larger than the model": ({"--space": '{"intermediate_size": [4096]}'}, "between 1 and the model's own 64"),
     "size of the wrong kind": ({"--space": '{"intermediate_size": "half"}'}, "list of fractions or sizes"),
     "empty space": ({"--space": "{}"}, "nothing to choose"),
+    "folder that is not there": ({"model": "/nowhere/model"}, "/nowhere/model does not exist; pass the folder"),
+    "speed-up that is no number": ({"--speedup": "abc"}, "not of the form 1.7 or 1.7@16x128"),
     "output that is not ours": ({"--output": _occupied}, "not empty and no run made it"),
     "output below a file": ({"--output": lambda p, f: p.text / "small"}, "cannot write"),
     "output without a name": ({"--output": "/"}, "names no folder"),

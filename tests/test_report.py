@@ -12,7 +12,7 @@ from tiny_checkpoints import language_model, options, sentence_encoder, write_te
 from tiny_models import supernet_of
 
 from hf_elastic import CheckpointError, compress, costs, export
-from hf_elastic.report import aligned, checkpoint_shapes, comparison_table, count, describe_folder, stage_times
+from hf_elastic.report import aligned, checkpoint_shapes, comparison_table, count, describe_folder, legend, stage_times
 
 PARENT = {
     "name": "parent", "parameters": 2000, "total_parameters": 3000, "macs": 4_000_000, "latency": 0.010,
@@ -193,3 +193,8 @@ def test_a_broken_supernet_is_not_described(tmp_path: Path) -> None:
     _truncated(tmp_path / "supernet")
     with pytest.raises(CheckpointError, match="truncated"):
         describe_folder(tmp_path / "supernet")
+
+
+def test_below_a_table_stands_what_its_qualities_are() -> None:
+    lines = legend(["structure", "cosine", "mine"], "here").splitlines()
+    assert lines[0] == "latency: here" and [line.partition(":")[0] for line in lines[1:]] == ["structure", "cosine"]

@@ -21,7 +21,7 @@ from hf_elastic.pipeline.fast import Trial, distance_of, least
 from hf_elastic.pipeline.goal import Goal, goal_of, judged, latencies_for
 from hf_elastic.pipeline.kept import LATENCY_FILE, QUALITY_FILE, SORTED, TRAINED, FinishedRun, named_folder, require_run
 from hf_elastic.repair.refitting import refitted
-from hf_elastic.report import comparison_table
+from hf_elastic.report import comparison_table, legend
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.budgets import LATENCY, MARGIN, Budgets
@@ -387,7 +387,7 @@ class _Family:
             report = replace(report, files=tuple(report.files))
             sizes.append(FamilySize(name, point, report, entry["start"], tuple(numbers["outcomes"][name]["lines"])))
         table = comparison_table(numbers["rows"], quality=self.finished.task.quality, seq_len=costs.LATENCY_TOKENS)
-        self.say(f"{table}\nlatency: {numbers['setting']}")
+        self.say(f"{table}\n{legend(self.finished.task.quality, numbers['setting'])}")
         self.say("\n".join(f"{size.name}: {line}" for size in sizes for line in size.lines))
         for size in sizes:
             self.say(str(size.report))

@@ -60,7 +60,7 @@ from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of, train_phase, training_plan
 from hf_elastic.repair.parent_streams import ParentStreams
 from hf_elastic.repair.refitting import refitted
-from hf_elastic.report import comparison_table
+from hf_elastic.report import comparison_table, legend
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
@@ -404,7 +404,7 @@ class CompressRun:
             write_json(report.directory / RESULT_FILE, self.record.data)
         rows = self.record.numbers("compare")["rows"]
         table = comparison_table(rows, quality=self.task.quality, seq_len=costs.LATENCY_TOKENS)
-        self.say(f"{table}\nlatency: {self.record.numbers('compare')['setting']}")
+        self.say(f"{table}\n{legend(self.task.quality, self.record.numbers('compare')['setting'])}")
         self.say("\n".join(self.record.numbers("check")["lines"]))
         self.say(str(report))
         return CompressResult(architecture, report, tuple(rows), table, self.record.data, self.folder)

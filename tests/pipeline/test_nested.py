@@ -215,6 +215,8 @@ def test_a_run_of_any_recipe_has_a_family_of_ordinary_checkpoints(
         assert f"\n{row['name']} " in described and "exported " in described
         with pytest.raises(CheckpointError, match="is what a run exported"):
             export_family(folder, SPEEDUPS)
+    listed = describe_folder(tmp_path / "small.family")
+    assert [line for line in listed.splitlines() if line in NAMES] == NAMES and listed.count("  exported ") == 3
     assert any(text.startswith(result.table) for text in said)
     assert result.table in describe_folder(run) and f"2x: {result.sizes[-1].lines[0]}" in describe_folder(run)
 

@@ -255,6 +255,14 @@ def test_an_output_that_was_deleted_is_written_again(results: dict[str, Any]) ->
     assert (output / "result.json").is_file()
 
 
+def test_an_output_whose_work_is_gone_is_not_written_over(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+    given = options(checkpoint("classification"), data("classification"), tmp_path / "small", recipe="fast")
+    silent(given)
+    shutil.rmtree(given.run_folder)
+    with pytest.raises(CheckpointError, match=r"not empty and the work of its run, .*small\.run, is gone; choose"):
+        silent(given)
+
+
 def test_other_options_in_the_same_place_are_refused_and_named(results: dict[str, Any]) -> None:
     given, _ = results["embedding"]
     settings = {name: getattr(given, name) for name in ("minutes", "evaluations", "within")}

@@ -194,6 +194,11 @@ def test_after_a_miss_what_to_ask_for_follows_from_what_was_predicted() -> None:
     assert "ask for --speedup 2.75, of this run" in missed[0][2] and "ask for --latency 7.2ms" in missed[1][2]
 
 
+@pytest.mark.parametrize(("text", "size"), [("12KB", 12_000), ("3KiB", 3072), ("0.5MB", 500_000)])
+def test_small_sizes_have_their_units(text: str, size: int) -> None:
+    assert Budgets.parse(memory=text).memory == size
+
+
 def test_the_cache_counts_as_memory_of_what_was_exported() -> None:
     supernet = supernet_of("llama")
     cache = costs.kv_cache_bytes(supernet, supernet.space.midpoint(), seq_len=20, batch_size=2, dtype=torch.bfloat16)
