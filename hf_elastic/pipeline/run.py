@@ -235,6 +235,7 @@ class CompressRun:
         if not self.record.finished("tables"):
             with self.record.stage("tables"):
                 path = self.folder / QUALITY_FILE
+                self.say("measuring the damage of every option, cut alone and repaired")
                 with progress_bar("quality table") as tell:
                     table = quality_table(
                         supernet, ranking, task=self.task, data=self.data, path=path, progress=tell
@@ -447,6 +448,7 @@ class CompressRun:
 
     def _compare(self, final: Supernet, architecture: Architecture) -> list[dict[str, Any]]:
         """Rows of the table: the parent, what was found, how it stood on the way, and what plain cutting gives."""
+        self.say("comparing with plain cuts of the same cost")
         pristine = self._kept(SORTED)
         rows = [
             Candidate("parent", pristine, pristine.space.largest()),
