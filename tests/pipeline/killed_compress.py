@@ -1,9 +1,10 @@
 """Run by test_run.py in a process of its own: one run that is killed again and again, beside one that is not.
 
-    python killed_compress.py MODEL DATA FOLDER STAGE ...
+    python killed_compress.py MODEL DATA FOLDER SETTINGS STAGE ...
 
 Every attempt is a fork of this process, which itself only imports. A ``STAGE`` is a point of :data:`POINTS` at which
-an attempt kills itself. The last line printed says how each attempt ended and what was in the output folder then.
+an attempt kills itself. ``SETTINGS`` are options as JSON; models are timed by their parameters. The last line printed
+says how each attempt ended and what was in the output folder then.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
-from tiny_checkpoints import options
+from tiny_checkpoints import options, parameter_seconds
 
 from hf_elastic.checkpoint.run_record import RunRecord
-from hf_elastic.pipeline import CompressRun
+from hf_elastic.pipeline import CompressRun, goal
 from hf_elastic.pipeline.options import CompressOptions
 
 PLAN = {"bf16": False, "seconds_per_step": 0.1, "supernet_steps": 20, "found_steps": 10}
@@ -69,6 +70,8 @@ def attempt(given: CompressOptions, point: str | None) -> str:
         code = 1
         try:
             torch.set_num_threads(1)
+            for name in ("measure_latency_table", "measure_models"):
+                setattr(goal, name, functools.partial(getattr(goal, name), timer=parameter_seconds, rounds=3))
             if point is not None:
                 kill_at(*POINTS[point])
             run = CompressRun(given, say=lambda text: None)
@@ -86,8 +89,8 @@ def attempt(given: CompressOptions, point: str | None) -> str:
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, data, folder, *points = sys.argv[1:]
-    settings = {"minutes": 1.0, "sequence_length": 12}
+    model, data, folder, given, *points = sys.argv[1:]
+    settings = {"minutes": 1.0, "sequence_length": 12, **json.loads(given)}
     whole, killed = (options(Path(model), Path(data), Path(folder) / name, **settings) for name in ("whole", "killed"))
     ends = [("whole", attempt(whole, None), [])]
     for point in [*points, None]:

@@ -294,12 +294,14 @@ def test_the_same_seed_gives_the_same_model(checkpoint: Find, data: Find, tmp_pa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def _killed(checkpoint: Path, data: Path, tmp_path: Path, points: list[str]) -> list[tuple[str, str, list[str]]]:
+def _killed(
+    checkpoint: Path, data: Path, tmp_path: Path, points: list[str], settings: dict[str, Any]
+) -> list[tuple[str, str, list[str]]]:
     script = Path(__file__).with_name("killed_compress.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
-        [sys.executable, str(script), str(checkpoint), str(data), str(tmp_path), *points], capture_output=True,
-        text=True, env=environment, check=False,
+        [sys.executable, str(script), str(checkpoint), str(data), str(tmp_path), json.dumps(settings), *points],
+        capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -326,7 +328,7 @@ def numbers(folder: Path) -> dict[str, Any]:
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
     checkpoint: Find, data: Find, tmp_path: Path, kind: str, points: list[str]
 ) -> None:
-    ends = _killed(checkpoint(kind), data(kind), tmp_path, points)
+    ends = _killed(checkpoint(kind), data(kind), tmp_path, points, {})
     assert [end for _, end, _ in ends] == ["finished", *["killed"] * len(points), "finished"]
     for point, _, files in ends[1:-1]:
         if point == "exported":
@@ -341,6 +343,20 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
         found = [{f.name for f in Path(f"{path}{folder}").iterdir()} for path in (whole, killed)]
         assert found[0] == found[1]
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "whole.run", "killed", "killed.run"}
+
+
+def test_a_run_to_a_speedup_that_was_killed_keeps_its_latencies(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+    points = ["sorted half-written", "tables", "repair", "comparing", "exported"]
+    asked = {"recipe": "fast", "within": None, "speedup": "1.3@2x12"}
+    ends = _killed(checkpoint("causal-lm"), data("causal-lm"), tmp_path, points, asked)
+    assert [end for _, end, _ in ends] == ["finished", *["killed"] * len(points), "finished"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert numbers(killed) == numbers(whole)
+    assert numbers(whole)["stages"]["check"]["budgets"][0]["met"]
+    tables = [(tmp_path / f"{name}.run" / "latency.json").read_bytes() for name in ("whole", "killed")]
+    assert LatencyTable.load(tmp_path / "killed.run" / "latency.json").finished and tables[0] == tables[1]
+    one, other = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_dry_run_trains_nothing_and_writes_nothing(
