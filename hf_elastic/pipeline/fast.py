@@ -51,8 +51,7 @@ def ranking_streams(supernet: Supernet, data: TaskData) -> ParentStreams:
 
     Some 5,000 tokens, or of a wide model twice as many as its widest projection has inputs.
     """
-    enough = max(_RANKING_TOKENS, _TOKENS_PER_INPUT * _widest(supernet))
-    return ParentStreams(supernet, _part(data.calibration, min(1.0, enough / _tokens(data))))
+    return ParentStreams(supernet, _part(data.calibration, _ranking_share(supernet, data)))
 
 
 def require_calibration(supernet: Supernet, data: TaskData) -> None:
@@ -67,6 +66,11 @@ def require_calibration(supernet: Supernet, data: TaskData) -> None:
             f"the data gives {there} tokens for the closed-form repair, which must determine {needed} inputs; pass "
             f"more text, at least {_TOKENS_PER_INPUT * needed} tokens"
         )
+
+
+def _ranking_share(supernet: Supernet, data: TaskData) -> float:
+    """The part of the calibration tokens that candidates are ranked on."""
+    return min(1.0, max(_RANKING_TOKENS, _TOKENS_PER_INPUT * _widest(supernet)) / _tokens(data))
 
 
 def _tokens(data: TaskData) -> int:
@@ -101,7 +105,7 @@ def untrained_seconds(supernet: Supernet, data: TaskData, *, trusted: int) -> fl
             times.append(time.perf_counter() - began)
     options = [option for part in supernet.layer_parts for option in sublayer_options(part, sizes=SIZES)]
     whole = _tokens(data)
-    some = min(whole, max(_RANKING_TOKENS, _TOKENS_PER_INPUT * _widest(supernet)))
+    some = whole * _ranking_share(supernet, data)
     judged = sum(int(held["attention_mask"].sum()) for held in data.validation)
     repairs = trusted + _DEPTHS + 1 + options.count(WHOLE)
     passes = _PER_REPAIR * (repairs * some + 2 * whole) + whole + len(options) * _HELD_SHARE * judged / 2 + 10 * judged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -216,8 +215,10 @@ class _Recovery:
                 examples = self._examples(steps)
                 if self.settings.cache:
                     teaching.close()
-                report = self._train(student, examples, record)
-                _check_finite(self.model)
+                with record.training() as tell:
+                    report = self._train(student, examples, record)
+                    _check_finite(self.model)
+                    tell(report.losses)
             return report
         finally:
             self.model.eval()
@@ -370,11 +371,10 @@ class _Recovery:
             examples=examples,
             collate=self.collate,
         )
-        checkpoint, began_at = last_complete_checkpoint(self.settings.output), time.perf_counter()
+        checkpoint = last_complete_checkpoint(self.settings.output)
         trainer.train(resume_from_checkpoint=checkpoint)
         logged = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
         began = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
-        record.finish(seconds=time.perf_counter() - began_at, losses=logged)
         return RecoverReport(record.steps, began, record.step_seconds, tuple(logged))
 
 

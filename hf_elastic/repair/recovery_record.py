@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ class RecoveryRecord:
                 raise CheckpointError(f"{folder} holds no run of recover(); give another folder")
             return
         found = read_record(folder / RESULT_FILE)
-        if STAGE not in found["stages"]:
+        if found["stages"] and STAGE not in found["stages"]:
             raise CheckpointError(f"{folder} holds no run of recover(); give another folder")
         if difference := _difference(found["options"], self._identity):
             raise CheckpointError(f"{folder} holds a run with {difference}; give another folder, or delete it")
+        if not (stage := found["stages"].get(STAGE)):
+            return  # killed at its very start
         try:
-            stage = found["stages"][STAGE]
             self.steps, self.step_seconds = int(stage["steps"]), stage["step_seconds"]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / RESULT_FILE} describes no run of recover(): {error!r}") from error
@@ -49,10 +51,12 @@ class RecoveryRecord:
         self.steps, self.step_seconds = steps, step_seconds
         RunRecord(self._folder, self._identity).note(STAGE, steps=steps, step_seconds=step_seconds)
 
-    def finish(self, *, seconds: float, losses: list[tuple[int, float]]) -> None:
-        """Writes how it ended."""
-        done = [{"step": step, "loss": loss} for step, loss in losses]
-        RunRecord(self._folder, self._identity).note(STAGE, finished=True, seconds=round(seconds, 3), losses=done)
+    @contextmanager
+    def training(self) -> Iterator[Callable[[Sequence[tuple[int, float]]], None]]:
+        """Yields what to tell the logged losses, and notes whether the block ended well and its seconds so far."""
+        record = RunRecord(self._folder, self._identity)
+        with record.stage(STAGE):
+            yield lambda losses: record.note(STAGE, losses=[{"step": step, "loss": loss} for step, loss in losses])
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

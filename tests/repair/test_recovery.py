@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,37 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_with_the_same_b
     assert same(bits(third), whole)
     described = describe_folder(tmp_path / "parts")
     assert "distilled for 12 steps, seed 0\n  done in " in described and "loss " in described
+
+
+def test_a_recovery_that_was_killed_at_its_very_start_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the record of the run and the note of its steps."""
+    teacher, model = cut("llama", "lm")
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        patch.setattr("hf_elastic.checkpoint.run_record.RunRecord.note", stop)
+        run(copy.deepcopy(model), teacher, rows(), tmp_path / "run", steps=2)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["stages"] == {}
+    run(copy.deepcopy(model), teacher, rows(), tmp_path / "run", steps=2)
+    stage = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]["recover"]
+    assert stage["finished"] and stage["steps"] == 2
+    run(copy.deepcopy(model), teacher, rows(), tmp_path / "run", steps=2)
+    again = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]["recover"]
+    assert again["seconds"] >= stage["seconds"]  # of all attempts, not of the last
+
+
+def stop(*_arguments: object, **_more: object) -> None:
+    raise _Stop
+
+
+def test_a_recovery_that_ends_without_numbers_is_not_called_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, model = cut("llama", "lm")
+    monkeypatch.setattr("hf_elastic.repair.recovery._check_finite", stop)
+    with pytest.raises(_Stop):
+        run(model, teacher, rows(), tmp_path / "run")
+    assert "not finished: the same call goes on" in describe_folder(tmp_path / "run")
 
 
 def test_two_recoveries_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
