@@ -192,7 +192,11 @@ def _identified(measure: str | Callable[[nn.Module], float], *, kept: bool) -> t
         )
     if code is None:
         return name, ()
-    constants = [value for value in code.co_consts if not isinstance(value, CodeType)]
+    constants = [
+        sorted(map(repr, value)) if isinstance(value, frozenset) else value  # whose order differs by process
+        for value in code.co_consts
+        if not isinstance(value, CodeType)
+    ]
     return name, (code.co_code.hex(), code.co_names, repr(constants))
 
 

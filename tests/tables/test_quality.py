@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +303,26 @@ def test_the_table_of_another_function_is_not_taken_for_this_ones(tmp_path: Path
         with pytest.raises(DataError, match="make it a function with def, or leave path out"):
             measure_quality_table(supernet, data, held, measure=nameless, path=path)
         assert measure_quality_table(supernet, data, held, measure=nameless).damages == table.damages
+
+
+IDENTIFY = """
+from hf_elastic.tables.quality import _identified
+def measure(model):
+    return float(str(model) in {"one", "two", "three", "four"})
+print(_identified(measure, kept=True))
+"""
+
+
+def test_a_measure_is_the_same_in_every_process() -> None:
+    """Sets of strings are ordered by a hash that each process draws anew."""
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", IDENTIFY], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True,
+            text=True, check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    ]  # fmt: skip
+    assert "four" in told[0] and told[0] == told[1] == told[2]
 
 
 @pytest.mark.parametrize("sizes", [0, 1, -1, "a", True])
