@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= test,dev,sentence-transformers
+EXTRAS ?= test,dev,sentence-transformers,trl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where plain pip would fetch gigabytes of CUDA libraries for a machine without a GPU, torch comes from here.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu

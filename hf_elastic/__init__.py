@@ -17,7 +17,14 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic import costs as costs
     from hf_elastic import distillation as distillation
     from hf_elastic import objectives as objectives
+    from hf_elastic import spaces as spaces
     from hf_elastic import testing as testing
+    from hf_elastic.adapters import ElasticLoraConfig as ElasticLoraConfig
+    from hf_elastic.adapters import ExtractedAdapter as ExtractedAdapter
+    from hf_elastic.adapters import SubnetStatistics as SubnetStatistics
+    from hf_elastic.adapters import add_lora as add_lora
+    from hf_elastic.adapters import extract_adapter as extract_adapter
+    from hf_elastic.adapters import load_adapter as load_adapter
     from hf_elastic.checkpoint import ExportReport as ExportReport
     from hf_elastic.checkpoint import export as export
     from hf_elastic.checkpoint import extract as extract
@@ -111,6 +118,14 @@ _HOMES = {
         "SubnetSamplingCallback",
         "last_complete_checkpoint",
     ),
+    "adapters": (
+        "ElasticLoraConfig",
+        "ExtractedAdapter",
+        "SubnetStatistics",
+        "add_lora",
+        "extract_adapter",
+        "load_adapter",
+    ),
     "checkpoint": ("ExportReport", "export", "extract"),
     "repair.recovery": ("RecoverReport", "recover"),
     "repair.refitting": ("RefitReport", "refit", "refitted"),
@@ -121,7 +136,7 @@ _HOMES = {
     "pipeline": ("CompressOptions", "CompressResult", "compress"),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("costs", "distillation", "objectives", "testing")
+_MODULES = ("costs", "distillation", "objectives", "spaces", "testing")
 
 __all__ = [
     "ActivationError",
@@ -138,11 +153,13 @@ __all__ = [
     "Distillation",
     "ElasticConfig",
     "ElasticError",
+    "ElasticLoraConfig",
     "ElasticTrainer",
     "ElasticTrainerMixin",
     "Evaluation",
     "ExportError",
     "ExportReport",
+    "ExtractedAdapter",
     "FAMILIES",
     "Family",
     "FixedSubnet",
@@ -162,17 +179,21 @@ __all__ = [
     "SpaceError",
     "StorageError",
     "SubnetSamplingCallback",
+    "SubnetStatistics",
     "Supernet",
     "TeacherCache",
     "TrainingError",
     "UnsupportedModelError",
     "Workload",
+    "add_lora",
     "additivity",
     "cache_teacher",
     "compress",
     "export",
     "extract",
+    "extract_adapter",
     "last_complete_checkpoint",
+    "load_adapter",
     "make_elastic",
     "measure_latency_table",
     "measure_quality_table",
@@ -185,6 +206,7 @@ __all__ = [
     "costs",
     "distillation",
     "objectives",
+    "spaces",
     "testing",
     "__version__",
 ]

@@ -3,6 +3,9 @@
 MACs are multiply-accumulates; one MAC is two FLOPs. They equal ``FlopCounterMode / 2`` on an eager forward
 (with SDPA on a CPU that counter misses attention itself). Nothing here runs the model except
 :func:`measure_latency`.
+
+Of a model with adapters these are costs after merging, when the adapters are gone; what they cost while they run beside
+their base is :func:`adapter_parameters` and :func:`adapter_macs`.
 """
 
 from __future__ import annotations
@@ -11,14 +14,14 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from hf_elastic.layers import ElasticConv1D, ElasticLinear, evaluating
+from hf_elastic.layers import evaluating
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Architecture
 
@@ -47,14 +50,43 @@ def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
         ArchitectureError: the architecture is not a point of the space.
     """
     supernet.space.validate(architecture)
-    largest = sum(parameter.numel() for parameter in supernet.model.parameters())
+    largest = sum(p.numel() for p in _plain_parameters(supernet))
     return largest - sum(removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
+
+
+def _plain_parameters(supernet: Supernet) -> Iterable[nn.Parameter]:
+    """Parameters of the model without adapters, each once."""
+    if not supernet.adapter_parts:
+        parameters: Iterable[nn.Parameter] = supernet.base.parameters()
+        return parameters
+    found = [p for _, module in supernet.plain_modules() for p in module.parameters(recurse=False)]
+    return {id(parameter): parameter for parameter in found}.values()
 
 
 def embedding_parameters(supernet: Supernet) -> int:
     """Parameters of all embedding tables (tokens, positions, token types)."""
-    tables = [m for m in supernet.model.modules() if isinstance(m, nn.Embedding)]
+    tables = [m for _, m in supernet.plain_modules() if isinstance(m, nn.Embedding)]
     return sum({id(t.weight): t.weight.numel() for t in tables}.values())
+
+
+def adapter_parameters(supernet: Supernet, architecture: Architecture) -> int:
+    """Parameters of the adapters, of all that the model has.
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
+    """
+    supernet.space.validate(architecture)
+    return sum(part.parameters(architecture) for part in supernet.adapter_parts)
+
+
+def adapter_macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_size: int = 1) -> int:
+    """MACs of the adapters beside their bases, as if every token passed each: ``T r (in + out)``.
+
+    Raises:
+        ArchitectureError: the architecture is not a point of the space.
+    """
+    supernet.space.validate(architecture)
+    return batch_size * sum(part.macs(architecture, seq_len=seq_len) for part in supernet.adapter_parts)
 
 
 def macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_size: int = 1) -> int:
@@ -98,7 +130,7 @@ def kv_cache_bytes(
     supernet.space.validate(architecture)
     if not supernet.family.causal:
         return 0
-    size = (dtype or supernet.model.dtype).itemsize
+    size = (dtype or supernet.base.dtype).itemsize
     values = 0
     shapes = supernet.layer_shapes(architecture)
     empty = all(shape.skipped for shape in shapes)
@@ -112,23 +144,20 @@ def kv_cache_bytes(
 
 
 def _cached_tokens(supernet: Supernet, part: LayerPart, seq_len: int) -> int:
-    window = getattr(supernet.model.config, "sliding_window", None)
-    types = getattr(supernet.model.config, "layer_types", None)
+    window = getattr(supernet.base.config, "sliding_window", None)
+    types = getattr(supernet.base.config, "layer_types", None)
     slides = window is not None and (types is None or types[part.index] == "sliding_attention")
     return min(seq_len, window - 1) if slides and window is not None else seq_len
 
 
 def removed_parameters(part: LayerPart, shape: LayerShape) -> int:
     """Parameters of one layer that a shape does without; a search asks this thousands of times."""
-    row, attention_paths = part.family, part.attention_paths()
-    removed = 0
-    for rules, present in ((row.skip_attention, shape.attention), (row.skip_mlp, shape.mlp)):
-        if not present:
-            modules = [part.layer.get_submodule(rule.module) for rule in rules]
-            removed += sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
+    attention_paths = part.attention_paths()
+    removed = 0 if shape.attention else part.skip_parameters["attention"]
+    removed += 0 if shape.mlp else part.skip_parameters["mlp"]
     for path, projection in part.projections().items():
         if shape.attention if path in attention_paths else shape.mlp:
-            rows, columns = _active(part, path, shape)
+            rows, columns = part.projection_sizes(path, shape)
             removed += projection.weight.numel() - rows * columns
             removed += projection.bias.numel() - columns if projection.bias is not None else 0
     return removed
@@ -140,7 +169,7 @@ def layer_macs(part: LayerPart, shape: LayerShape, *, seq_len: int) -> int:
     total = 0
     for path in part.projections():
         if shape.attention if path in attention_paths else shape.mlp:
-            rows, columns = _active(part, path, shape)
+            rows, columns = part.projection_sizes(path, shape)
             total += seq_len * rows * columns
     if shape.attention:
         total += 2 * shape.num_attention_heads * part.head_dim * seq_len * seq_len
@@ -149,38 +178,16 @@ def layer_macs(part: LayerPart, shape: LayerShape, *, seq_len: int) -> int:
 
 def fixed_macs(supernet: Supernet, *, seq_len: int) -> int:
     """MACs outside the layers (output head, pooler, classifier), for one sequence of ``seq_len`` tokens."""
-    model, row = supernet.model, supernet.family
+    row = supernet.family
     inside = {id(m) for part in supernet.layer_parts for m in part.layer.modules()}
-    every_token = "TokenClassification" in type(model).__name__
+    every_token = "TokenClassification" in type(supernet.base).__name__
     total = 0
-    for name, module in model.named_modules():
+    for name, module in supernet.plain_modules():
         if id(module) in inside or not isinstance(module, nn.Linear):
             continue
         one_token = not every_token and any(name == h or name.endswith("." + h) for h in row.one_token_heads)
         total += (1 if one_token else seq_len) * module.in_features * module.out_features
     return total
-
-
-def _active(part: LayerPart, path: str, shape: LayerShape) -> tuple[int, int]:
-    """Active (in, out) features of a projection in a shape."""
-    row, projection = part.family, part.projections()[path]
-    if isinstance(projection, ElasticLinear):
-        rows, columns = projection.in_features, projection.out_features
-    else:
-        assert isinstance(projection, ElasticConv1D)
-        rows, columns = projection.nx, projection.nf
-    queries, keys = shape.num_attention_heads * part.head_dim, shape.num_key_value_heads * part.head_dim
-    if path in row.ffn_in:
-        columns = shape.intermediate_size
-    elif path == row.ffn_out:
-        rows = shape.intermediate_size
-    elif path == row.attention_out:
-        rows = queries
-    elif row.fused:
-        columns = 3 * queries
-    else:
-        columns = queries if path == row.query else keys
-    return rows, columns
 
 
 @dataclass(frozen=True)
@@ -268,12 +275,12 @@ def architecture_latency(
 
 def default_inputs(supernet: Supernet, *, seq_len: int = LATENCY_TOKENS) -> dict[str, torch.Tensor]:
     """Token ids ``(1, T)`` for timing, ``T`` capped by the model's positions; multiple choice: ``(1, 1, T)``."""
-    config = supernet.model.config
+    config = supernet.base.config
     tokens = max(1, min(seq_len, int(getattr(config, "max_position_embeddings", seq_len)) - 2))
     ids = torch.arange(tokens).remainder(min(int(config.vocab_size), 100) - 3).add(3).unsqueeze(0)  # (1, T)
-    if type(supernet.model).__name__.endswith("MultipleChoice"):
+    if type(supernet.base).__name__.endswith("MultipleChoice"):
         ids = ids.unsqueeze(1)  # (1, 1, T)
-    return {"input_ids": ids.to(supernet.model.device)}
+    return {"input_ids": ids.to(supernet.base.device)}
 
 
 def describe(supernet: Supernet) -> str:
@@ -290,7 +297,7 @@ def describe(supernet: Supernet) -> str:
     small_macs, large_macs = macs(supernet, low, seq_len=tokens), macs(supernet, high, seq_len=tokens)
     return "\n".join(
         [
-            f"{type(supernet.model).__name__} supernet ({supernet.family.model_type})",
+            f"{type(supernet.base).__name__} supernet ({supernet.family.model_type})",
             f"  architectures  {count(space.size)} from {len(space)} choices",
             f"  parameters     {count(small)} to {count(large)} without embeddings "
             f"({small / large:.0%} to 100%), plus {count(embedding_parameters(supernet))} in embeddings",
@@ -304,12 +311,12 @@ def describe(supernet: Supernet) -> str:
 
 
 def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> str:
-    if supernet.model.device.type == "cpu" and total_parameters(supernet, high) > _PRINT_LATENCY_LIMIT:
+    if supernet.base.device.type == "cpu" and total_parameters(supernet, high) > _PRINT_LATENCY_LIMIT:
         return "not measured for a model of this size on a CPU; call hf_elastic.costs.architecture_latency"
     feed = default_inputs(supernet)
     timed = architecture_latency(supernet, {"low": low, "high": high}, inputs=feed, repeats=5)
     fast, slow = timed["low"].median, timed["high"].median
-    where = f"{supernet.model.device} at 1 x {feed['input_ids'].shape[-1]} tokens"
+    where = f"{supernet.base.device} at 1 x {feed['input_ids'].shape[-1]} tokens"
     span = f"{fast * 1e3:.1f} to {slow * 1e3:.1f} ms measured on {where}"
     return f"{span} ({slow / fast:.2f}x faster at the smallest)"
 

@@ -7,7 +7,7 @@ at full width the very same kernel runs on the very same tensors (bit-identical 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,19 +22,29 @@ Region = tuple[tuple[slice, ...], ...]
 """Active part of a parameter: disjoint index boxes; ``()`` means that nothing of it is active."""
 
 
+def take_region(tensor: Tensor, region: Region) -> Tensor:
+    """Copies the boxes of a region side by side along the dimension in which they differ."""
+    axes = [axis for axis, cuts in enumerate(zip(*region, strict=True)) if len({(c.start, c.stop) for c in cuts}) > 1]
+    return torch.cat([tensor[box] for box in region], dim=axes[0] if axes else -1).clone()
+
+
 class ElasticLinear(nn.Linear):
     """A linear layer of which a prefix of inputs and outputs is active: ``y = x W[:o, :i]ᵀ + b[:o]``.
 
-    Made by :func:`make_elastic_linear`, never constructed. ``x`` is ``(..., i)``, the result ``(..., o)``.
+    Made by :func:`make_elastic_linear`, never constructed. ``x`` is ``(..., i)``, the result ``(..., o)``. With
+    ``fused > 1`` the outputs are that many projections side by side, and the prefix is taken within each.
     """
 
     active_in_features: int
     active_out_features: int
+    fused: int = 1
 
     def forward(self, input: Tensor) -> Tensor:
         rows, columns = self.active_out_features, self.active_in_features
         if rows == self.out_features and columns == self.in_features:
             return nn.functional.linear(input, self.weight, self.bias)
+        if self.fused > 1 and rows < self.out_features:
+            return nn.functional.linear(input, self._parts(self.weight)[:, :columns], self._parts(self.bias))
         weight = self.weight[:rows, :columns]
         if columns < self.in_features and self.weight.requires_grad and torch.is_grad_enabled():
             # Autograd returns the gradient of a strided weight transposed; writing that into the gradient of the
@@ -43,12 +53,25 @@ class ElasticLinear(nn.Linear):
         bias = None if self.bias is None else self.bias[:rows]
         return nn.functional.linear(input, weight, bias)
 
+    @property
+    def whole_features(self) -> tuple[int, int]:
+        """All (in, out) features."""
+        return self.in_features, self.out_features
+
+    def _parts(self, tensor: Any) -> Any:
+        """Active rows of each fused projection: ``(out, ...) -> (o, ...)``."""
+        if tensor is None:
+            return None
+        part = self.active_out_features // self.fused
+        return tensor.unflatten(0, (self.fused, -1))[:, :part].flatten(0, 1)  # (fused, out/fused, ...) -> (o, ...)
+
     def active_region(self) -> dict[str, Region]:
-        """Active boxes of ``weight`` (out, in) and ``bias`` (out,)."""
-        rows = slice(0, self.active_out_features)
-        regions: dict[str, Region] = {"weight": ((rows, slice(0, self.active_in_features)),)}
+        """Active boxes of ``weight`` (out, in) and ``bias`` (out,), one box per fused output."""
+        whole, part = self.out_features // self.fused, self.active_out_features // self.fused
+        rows = [slice(k * whole, k * whole + part) for k in range(self.fused)]
+        regions: dict[str, Region] = {"weight": tuple((r, slice(0, self.active_in_features)) for r in rows)}
         if self.bias is not None:
-            regions["bias"] = ((rows,),)
+            regions["bias"] = tuple((r,) for r in rows)
         return regions
 
 
@@ -77,6 +100,11 @@ class ElasticConv1D(Conv1D):
         output = torch.addmm(bias, x.reshape(-1, rows), weight)  # (B·T, o)
         return output.view(*x.shape[:-1], columns)  # (..., o)
 
+    @property
+    def whole_features(self) -> tuple[int, int]:
+        """All (in, out) features."""
+        return self.nx, self.nf
+
     def active_region(self) -> dict[str, Region]:
         """Active boxes of ``weight`` (in, out) and ``bias`` (out,), one box per fused output."""
         rows = slice(0, self.active_in_features)
@@ -100,14 +128,23 @@ def make_elastic_linear(module: nn.Module, *, name: str, fused: int = 1) -> Elas
         UnsupportedModelError: see :func:`check_linear`.
     """
     check_linear(module, name=name, fused=fused)
-    swapped: Any = module
     if isinstance(module, nn.Linear):
-        _swap_class(module, ElasticLinear)
-        swapped.active_in_features, swapped.active_out_features = module.in_features, module.out_features
-    else:
-        _swap_class(module, ElasticConv1D)
-        swapped.active_in_features, swapped.active_out_features, swapped.fused = module.nx, module.nf, fused
-    assert isinstance(swapped, ElasticProjection)
+        return as_elastic_linear(module)
+    _swap_class(module, ElasticConv1D)
+    swapped: Any = module
+    swapped.active_in_features, swapped.active_out_features, swapped.fused = module.nx, module.nf, fused
+    assert isinstance(swapped, ElasticConv1D)
+    return swapped
+
+
+def as_elastic_linear(module: nn.Linear, *, fused: int = 1) -> ElasticLinear:
+    """Swaps the class of an ``nn.Linear`` that nobody else has touched, and returns it, wholly active."""
+    _swap_class(module, ElasticLinear)
+    swapped: Any = module
+    swapped.active_in_features, swapped.active_out_features, swapped.fused = (
+        module.in_features, module.out_features, fused,
+    )  # fmt: skip
+    assert isinstance(swapped, ElasticLinear)
     return swapped
 
 
@@ -191,7 +228,7 @@ class SkippableModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle is told how to make it again.
-        return _rebuild, (self.__class__.__mro__[2], SkippableModule), self.__getstate__()
+        return rebuild, (self.__class__.__mro__[2], SkippableModule), self.__getstate__()
 
 
 def write_cache_filler(module: nn.Module, hidden: Tensor, cache: Any) -> None:
@@ -209,7 +246,8 @@ def write_cache_filler(module: nn.Module, hidden: Tensor, cache: Any) -> None:
 _mixed: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def _with_mixin(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+def with_mixin(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class that has ``mixin`` before ``cls``, the same one at every call."""
     if (cls, mixin) not in _mixed:
         # The stock name is kept: FSDP and device maps look layer classes up by name.
         members = {"__doc__": cls.__doc__, "__module__": cls.__module__}
@@ -217,8 +255,9 @@ def _with_mixin(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]
     return _mixed[cls, mixin]
 
 
-def _rebuild(cls: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
-    made = _with_mixin(cls, mixin)
+def rebuild(cls: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
+    """Makes an empty object of :func:`with_mixin`, for pickle."""
+    made = with_mixin(cls, mixin)
     return made.__new__(made)
 
 
@@ -230,7 +269,7 @@ def make_skippable(module: nn.Module, rule: Skip) -> SkippableModule:
     """
     check_forward(module, name=rule.module)
     if not isinstance(module, SkippableModule):
-        _swap_class(module, _with_mixin(type(module), SkippableModule))
+        _swap_class(module, with_mixin(type(module), SkippableModule))
     module.skipped, module.skip_rule = False, rule  # type: ignore[assignment]
     assert isinstance(module, SkippableModule)
     return module
@@ -242,15 +281,58 @@ class PartHolder(nn.Module):
     elastic_parts: list[Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.__class__.__mro__[2], PartHolder), self.__getstate__()
+        return rebuild, (self.__class__.__mro__[2], PartHolder), self.__getstate__()
 
 
 def make_part_holder(module: nn.Module, parts: list[Any]) -> PartHolder:
     """Swaps the class of a stock module in place so that it carries ``parts``."""
-    module.__class__ = _with_mixin(type(module), PartHolder)
+    module.__class__ = with_mixin(type(module), PartHolder)
     module.elastic_parts = parts  # type: ignore[assignment]
     assert isinstance(module, PartHolder)
     return module
+
+
+def plain_children(root: nn.Module, inside: Mapping[int, nn.Module], *, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules below ``root`` and itself, with their names, wrappers replaced by what is inside them.
+
+    Args:
+        root: where to begin.
+        inside: what each wrapper wraps, by ``id`` of the wrapper.
+        prefix: name of ``root``.
+    """
+    yield prefix, root
+    for name, child in root.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        yield from plain_children(_unwrapped(child, inside), inside, prefix=path)
+
+
+def _unwrapped(module: nn.Module, inside: Mapping[int, nn.Module]) -> nn.Module:
+    """What a module stands for: itself, what it wraps, or of a peft ``ModulesToSaveWrapper`` the copy in use."""
+    children = dict(module.named_children())
+    if children.keys() >= {"original_module", "modules_to_save"}:
+        copies = dict(children["modules_to_save"].named_children())
+        stated = vars(module).get("_active_adapter", ())
+        in_use = [name for name in ([stated] if isinstance(stated, str) else stated) if name in copies]
+        return copies[in_use[0]] if in_use else children["original_module"]
+    return inside.get(id(module), module)
+
+
+@contextmanager
+def without_wrappers(root: nn.Module, inside: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Puts what is inside each wrapper in its place inside the block, and the wrappers back at the end.
+
+    Args:
+        root, inside: as for :func:`plain_children`.
+    """
+    children = [(parent, name, child) for parent in root.modules() for name, child in parent.named_children()]
+    wrapped = [(parent, name, child) for parent, name, child in children if _unwrapped(child, inside) is not child]
+    for parent, name, child in wrapped:
+        parent._modules[name] = _unwrapped(child, inside)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
 
 
 @contextmanager

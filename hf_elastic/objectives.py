@@ -26,7 +26,7 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
-from hf_elastic.tables.additive import layer_table
+from hf_elastic.tables.additive import OfAdapter, OfLayer, layer_table
 from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, layer_memory, memory_bytes
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
 from hf_elastic.tables.quality import QualityTable, predicted_damage
@@ -204,7 +204,7 @@ def embeddings(
     """Sentence embeddings ``(N, D)`` of a subnet, fp32 on the CPU, of length 1."""
     rows = []
     with _active(supernet, architecture) as model:
-        base = model.base_model if isinstance(model.base_model, nn.Module) else model
+        base = supernet.base.base_model
         for batch in batches:
             feed = _on_device(batch, model)
             inputs = {name: value for name, value in feed.items() if name in _ENCODER_INPUTS}
@@ -268,6 +268,27 @@ def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size:
         lambda a: costs.macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
         arguments=(seq_len, batch_size),
         layer=lambda part, shape: batch_size * costs.layer_macs(part, shape, seq_len=seq_len),
+    )
+
+
+def adapter_parameters(supernet: Supernet) -> Objective:
+    """Parameters of the adapters, see :func:`hf_elastic.costs.adapter_parameters`."""
+    return _cost(
+        supernet,
+        "adapter_parameters",
+        lambda a: costs.adapter_parameters(supernet, a),
+        adapter=lambda part, point: part.parameters(point),
+    )
+
+
+def adapter_macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
+    """MACs of the adapters beside their bases, see :func:`hf_elastic.costs.adapter_macs`."""
+    return _cost(
+        supernet,
+        "adapter_macs",
+        lambda a: costs.adapter_macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
+        arguments=(seq_len, batch_size),
+        adapter=lambda part, point: batch_size * part.macs(point, seq_len=seq_len),
     )
 
 
@@ -371,10 +392,10 @@ def latency(supernet: Supernet, *, inputs: Batch | None = None, repeats: int = 9
 
 def _timed_on(supernet: Supernet, feed: Batch) -> str:
     """What decides about a latency besides the architecture: shapes of the inputs, precision, device."""
-    device = supernet.model.device
+    device = supernet.base.device
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in feed.items())
-    return repr(("latency", shapes, str(supernet.model.dtype), device.type, chip))
+    return repr(("latency", shapes, str(supernet.base.dtype), device.type, chip))
 
 
 def _cost(
@@ -383,19 +404,20 @@ def _cost(
     function: Callable[[Architecture], int],
     *,
     arguments: Sequence[object] = (),
-    layer: Callable[[LayerPart, LayerShape], int] | None = None,
+    layer: OfLayer | None = None,
+    adapter: OfAdapter | None = None,
     unit: str = "",
 ) -> Objective:
-    """A cost; ``layer`` is what one layer in a shape adds to it, up to a constant."""
-    # A model without elastic layers has the same cost at each architecture, and no MACs at all.
-    extremes = (supernet.space.largest(), supernet.space.smallest()) if supernet.layer_parts else ()
-    family = supernet.model.config.model_type
+    """A cost; ``layer`` and ``adapter`` are what one of them adds to it, up to a constant."""
+    extremes = (supernet.space.largest(), supernet.space.smallest())
+    family = supernet.base.config.model_type
     depends_on = (name, tuple(arguments), family, supernet.layer_order, [function(point) for point in extremes])
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     table = None
-    if layer is not None and extremes:
-        largest = sum(layer(part, part.full) for part in supernet.layer_parts)
-        table = layer_table(supernet, layer, constant=function(extremes[0]) - largest)
+    if layer is not None or adapter is not None:
+        largest = sum(layer(part, part.full) for part in supernet.layer_parts) if layer else 0
+        largest += sum(adapter(part, extremes[0]) for part in supernet.adapter_parts) if adapter else 0
+        table = layer_table(supernet, layer, adapter=adapter, constant=function(extremes[0]) - largest)
     return Objective(
         name, function, cost=True, unit=unit, related=lambda: related_costs(supernet), additive=table,
         fingerprint=digest,
@@ -404,7 +426,8 @@ def _cost(
 
 def related_costs(supernet: Supernet) -> dict[str, Objective]:
     """The costs that ``within=`` may name for any search over a supernet (MACs at 128 tokens)."""
-    made = (parameters(supernet), total_parameters(supernet), macs(supernet))
+    made = [parameters(supernet), total_parameters(supernet), macs(supernet)] if supernet.layer_parts else []
+    made += [adapter_parameters(supernet), adapter_macs(supernet)] if supernet.adapter_parts else []
     return {objective.name: objective for objective in made}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hf_elastic.errors import SpaceError
 from hf_elastic.families import Family, submodule
-from hf_elastic.layers import ElasticProjection, Region, SkippableModule, make_skippable
-from hf_elastic.space import Choice, Value
+from hf_elastic.layers import ElasticProjection, Region, Skip, SkippableModule, make_skippable
+from hf_elastic.space import Choice, Condition, Value
 
 SKIPS: Mapping[str, tuple[bool, bool]] = {
     "none": (True, True),
@@ -46,6 +46,43 @@ class ElasticPart(Protocol):
 
     def watch(self) -> AbstractContextManager[dict[str, int]]:
         """Fills the returned dict with the sizes *measured* on real tensors during forwards inside."""
+
+
+@runtime_checkable
+class AdapterPart(ElasticPart, Protocol):
+    """A part that wraps a projection and adds to its outputs; what it wraps is a module of the plain model.
+
+    Attributes:
+        adapter: name of the adapter that it belongs to.
+        wrapper: the module that stands in the model.
+        base: the projection inside.
+        layer: the elastic layer that it stands in, if there is one.
+    """
+
+    adapter: str
+    wrapper: nn.Module
+    base: nn.Module
+    layer: LayerPart | None
+
+    def link(self, parts: Sequence[ElasticPart]) -> None:
+        """Is told all parts of the model whenever a handle is made, before its choices are asked for."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is in the base's weights now, where no rank can be chosen."""
+
+    def delta(self) -> dict[str, Tensor]:
+        """What merging adds to the parameters of the base, of their full shapes, as the part is set now."""
+
+    def parameters(self, architecture: Mapping[str, Value]) -> int:
+        """Parameters of the adapter here in an architecture."""
+
+    def macs(self, architecture: Mapping[str, Value], *, seq_len: int) -> int:
+        """MACs of the adapter here for one sequence, as it runs beside its base."""
+
+    @property
+    def in_use(self) -> bool:
+        """Whether forwards run the adapter."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +139,7 @@ class LayerPart:
         names: the choices it follows.
         choices: those choices, with the ones their conditions name.
         rank: its place in the order in which ``num_hidden_layers`` keeps layers.
+        skip_parameters: parameters that go with a skipped ``"attention"`` or ``"mlp"``, without any adapter's.
     """
 
     layer: nn.Module
@@ -114,6 +152,7 @@ class LayerPart:
     choices: tuple[Choice, ...]
     rank: int
     current: LayerShape = field(init=False)
+    skip_parameters: Mapping[str, int] = field(init=False, repr=False)
     _modules: dict[str, Any] = field(init=False, repr=False)
     _skips: tuple[tuple[SkippableModule, str], ...] = field(init=False, repr=False)
 
@@ -123,6 +162,39 @@ class LayerPart:
         self._modules = {path: submodule(self.layer, path, family=row) for path in sorted(paths)}
         self._skips = ()
         self.current = self.full
+        self.skip_parameters = {
+            kind: sum(parameter.numel() for parameter in self._distinct_parameters(rules))
+            for kind, rules in (("attention", row.skip_attention), ("mlp", row.skip_mlp))
+        }
+
+    def _distinct_parameters(self, rules: Sequence[Skip]) -> Iterable[nn.Parameter]:
+        modules = [submodule(self.layer, rule.module, family=self.family) for rule in rules]
+        return {id(parameter): parameter for module in modules for parameter in module.parameters()}.values()
+
+    def sublayer_of(self, module: nn.Module) -> str | None:
+        """The sublayer, ``"attention"`` or ``"mlp"``, that a module inside the layer belongs to."""
+        row = self.family
+        for kind, rules in (("attention", row.skip_attention), ("mlp", row.skip_mlp)):
+            for rule in rules:
+                if any(inner is module for inner in submodule(self.layer, rule.module, family=row).modules()):
+                    return kind
+        return None
+
+    def presence(self, sublayers: Iterable[str | None]) -> tuple[Condition, ...]:
+        """Conditions under which at least one of these sublayers is there (``None``: the layer at all)."""
+        declared = {choice.name: choice for choice in self.choices}
+        if self.names.skip is not None:
+            kinds = set(sublayers)
+            there = {
+                value: "attention" in kinds and SKIPS[str(value)][0] or "mlp" in kinds and SKIPS[str(value)][1]
+                or None in kinds and value != "layer"
+                for value in declared[self.names.skip].values
+            }  # fmt: skip
+            return (Condition(self.names.skip, tuple(value for value, holds in there.items() if holds)),)
+        if self.names.depth is not None:
+            kept = tuple(value for value in declared[self.names.depth].values if int(value) > self.rank)
+            return (Condition(self.names.depth, kept),)
+        return ()
 
     def make_skippable(self) -> None:
         """Swaps the classes of the modules that a skip concerns; does nothing where that was done before."""
@@ -178,6 +250,23 @@ class LayerPart:
     def projections(self) -> dict[str, ElasticProjection]:
         """Class-swapped projections of the layer, by path."""
         return {p: m for p, m in self._modules.items() if isinstance(m, ElasticProjection)}
+
+    def projection_sizes(self, path: str, shape: LayerShape) -> tuple[int, int]:
+        """Active (in, out) features of a projection in a shape, fused outputs counted together."""
+        row, projection = self.family, self.projections()[path]
+        inputs, outputs = projection.whole_features
+        queries, keys = shape.num_attention_heads * self.head_dim, shape.num_key_value_heads * self.head_dim
+        if path in row.ffn_in:
+            outputs = shape.intermediate_size
+        elif path == row.ffn_out:
+            inputs = shape.intermediate_size
+        elif path == row.attention_out:
+            inputs = queries
+        elif row.fused:
+            outputs = 3 * queries
+        else:
+            outputs = queries if path == row.query else keys
+        return inputs, outputs
 
     def attention_paths(self) -> tuple[str, ...]:
         """Paths of the attention projections."""

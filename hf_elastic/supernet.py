@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,67 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_elastic import costs
-from hf_elastic.errors import ActivationError, ArchitectureError, CheckpointError, UnsupportedModelError
+from hf_elastic.activation import Activation
+from hf_elastic.errors import ActivationError, ArchitectureError, CheckpointError, ExportError, UnsupportedModelError
 from hf_elastic.families import FAMILIES, Family
 from hf_elastic.files import file_digest, read_json, whole_folder, write_json
-from hf_elastic.layers import PartHolder, Region
-from hf_elastic.parts import ElasticPart, LayerPart, LayerShape, join_choices
+from hf_elastic.layers import ElasticProjection, PartHolder, Region, plain_children, without_wrappers
+from hf_elastic.parts import AdapterPart, ElasticPart, LayerPart, LayerShape, join_choices
 from hf_elastic.space import Architecture, SearchSpace, Value
 
 Loadability = Literal["stock", "stock-padded", "remote-code"]
 
 SPACE_FILE = "search_space.json"
+ADAPTER_FOLDER = "adapter"
 FORMAT = 1
-
-
-class _State:
-    """What is active in a model, of which space, and which thread may change it; shared by all handles on the model.
-
-    A thread owns the model while it has an activation open, and after :meth:`Supernet.set_active`, as long as it lives.
-    """
-
-    def __init__(self, active: Architecture, space: SearchSpace) -> None:
-        self.active, self.space = active, space
-        self._lock = threading.Lock()
-        self._owner: threading.Thread | None = None
-        self._depth = 0
-        self._pinned = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        return _State(self.active, self.space)  # a copy of the model may live in another thread
-
-    def __reduce__(self) -> tuple[type[_State], tuple[Architecture, SearchSpace]]:
-        return _State, (self.active, self.space)
-
-    def enter(self) -> None:
-        """Makes this thread the owner, until :meth:`leave` was called as often."""
-        with self._lock:
-            self._claim()
-            self._depth += 1
-
-    def leave(self) -> None:
-        """Ends one :meth:`enter`; does nothing in a thread that meanwhile counted as dead."""
-        with self._lock:
-            if self._owner is threading.current_thread():
-                self._depth -= 1
-
-    def pin(self) -> None:
-        """Makes this thread the owner as long as it lives."""
-        with self._lock:
-            self._claim()
-            self._pinned = self._pinned or not self._depth  # inside a block, its end restores what was
-
-    def _claim(self) -> None:
-        thread = threading.current_thread()
-        if self._owner is thread:
-            return
-        held = self._depth > 0 or self._pinned
-        if self._owner is not None and self._owner.is_alive() and held:
-            raise ActivationError(
-                "this supernet is used from a second thread, which would change the subnet under the first; "
-                "give each thread a copy: Supernet(copy.deepcopy(supernet.model))"
-            )
-        self._owner, self._depth, self._pinned = thread, 0, False
 
 
 class Supernet:
@@ -83,10 +34,16 @@ class Supernet:
     Making a handle changes nothing in the model. Several handles on one model share what is active.
 
     Args:
-        model: a model that :func:`hf_elastic.make_elastic` converted (or one that holds other elastic parts).
+        model: a model that :func:`hf_elastic.make_elastic` converted, or one with other elastic parts, such as a
+            ``PeftModel`` with elastic adapters.
+
+    Attributes:
+        model: the model as it was given.
+        base: the transformers model in it: the same one, or what a ``PeftModel`` wraps.
 
     Raises:
-        UnsupportedModelError: the model has no elastic part.
+        UnsupportedModelError: the model has no elastic part, or an adapter that cannot follow an elastic projection.
+        CheckpointError: the model's adapters were trained on another base, or in another space of it.
 
     Example:
         >>> supernet = hf_elastic.make_elastic(model, hf_elastic.ElasticConfig(intermediate_size=[0.5, 1.0]))
@@ -94,22 +51,36 @@ class Supernet:
         ...     supernet.model(**inputs)
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.parts: tuple[ElasticPart, ...] = tuple(
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.base: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+        parts: tuple[ElasticPart, ...] = tuple(
             part for module in model.modules() if isinstance(module, PartHolder) for part in module.elastic_parts
         )
-        if not self.parts:
+        if not parts:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no elastic part; "
-                "call hf_elastic.make_elastic(model, ElasticConfig(...)) first"
+                f"{type(model).__name__} has no elastic part; call hf_elastic.make_elastic(model, ElasticConfig(...)) "
+                "first, or get_peft_model(model, ElasticLoraConfig(...))"
             )
-        joined = self._joined()
-        known = "_hf_elastic_state" in model.__dict__
-        self._state: _State = model.__dict__.setdefault("_hf_elastic_state", _State(joined.largest(), joined))
-        if not known or self._state.space != joined:  # new, or parts came or went since the last handle was made
+        _check_wrappers(model)
+        for part in parts:
+            if isinstance(part, AdapterPart):
+                part.link(parts)
+        joined = SearchSpace(join_choices(part.choices for part in parts))
+        known = "_hf_elastic_state" in self.base.__dict__
+        self._state: Activation = self.base.__dict__.setdefault(
+            "_hf_elastic_state", Activation(joined.largest(), joined)
+        )
+        changed = self._state.space != joined or self._state.parts != parts
+        self._state.parts = parts
+        if not known or changed:  # new, or parts came or went since the last handle was made
             self._state.space = joined
             self._set(joined.largest())
+
+    @property
+    def parts(self) -> tuple[ElasticPart, ...]:
+        """The elastic parts of the model, in the order of its modules; all handles on it see the same."""
+        return self._state.parts
 
     @property
     def space(self) -> SearchSpace:
@@ -122,6 +93,11 @@ class Supernet:
 
     def _joined(self) -> SearchSpace:
         return SearchSpace(join_choices(part.choices for part in self.parts))
+
+    @property
+    def base_space(self) -> SearchSpace | None:
+        """The architectures of the model without its adapters; ``None`` where only adapters are elastic."""
+        return SearchSpace(join_choices(part.choices for part in self.layer_parts)) if self.layer_parts else None
 
     @property
     def active(self) -> Architecture:
@@ -187,6 +163,11 @@ class Supernet:
         return self.space.canonical(architecture)
 
     def _set(self, architecture: Architecture) -> None:
+        if any(part.merged and self._holds(part) for part in self.adapter_parts):
+            raise ActivationError(
+                "an adapter is merged into the weights, where no other subnet can be made active; call "
+                "unmerge_adapter() first"
+            )
         for part in self.parts:
             part.set(architecture)
         self._state.active = architecture
@@ -211,21 +192,57 @@ class Supernet:
             self.model(**inputs)
         return {name: size for values in seen for name, size in values.items()}
 
-    def active_regions(self) -> dict[str, tuple[tuple[slice, ...], ...]]:
-        """Active boxes of every elastic parameter, by its name in ``model.named_parameters()``.
+    def active_regions(self, root: nn.Module | None = None) -> dict[str, tuple[tuple[slice, ...], ...]]:
+        """Active boxes of every elastic parameter, by its name in ``model.named_parameters()`` (or in ``root``'s).
 
         ``()`` means that nothing of it is active (its sublayer is skipped). A parameter that is not named is not
         elastic: all of it is always active.
         """
         by_id: dict[int, Region] = {}
-        for part in self.parts:
+        for part in reversed(self.parts):  # a layer stands before what it holds, and knows that it is skipped
             by_id |= part.regions()
-        return {name: by_id[id(p)] for name, p in self.model.named_parameters() if id(p) in by_id}
+        return {name: by_id[id(p)] for name, p in (root or self.model).named_parameters() if id(p) in by_id}
 
     @property
     def layer_parts(self) -> tuple[LayerPart, ...]:
         """The parts that are transformer layers, in order."""
         return tuple(part for part in self.parts if isinstance(part, LayerPart))
+
+    @property
+    def adapter_parts(self) -> tuple[AdapterPart, ...]:
+        """The parts that are adapters on a projection, in order."""
+        return tuple(part for part in self.parts if isinstance(part, AdapterPart))
+
+    def _holds(self, part: AdapterPart) -> bool:
+        """Whether an adapter is still in the model: ``merge_and_unload`` takes it out."""
+        return any(module is part.wrapper for module in self.base.modules())
+
+    def require_unmerged(self) -> None:
+        """Refuses a model whose adapters are in its weights, or gone.
+
+        Raises:
+            ExportError: they are.
+        """
+        if any(part.merged or not self._holds(part) for part in self.adapter_parts):
+            raise ExportError(
+                "the adapters were merged into the weights, where no subnet of them can be told apart; call "
+                "unmerge_adapter() first, or load the adapter again"
+            )
+
+    def plain_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules of the transformers model with their names, as if no adapter were there."""
+        yield from plain_children(self.base, self._inside(), prefix="")
+
+    def _inside(self) -> dict[int, nn.Module]:
+        """What stands inside each adapter, by ``id`` of the adapter."""
+        return {id(part.wrapper): part.base for part in self.adapter_parts}
+
+    @contextmanager
+    def plain(self) -> Iterator[Any]:
+        """Takes the adapters out of the transformers model inside the block and yields it; no weight changes."""
+        inside = self._inside()
+        with without_wrappers(self.base, inside):
+            yield self.base
 
     @property
     def layer_order(self) -> tuple[int, ...]:
@@ -241,7 +258,10 @@ class Supernet:
             UnsupportedModelError: the model has no elastic layers (only adapters or routers).
         """
         if not self.layer_parts:
-            raise UnsupportedModelError("the model has no elastic layers, so it has no family row")
+            raise UnsupportedModelError(
+                "the model has no elastic layers, only adapters; call hf_elastic.make_elastic on the model before "
+                "get_peft_model to choose widths, heads or layers too"
+            )
         return self.layer_parts[0].family
 
     def layer_shapes(self, architecture: Architecture) -> tuple[LayerShape, ...]:
@@ -264,8 +284,11 @@ class Supernet:
         Raises:
             ArchitectureError: the architecture is not a point of this space.
         """
+        shapes = self.layer_shapes(architecture)
+        if not shapes:
+            return "stock"  # only adapters are elastic, so the model's shapes are the parent's
         return shapes_loadability(
-            self.layer_shapes(architecture),
+            shapes,
             self.family,
             hidden_size=self.layer_parts[0].hidden_size,
             parent=self.layer_parts[0].full,
@@ -281,7 +304,8 @@ class Supernet:
         """Saves the largest model as a stock checkpoint, with ``search_space.json`` beside it.
 
         Anyone loads the folder with the stock class; :meth:`from_pretrained` restores the supernet bit-equal. The
-        parent's tokenizer is not copied, but its folder or Hub name is kept, so that an export finds it.
+        parent's tokenizer is not copied, but its folder or Hub name is kept, so that an export finds it. Adapters are
+        saved beside the model, in ``adapter``; :func:`hf_elastic.load_adapter` puts them onto the restored one.
 
         Args:
             directory: a folder that does not exist or is empty.
@@ -291,24 +315,27 @@ class Supernet:
             CheckpointError: the folder is not empty or cannot be written, or transformers refuses to write the
                 generation config; nothing is left half-written.
         """
-        config = self.model.__dict__.get("_hf_elastic_config")
+        config = self.base.__dict__.get("_hf_elastic_config")
         if config is None:
             raise CheckpointError(
-                f"this handle on a {type(self.model).__name__} holds no ElasticConfig, so it cannot be "
-                "saved; save the supernet that make_elastic returned"
+                f"this handle on a {type(self.model).__name__} holds no ElasticConfig, so it cannot be saved; save the "
+                "supernet that make_elastic returned, and adapters by the PeftModel's own save_pretrained"
             )
         with whole_folder(directory, overwrite=overwrite) as folder:
-            save_generation_config(self.model, folder)
+            save_generation_config(self.base, folder)
             with self.activate(self.space.largest()):
-                self.model.save_pretrained(folder)
+                with self.plain() as model:
+                    model.save_pretrained(folder)
+                if self.adapter_parts:
+                    self.model.save_pretrained(folder / ADAPTER_FOLDER)
             record = {
                 "format": FORMAT,
-                "class": type(self.model).__name__,
+                "class": type(self.base).__name__,
                 "elastic_config": config.to_dict(),
                 "family": None if self.family in FAMILIES else self.family.to_dict(),
                 "layer_order": list(self.layer_order),
-                "parent": _parent_of(self.model),
-                "space_digest": self.space.digest,
+                "parent": _parent_of(self.base),
+                "space_digest": SearchSpace(join_choices(part.choices for part in self.layer_parts)).digest,
                 "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
             }
             write_json(folder / SPACE_FILE, record)
@@ -349,6 +376,17 @@ class Supernet:
 
     def __str__(self) -> str:
         return costs.describe(self)
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Refuses stock adapters on elastic projections: they would not follow when these shrink."""
+    for name, module in model.named_modules():
+        wrapped = dict(module.named_children()).get("base_layer")
+        if isinstance(wrapped, ElasticProjection) and not isinstance(module, PartHolder):
+            raise UnsupportedModelError(
+                f"{name} is a stock {type(module).__name__} on an elastic projection, whose sizes it cannot follow; "
+                "make the adapter with hf_elastic.ElasticLoraConfig (without ranks= it is one of fixed rank)"
+            )
 
 
 def save_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -18,17 +18,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from hf_elastic.adapters import extract_adapter
+from hf_elastic.adapters.elastic_lora import LoraPart
 from hf_elastic.checkpoint import extract
 from hf_elastic.conversion import make_elastic
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import ActivationError
-from hf_elastic.families import Family
+from hf_elastic.families import Family, family_of
 from hf_elastic.layers import Region
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.training import FixedSubnet, RandomSubnet, SubnetSamplingCallback
 
 TOLERANCE = 1e-5
+_MERGED_TOLERANCE = 5e-5  # W + s B A is rounded where W x + s B A x was not
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,20 @@ class Case:
 
     Attributes:
         make_model: returns a new fp32 model; equal weights at every call are not needed.
-        config: the space; the richer, the more is checked.
+        config: the space of the model; the richer, the more is checked. ``None``: only what ``wrap`` adds is elastic.
         family: the row under test, ``None`` for a built-in one.
         sampled: how many random architectures are checked beside smallest, midpoint and largest.
         tokens: length of the sequences.
+        wrap: puts elastic adapters onto the model, such as ``lambda model: get_peft_model(model, config)``; freshly
+            made they must change nothing.
     """
 
     make_model: Callable[[], PreTrainedModel]
-    config: ElasticConfig
+    config: ElasticConfig | None
     family: Family | None = None
     sampled: int = 8
     tokens: int = 9
+    wrap: Callable[[PreTrainedModel], nn.Module] | None = None
     _seed: int = field(default=0)
 
     def model(self) -> PreTrainedModel:
@@ -56,8 +62,22 @@ class Case:
             return self.make_model().eval()
 
     def supernet(self) -> Supernet:
-        """Makes a new model elastic, in evaluation mode."""
-        return make_elastic(self.model(), self.config, family=self.family)
+        """Makes a new model elastic, in evaluation mode; the adapters that it has are not zero."""
+        supernet = self.convert(self.model())
+        generator = torch.Generator().manual_seed(self._seed)
+        for part in supernet.adapter_parts:
+            base = {id(parameter) for parameter in part.base.parameters()}
+            for parameter in part.wrapper.parameters():
+                if id(parameter) not in base:
+                    parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return supernet
+
+    def convert(self, model: PreTrainedModel) -> Supernet:
+        """Makes a model elastic, with fresh adapters where the case has such."""
+        if self.config is not None:
+            make_elastic(model, self.config, family=self.family)
+        with seeded(self._seed):
+            return Supernet(model if self.wrap is None else self.wrap(model).eval())
 
     def architectures(self, supernet: Supernet) -> list[Architecture]:
         """Largest, midpoint, smallest, and random ones."""
@@ -98,7 +118,7 @@ def check_largest_is_parent(case: Case) -> None:
     inputs = case.inputs(model)
     with torch.no_grad():
         before = model(**inputs)[0]
-        supernet = make_elastic(model, case.config, family=case.family)
+        supernet = case.convert(model)
         with supernet.activate(supernet.space.largest()):
             after = model(**inputs)[0]
     assert torch.equal(before, after), (
@@ -146,11 +166,11 @@ def _refused_in_a_thread(supernet: Supernet, architecture: Architecture) -> bool
 
 
 def check_state_dict_is_stock(case: Case) -> None:
-    """Promise 3: names and shapes of the state dict are those of the stock model, whatever is active."""
+    """Promise 3: names and shapes of the state dict are those of the stock model, but for what adapters add."""
     model = case.model()
     before = {name: t.shape for name, t in model.state_dict().items()}
-    supernet = make_elastic(model, case.config, family=case.family)
-    with supernet.activate(supernet.space.smallest()):
+    supernet = case.convert(model)
+    with supernet.activate(supernet.space.smallest()), supernet.plain():
         after = {name: t.shape for name, t in model.state_dict().items()}
     assert before == after, f"promise 3: state dict changed: {set(before.items()) ^ set(after.items())}"
 
@@ -162,15 +182,29 @@ def check_extracted_equals_active(case: Case) -> None:
     for architecture in case.architectures(supernet):
         with torch.no_grad(), supernet.activate(architecture):
             wanted = supernet.model(**inputs)[0]
-        form = None if supernet.family.static_type else supernet.loadability(architecture)
-        with torch.no_grad():
-            got = extract(supernet, architecture, loadability=form)(**inputs)[0]
-        _close(
-            got,
-            wanted,
-            f"promise 4: extracted model differs from {architecture!r}",
-            mask=inputs["attention_mask"],
-        )
+        static = not supernet.layer_parts or supernet.family.static_type
+        form = None if static else supernet.loadability(architecture)
+        for label, extracted in _extracted(supernet, architecture, form):
+            with torch.no_grad():
+                got = extracted(**inputs)[0]
+            _close(
+                got,
+                wanted,
+                f"promise 4: extracted model{label} differs from {architecture!r}",
+                mask=inputs["attention_mask"],
+                tolerance=_MERGED_TOLERANCE if label else TOLERANCE,
+            )
+
+
+def _extracted(supernet: Supernet, architecture: Architecture, form: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The extracted model; with adapters both the base with the extracted adapter on it, and the merged one."""
+    if not supernet.adapter_parts:
+        yield "", extract(supernet, architecture, loadability=form)
+        return
+    yield ", merged,", extract(supernet, architecture, loadability=form, merge=True)
+    if any(part.rank(architecture) for part in supernet.adapter_parts if isinstance(part, LoraPart)):
+        base = extract(supernet, architecture, loadability=form, merge=False)
+        yield "", extract_adapter(supernet, architecture).onto(base)
 
 
 def check_gradients_stay_inside(case: Case) -> None:
@@ -254,16 +288,18 @@ def check_sampling_is_pure(case: Case) -> None:
     assert space.size < 50 or len(set(first)) > 1, "promise 6: every step drew the same subnet"
     reads = [(supernet.active, supernet.space.digest, repr(supernet)) for _ in range(3)]
     assert reads.count(reads[0]) == 3, "promise 6: reading an attribute changed something"
-    if supernet.model.supports_gradient_checkpointing:
+    if supernet.base.supports_gradient_checkpointing:
         _check_checkpointing(case, supernet)
 
 
 def _check_checkpointing(case: Case, supernet: Supernet) -> None:
     architecture = case.architectures(supernet)[-1]
     plain = _gradients(case, supernet, architecture)
-    supernet.model.gradient_checkpointing_enable()
+    supernet.base.gradient_checkpointing_enable()
+    if supernet.adapter_parts:  # the base is frozen, so that nothing before the first adapter has a gradient
+        supernet.base.enable_input_require_grads()
     recomputed = _gradients(case, supernet, architecture)
-    supernet.model.gradient_checkpointing_disable()
+    supernet.base.gradient_checkpointing_disable()
     assert plain.keys() == recomputed.keys(), "promise 6: gradient checkpointing trained other parameters"
     for name, gradient in plain.items():
         gap, limit = _gap(gradient, recomputed[name]), TOLERANCE * float(gradient.abs().max())
@@ -282,12 +318,12 @@ def _gradients(case: Case, supernet: Supernet, architecture: Architecture) -> di
 def check_cache_is_exact(case: Case) -> None:
     """Promise 7: step-by-step outputs with a cache equal those without, for every architecture and left padding."""
     supernet = case.supernet()
-    if not supernet.family.causal:
+    if not family_of(supernet.base, case.family).causal:
         return
     inputs = case.inputs(supernet.model)
     for architecture in case.architectures(supernet):
         with supernet.activate(architecture), torch.no_grad():
-            _check_steps(supernet.model, inputs, f"promise 7: {architecture!r}")
+            _check_steps(supernet.base, inputs, f"promise 7: {architecture!r}")
 
 
 def _check_steps(model: PreTrainedModel, inputs: dict[str, Tensor], label: str) -> None:
@@ -347,8 +383,8 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def _close(got: Tensor, wanted: Tensor, label: str, *, mask: Tensor) -> None:
+def _close(got: Tensor, wanted: Tensor, label: str, *, mask: Tensor, tolerance: float = TOLERANCE) -> None:
     if got.ndim == 3 and got.shape[:2] == mask.shape:  # outputs at padding are arbitrary
         got, wanted = got[mask.bool()], wanted[mask.bool()]
-    limit = TOLERANCE * float(wanted.abs().max())
+    limit = tolerance * float(wanted.abs().max())
     assert _gap(got, wanted) <= limit, f"{label}: difference {_gap(got, wanted):.1e}, allowed {limit:.1e}"

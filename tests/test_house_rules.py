@@ -27,9 +27,12 @@ LAYERS = (
     {"space"},
     {"search"},
     {"layers", "quantgrid", "distillation", "least_squares", "models"},
-    {"families", "parts", "supernet", "declaration", "conversion", "importance", "costs", "streams", "fingerprints"},
+    {
+        "families", "parts", "activation", "supernet", "declaration", "conversion", "importance", "costs", "streams",
+        "fingerprints",
+    },
     STRANGERS,
-    {"repair"},
+    {"repair", "spaces"},
     {"tables"},
     {"objectives"},
     {"report", "pipeline", "cli", "testing"},
@@ -43,7 +46,7 @@ UNFINISHED = re.compile(
 # Methods whose positional parameters are laid down by the library we subclass.
 FOREIGN_SIGNATURES = {
     "forward", "backward", "compute_loss", "training_step", "prediction_step", "evaluation_loop",
-    "sample_independent", "sample_relative", "after_trial", "__exit__",
+    "sample_independent", "sample_relative", "after_trial", "__exit__", "update_layer",
 }  # fmt: skip
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -37,11 +37,13 @@ from hf_elastic import (
     CheckpointError,
     ElasticConfig,
     ElasticError,
+    ElasticLoraConfig,
     Family,
     SearchSpace,
     Skip,
     Supernet,
     UnsupportedModelError,
+    add_lora,
     costs,
     make_elastic,
     set_layer_order,
@@ -561,7 +563,6 @@ def test_a_space_of_more_points_than_a_float_can_count_is_shown(monkeypatch: pyt
 
 
 def test_a_model_without_elastic_layers_has_no_family() -> None:
-    supernet = supernet_of("bert")
-    supernet.parts = ()
+    supernet = add_lora(tiny("bert"), ElasticLoraConfig(r=4, ranks=[2], target_modules=["query"]))
     with pytest.raises(UnsupportedModelError, match="no elastic layers"):
         _ = supernet.family

@@ -159,8 +159,8 @@ def _new_names_in_the_state(patch: Patch) -> None:
 
 
 def _wrong_cut(patch: Patch) -> None:
-    original = extraction._take
-    patch.setattr(extraction, "_take", lambda tensor, region: original(tensor, region).flip(0))
+    original = extraction.take_region
+    patch.setattr(extraction, "take_region", lambda tensor, region: original(tensor, region).flip(0))
 
 
 def _leaking_gradient(patch: Patch) -> None:

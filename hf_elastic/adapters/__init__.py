@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from hf_elastic.adapters.configuration import ElasticLoraConfig
+from hf_elastic.adapters.extraction import ExtractedAdapter, extract_adapter
+from hf_elastic.adapters.loading import add_lora, load_adapter
 from hf_elastic.adapters.merged import Lora, adapted, described
+from hf_elastic.adapters.selection import SubnetStatistics
 
-__all__ = ["Lora", "adapted", "described"]
+__all__ = [
+    "ElasticLoraConfig",
+    "ExtractedAdapter",
+    "Lora",
+    "SubnetStatistics",
+    "adapted",
+    "add_lora",
+    "described",
+    "extract_adapter",
+    "load_adapter",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Loadability, Supernet, save_generation_config
 
 ARCHITECTURE_FILE = "architecture.json"
+_ROUNDED_AGAIN = 10  # W + s B A is rounded where W x + s B A x was not; stock peft's merge differs as much
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 NOTES: Mapping[Loadability, str] = {
@@ -73,6 +75,7 @@ def export(
     source: str | Path | None = None,
     overwrite: bool = False,
     model: PreTrainedModel | None = None,
+    merge: bool | None = None,
 ) -> ExportReport:
     """Writes a subnet to a folder that ``from_pretrained`` loads.
 
@@ -90,6 +93,7 @@ def export(
         overwrite: whether a non-empty folder may be replaced.
         model: written instead of the supernet's own weights: a model of this architecture in this form that was made
             better, as :func:`hf_elastic.refit` and :func:`hf_elastic.recover` return it.
+        merge: what becomes of adapters, see :func:`hf_elastic.extract`.
 
     Raises:
         ArchitectureError: the architecture is not a point of the space.
@@ -100,11 +104,11 @@ def export(
     """
     point = supernet.point(architecture)
     form = loadability or _form_of(model, supernet) or supernet.loadability(point)
-    parent = str(source or supernet.model.config._name_or_path or "")
+    parent = str(source or supernet.base.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
-        save_generation_config(supernet.model, folder)
-        extracted = extract(supernet, point, loadability=form)
-        difference = _check_parity(supernet, point, extracted)
+        save_generation_config(supernet.base, folder)
+        extracted = extract(supernet, point, loadability=form, merge=merge)
+        difference = _check_parity(supernet, point, extracted, merged=bool(merge))
         written = extracted if model is None else _like(extracted, model)
         _save_model(written, folder, form)
         names = copy_companions(parent, folder, tokenizer=tokenizer)
@@ -113,7 +117,7 @@ def export(
     path, has_tokenizer = Path(directory), _has_tokenizer(names)
     note = NOTES[form] if has_tokenizer else f"{NOTES[form]}; {_no_tokenizer(parent)}"
     snippet = _snippet(written, path, form, tokenizer=has_tokenizer, sentences=MODULES in names)
-    macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS)
+    macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS) if supernet.layer_parts else None
     return ExportReport(path, form, note, snippet, names, difference, macs)
 
 
@@ -128,7 +132,7 @@ def _no_tokenizer(parent: str) -> str:
 
 def _form_of(model: PreTrainedModel | None, supernet: Supernet) -> Loadability | None:
     """The form that a model has already, where that is not for the architecture to say."""
-    compact = model is not None and model.config.model_type == supernet.family.static_type
+    compact = model is not None and supernet.layer_parts and model.config.model_type == supernet.family.static_type
     return "remote-code" if compact else None
 
 
@@ -156,14 +160,16 @@ def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None
             shutil.copyfile(file, folder / file.name)
 
 
-def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrainedModel) -> float:
+def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrainedModel, *, merged: bool) -> float:
     """Compares the extracted model with the supernet on token ids before anything is written."""
     inputs = costs.default_inputs(supernet, seq_len=32)
     with evaluating(supernet.model), torch.inference_mode(), supernet.activate(architecture):
-        wanted = supernet.model(**inputs)[0]
+        with nullcontext() if merged else supernet.plain():
+            wanted = supernet.base(**inputs)[0]
         got = model(**inputs)[0]
     difference, scale = float((wanted - got).abs().max()), float(wanted.abs().max())
-    if not difference <= _TOLERANCE.get(wanted.dtype, 5e-2) * max(scale, 1e-6):
+    allowed = _TOLERANCE.get(wanted.dtype, 5e-2) * (_ROUNDED_AGAIN if merged else 1)
+    if not difference <= allowed * max(scale, 1e-6):
         raise ExportError(
             f"the extracted model differs from the subnet by {difference:.2e} (outputs up to {scale:.2e}), "
             "nothing was written; please report this with the model's config"
@@ -177,13 +183,13 @@ def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -
         "digest": architecture.digest,
         "space_digest": supernet.space.digest,
         "loadability": form,
-        "family": supernet.family.model_type,
-        "parent": str(supernet.model.config._name_or_path),
+        "family": supernet.base.config.model_type,
+        "parent": str(supernet.base.config._name_or_path),
         "layer_order": list(supernet.layer_order),
         "layers": [asdict(shape) for shape in supernet.layer_shapes(architecture)],
         "parameters": costs.parameters(supernet, architecture),
         "total_parameters": costs.total_parameters(supernet, architecture),
-        "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS),
+        "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS) if supernet.layer_parts else None,
         "macs_seq_len": costs.LATENCY_TOKENS,
         "versions": {name: version(name) for name in ("transformers", "torch")},
     }

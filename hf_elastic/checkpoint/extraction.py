@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from hf_elastic.checkpoint.static_form import static_class, static_config, static_state_dict
 from hf_elastic.errors import ExportError
-from hf_elastic.layers import Region
+from hf_elastic.layers import Region, take_region
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import shaped
@@ -27,6 +27,7 @@ def extract(
     architecture: Architecture | Mapping[str, Value],
     *,
     loadability: Loadability | None = None,
+    merge: bool | None = None,
 ) -> PreTrainedModel:
     """Copies a subnet into a model of its own, compact: nothing of it is larger than the subnet.
 
@@ -39,25 +40,71 @@ def extract(
         architecture: what.
         loadability: form of the result. By default the stock class if it holds the subnet, else the static
             class (``remote-code``); ``stock-padded`` gives the stock class, padded with zeros.
+        merge: what becomes of adapters, to be said where the model has such: ``True``: those in use are merged into
+            the weights, ``W + s B A`` of the active rank; ``False``: they are left out
+            (:func:`hf_elastic.extract_adapter` gives them).
 
     Returns:
         A stock model, or an ``elastic_bert`` / ``elastic_llama`` / ``elastic_gpt2`` one.
 
     Raises:
         ArchitectureError: the architecture is not a point of the space.
-        ExportError: the form asked for cannot hold it, or the model has no static class.
+        ExportError: the form asked for cannot hold it, the model has no static class, or ``merge`` is not said, cannot
+            be done, or was done already.
     """
     point = supernet.point(architecture)
     natural = supernet.loadability(point)
     form = loadability or ("stock" if natural == "stock" else "remote-code")
     _check_form(supernet, form, natural)
-    cut = _Cut.of(supernet, point)
-    if form == "remote-code":
-        return _static_model(supernet, cut, cut.state_dict(None))
-    target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
-    state = cut.state_dict(target if form == "stock-padded" else None)
-    config = _stock_config(supernet, cut, target)
-    return _build(type(supernet.model), config, state=state, parent=supernet.model)
+    _check_merge(supernet, merge)
+    with supernet.plain() as parent:
+        if not supernet.layer_parts:
+            with supernet.activate(point):
+                weights = {name: tensor.clone() for name, tensor in _weights(supernet, merge=bool(merge)).items()}
+            return _build(type(parent), copy.deepcopy(parent.config), state=weights, parent=parent)
+        cut = _Cut.of(supernet, point, merge=bool(merge))
+        if form == "remote-code":
+            return _static_model(supernet, cut, cut.state_dict(None))
+        target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
+        state = cut.state_dict(target if form == "stock-padded" else None)
+        return _build(type(parent), _stock_config(supernet, cut, target), state=state, parent=parent)
+
+
+def _check_merge(supernet: Supernet, merge: bool | None) -> None:
+    """Refuses an extraction that would do something else with adapters than is meant.
+
+    Raises:
+        ExportError: it would.
+    """
+    parts = supernet.adapter_parts
+    if not parts:
+        if merge:
+            raise ExportError("merge=True, but the model has no adapters; leave it out")
+        return
+    if merge is None:
+        raise ExportError(
+            "the model has adapters: say merge=True (into the weights) or merge=False (the base alone; "
+            "extract_adapter gives the adapter)"
+        )
+    supernet.require_unmerged()
+    packed = [part.base for part in parts if not part.base.get_parameter("weight").is_floating_point()]
+    if merge and packed:
+        raise ExportError(
+            f"the base is quantised ({type(packed[0]).__name__}), so merging would round the sum again; merge into the "
+            "float model that it was made from, or use extract_adapter"
+        )
+
+
+def _weights(supernet: Supernet, *, merge: bool) -> dict[str, Tensor]:
+    """Weights of the model without adapters, or with those in use merged, as far as they are active."""
+    weights = dict(supernet.base.state_dict())
+    if merge:
+        names = {id(module): name for name, module in supernet.base.named_modules()}
+        for part in supernet.adapter_parts:
+            for name, delta in part.delta().items() if part.in_use else ():
+                key = f"{names[id(part.base)]}.{name}"
+                weights[key] = weights[key] + delta.to(weights[key].dtype)
+    return weights
 
 
 def extract_shapes(
@@ -79,18 +126,16 @@ def extract_shapes(
     Raises:
         ExportError: that would be the static class, and the model has none.
     """
-    with supernet.activate(supernet.space.largest()), ExitStack() as stack:
+    with supernet.activate(supernet.space.largest()), supernet.plain(), ExitStack() as stack:
         for part, shape in zip(supernet.layer_parts, shapes, strict=True):
             stack.enter_context(shaped(part, shape))
-        cut = _Cut.active(supernet, shapes, weights or supernet.model.state_dict())
+        cut = _Cut.active(supernet, shapes, weights or supernet.base.state_dict())
     first = supernet.layer_parts[0]
     natural = shapes_loadability(tuple(shapes), supernet.family, hidden_size=first.hidden_size, parent=first.full)
     state = cut.views()
     if natural != "stock":
         return _static_model(supernet, cut, state)
-    return _build(
-        type(supernet.model), _stock_config(supernet, cut, cut.kept[0][1]), state=state, parent=supernet.model
-    )
+    return _build(type(supernet.base), _stock_config(supernet, cut, cut.kept[0][1]), state=state, parent=supernet.base)
 
 
 def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
@@ -103,9 +148,9 @@ def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
             f"export with loadability={natural!r}, or "
             f"search a space made with ElasticConfig(loadability={form!r})"
         )
-    if form == "remote-code" and supernet.family.static_type is None:
+    if form == "remote-code" and (not supernet.layer_parts or supernet.family.static_type is None):
         raise ExportError(
-            f"{type(supernet.model).__name__} has no static class to hold per-layer shapes; "
+            f"{type(supernet.base).__name__} has no static class to hold per-layer shapes; "
             "make the space with ElasticConfig(loadability='stock') or export with loadability='stock-padded'"
         )
 
@@ -120,18 +165,18 @@ class _Cut:
     prefix: str
 
     @classmethod
-    def of(cls, supernet: Supernet, architecture: Architecture) -> _Cut:
+    def of(cls, supernet: Supernet, architecture: Architecture, *, merge: bool = False) -> _Cut:
         with supernet.activate(architecture):
-            return cls.active(supernet, supernet.layer_shapes(architecture), supernet.model.state_dict())
+            return cls.active(supernet, supernet.layer_shapes(architecture), _weights(supernet, merge=merge))
 
     @classmethod
     def active(cls, supernet: Supernet, shapes: Sequence[LayerShape], weights: Mapping[str, Tensor]) -> _Cut:
         """The cut along what is active now, which has these shapes."""
         pairs = list(zip(supernet.layer_parts, shapes, strict=True))
         kept = tuple((part, shape) for part, shape in pairs if not shape.skipped) or (pairs[0],)
-        names = {id(module): name for name, module in supernet.model.named_modules()}
+        names = {id(module): name for name, module in supernet.base.named_modules()}
         prefix = names[id(pairs[0][0].layer)].rsplit(".", 1)[0] + "."
-        return cls(kept, supernet.active_regions(), dict(weights), prefix)
+        return cls(kept, supernet.active_regions(supernet.base), dict(weights), prefix)
 
     def state_dict(self, target: LayerShape | None) -> dict[str, Tensor]:
         """Weights of the kept layers, renumbered; cut, or padded with zeros to ``target``."""
@@ -146,7 +191,7 @@ class _Cut:
                 elif region is None:
                     state[new + name] = tensor.clone()
                 elif region:
-                    state[new + name] = _take(tensor, region)
+                    state[new + name] = take_region(tensor, region)
         return state
 
     def views(self) -> dict[str, Tensor]:
@@ -177,14 +222,9 @@ def _boxes_of(part: LayerPart, shape: LayerShape) -> dict[str, Region]:
         part.apply(before)
 
 
-def _take(tensor: Tensor, region: Region) -> Tensor:
-    """Copies the boxes of a region side by side along the last dimension."""
-    return torch.cat([tensor[box] for box in region], dim=-1).clone()
-
-
 def _resized(tensor: Tensor, region: Region) -> Tensor:
     """The first entries of a tensor in the shape that its region has when it is cut out."""
-    shape = _take(tensor.to("meta"), region).shape
+    shape = take_region(tensor.to("meta"), region).shape
     return tensor.flatten()[: shape.numel()].view(shape)
 
 
@@ -195,7 +235,7 @@ def _padded(tensor: Tensor, region: Region | None, target: Region | None) -> Ten
     kept = torch.zeros_like(tensor)
     for box in region if region is not None else (tuple(slice(None) for _ in tensor.shape),):
         kept[box] = tensor[box]
-    return _take(kept, target)
+    return take_region(kept, target)
 
 
 def _padded_shape(supernet: Supernet, cut: _Cut) -> LayerShape:
@@ -215,7 +255,7 @@ def _padded_shape(supernet: Supernet, cut: _Cut) -> LayerShape:
 
 def _stock_config(supernet: Supernet, cut: _Cut, shape: LayerShape) -> PreTrainedConfig:
     """Copies the parent's config with the uniform shape and the number of layers of the subnet."""
-    row, config = supernet.family, copy.deepcopy(supernet.model.config)
+    row, config = supernet.family, copy.deepcopy(supernet.base.config)
     full = supernet.layer_parts[0].full
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -231,7 +271,7 @@ def _stock_config(supernet: Supernet, cut: _Cut, shape: LayerShape) -> PreTraine
 
 
 def _static_model(supernet: Supernet, cut: _Cut, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    row, parent = supernet.family, supernet.model
+    row, parent = supernet.family, supernet.base
     source = copy.deepcopy(parent.config)
     types = getattr(source, "layer_types", None)
     if types is not None:

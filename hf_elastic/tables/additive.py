@@ -1,38 +1,65 @@
-"""Sums over layers as tables that exact search reads."""
+"""Sums over layers and adapters as tables that exact search reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
-from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.parts import AdapterPart, LayerPart, LayerShape, join_choices
 from hf_elastic.search import AdditiveTable
-from hf_elastic.space import SearchSpace
+from hf_elastic.space import Choice, SearchSpace, Value
 from hf_elastic.supernet import Supernet
+
+OfLayer = Callable[[LayerPart, LayerShape], float]
+OfAdapter = Callable[[AdapterPart, Mapping[str, Value]], float]
 
 
 def layer_table(
-    supernet: Supernet, contribution: Callable[[LayerPart, LayerShape], float], *, constant: float = 0.0
+    supernet: Supernet,
+    contribution: OfLayer | None = None,
+    *,
+    adapter: OfAdapter | None = None,
+    constant: float = 0.0,
 ) -> AdditiveTable | None:
-    """Makes the table of an objective that is a sum over layers.
+    """Makes the table of an objective that is a sum over layers and adapters.
 
     Args:
-        supernet: its layers are the groups; the keys of a group are the canonical points of its choices. A layer
-            without choices adds to the constant.
-        contribution: what a layer in a shape adds.
+        supernet: its layers, each with the adapters inside, are the groups; adapters outside of elastic layers are
+            grouped by the choice that they follow. The keys of a group are the canonical points of its choices; what
+            has no choice adds to the constant.
+        contribution: what a layer in a shape adds; ``None``: nothing.
+        adapter: what an adapter adds in an architecture; ``None``: nothing.
         constant: what every architecture has.
 
     Returns:
-        The table; ``None`` where a part of the supernet is no layer, so that choices would be missing.
+        The table; ``None`` where a part of the supernet is neither, so that choices would be missing.
     """
-    if len(supernet.layer_parts) != len(supernet.parts):
+    if len(supernet.layer_parts) + len(supernet.adapter_parts) != len(supernet.parts):
         return None
     groups, tables = [], []
-    for part in supernet.layer_parts:
-        if not part.choices:
-            constant += contribution(part, part.full)
-            continue
-        names = tuple(choice.name for choice in part.choices)
-        groups.append(names)
-        points = SearchSpace(part.choices).architectures()
-        tables.append({tuple(point[n] for n in names): contribution(part, part.shape(point)) for point in points})
+    for layer, adapters in _grouped(supernet):
+        choices = join_choices([*([layer.choices] if layer else []), *(part.choices for part in adapters)])
+
+        points: Iterable[Mapping[str, Value]] = SearchSpace(choices).architectures() if choices else ({},)
+        names, values = tuple(choice.name for choice in choices), {}
+        for point in points:
+            own = contribution(layer, layer.shape(point)) if layer and contribution else 0
+            around = sum(adapter(part, point) for part in adapters) if adapter else 0
+            values[tuple(point[name] for name in names)] = own + around
+        if names:
+            groups.append(names)
+            tables.append(values)
+        else:
+            constant += values[()]
     return AdditiveTable(tuple(groups), tuple(tables), constant)
+
+
+def _grouped(supernet: Supernet) -> list[tuple[LayerPart | None, list[AdapterPart]]]:
+    """Each layer with its adapters, then the other adapters by the choices that they follow."""
+    grouped: list[tuple[LayerPart | None, list[AdapterPart]]] = [
+        (layer, [part for part in supernet.adapter_parts if part.layer is layer]) for layer in supernet.layer_parts
+    ]
+    free: dict[tuple[Choice, ...], list[AdapterPart]] = {}
+    for part in supernet.adapter_parts:
+        if part.layer is None:
+            free.setdefault(part.choices, []).append(part)
+    return [*grouped, *((None, parts) for parts in free.values())]

@@ -161,6 +161,7 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
             f"training starts while {supernet.active} is active; leave activate(...) first, "
             "so that the largest is active outside of steps"
         )
+    _check_trainable(supernet)
     if args.n_gpu > 1:
         raise TrainingError(
             f"nn.DataParallel over {args.n_gpu} GPUs runs the model in threads, which no handle can switch; "
@@ -171,6 +172,19 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
         raise TrainingError(f"{kind} shards parameters, so that decay cannot follow active slices; use DDP")
     if args.parallel_mode == ParallelMode.DISTRIBUTED:
         _check_distributed(supernet, args, model=model)
+
+
+def _check_trainable(supernet: Supernet) -> None:
+    """Check that every subnet has something to train, since a backward pass without it raises."""
+    with supernet.activate(supernet.space.smallest()):
+        regions = supernet.active_regions()
+    trained = [name for name, parameter in supernet.model.named_parameters() if parameter.requires_grad]
+    if all(regions.get(name) == () for name in trained):
+        what = "the model is frozen" if not trained else "the smallest subnet skips all that is trained"
+        raise TrainingError(
+            f"{what}, so nothing of a step could be learned; let skip= and num_hidden_layers= leave a layer with an "
+            "adapter, or train another module too (modules_to_save)"
+        )
 
 
 def _check_distributed(supernet: Supernet, args: TrainingArguments, *, model: nn.Module) -> None:

@@ -1,0 +1,145 @@
+"""Puts elastic adapters onto a model: new ones, and saved ones back onto their base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_elastic.adapters.configuration import ElasticLoraConfig
+from hf_elastic.adapters.recognition import check_base
+from hf_elastic.errors import CheckpointError, ElasticError, SpaceError, UnsupportedModelError
+from hf_elastic.layers import PartHolder
+from hf_elastic.parts import LayerPart
+from hf_elastic.supernet import Supernet
+
+
+def add_lora(
+    model: nn.Module, config: ElasticLoraConfig, *, adapter_name: str = "default", seed: int | None = None
+) -> Supernet:
+    """Puts new elastic adapters onto a model: ``Supernet(get_peft_model(model, config))``, checked beforehand.
+
+    Args:
+        model: a model, or what ``make_elastic`` returned the handle of.
+        config: of the adapters.
+        adapter_name: what they are called.
+        seed: of their first weights; by default they are drawn from torch's own state, as peft does.
+
+    Returns:
+        A handle on the ``PeftModel``.
+
+    Raises:
+        SpaceError: a target or a pattern matches no module.
+        UnsupportedModelError: a targeted module has no rank to choose, or the model has adapters already. The model is
+            left as it was.
+    """
+    if isinstance(model, PeftModel):
+        raise UnsupportedModelError("the model has adapters already; use its add_adapter, then Supernet(model)")
+    config.check(model)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:  # peft draws from the state that all libraries share
+            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        try:
+            adapted = get_peft_model(model, config, adapter_name)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, ElasticError):
+                raise
+            raise SpaceError(f"peft cannot adapt {type(model).__name__}: {' '.join(str(error).split())}") from error
+    return Supernet(adapted)
+
+
+def load_adapter(
+    model: nn.Module, directory: str | Path, *, adapter_name: str = "default", is_trainable: bool = False
+) -> Supernet:
+    """Puts elastic adapters that ``PeftModel.save_pretrained`` wrote onto their base, ranks to choose included.
+
+    (``PeftModel.from_pretrained`` by itself makes plain adapters of the largest rank of them.)
+
+    Args:
+        model: the base: the model that ``get_peft_model`` was given, made elastic in the same way if it was so; or a
+            ``PeftModel`` on it that gets a further adapter.
+        directory: folder or Hub name.
+        adapter_name: what it is called in the model.
+        is_trainable: whether it will be trained further.
+
+    Returns:
+        A handle on the ``PeftModel``.
+
+    Raises:
+        CheckpointError: there is no such adapter, it is not elastic, or it was trained on another base or in another
+            space of it; the model is left as it was.
+    """
+    config = _read_config(str(directory))
+    config.inference_mode = not is_trainable
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        weights = load_peft_weights(str(directory), device="cpu")
+    except Exception as error:  # peft and safetensors raise whatever their parts raise
+        raise CheckpointError(f"cannot read the adapter in {directory}: {' '.join(str(error).split())}") from error
+    _check_shapes(base, weights, where=str(directory))
+    if config.trained_on is not None:
+        check_base(config.trained_on, _adaptable(base), layers=_elastic_layers(base))
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        adapted = model
+    else:
+        adapted = PeftModel(model, config, adapter_name)
+    report = set_peft_model_state_dict(adapted, weights, adapter_name=adapter_name)
+    if lost := list(getattr(report, "unexpected_keys", ())):
+        raise CheckpointError(f"{len(lost)} weights of {directory} have no place in the model, such as {lost[0]}")
+    if not is_trainable:
+        adapted.eval()
+    return Supernet(adapted)
+
+
+def _read_config(directory: str) -> ElasticLoraConfig:
+    try:
+        config = ElasticLoraConfig.from_pretrained(directory)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"cannot read an adapter in {directory}: {' '.join(str(error).split())}") from error
+    if config.trained_on is None and config.ranks is None:
+        raise CheckpointError(f"the adapter in {directory} has one rank; load it with PeftModel.from_pretrained")
+    return config
+
+
+def _check_shapes(base: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
+    """Checks names and sizes of the adapted modules before anything is changed."""
+    modules: dict[str, Any] = _adaptable(base)
+    for name, tensor in weights.items():
+        for factor, axis, size in ((".lora_A.weight", 1, "in_features"), (".lora_B.weight", 0, "out_features")):
+            if not name.endswith(factor):
+                continue
+            path = name.removeprefix("base_model.model.").removesuffix(factor)
+            module = modules.get(path)
+            if module is None:
+                raise CheckpointError(
+                    f"the adapter in {where} adapts {path}, which the {type(base).__name__} does not have; it was "
+                    "trained on another base"
+                )
+            found = _features(module)[size]
+            if found != tensor.shape[axis]:
+                raise CheckpointError(
+                    f"the adapter in {where} was trained on another base: {path} has {found} {size}, the adapter "
+                    f"{tensor.shape[axis]}"
+                )
+
+
+def _adaptable(base: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the name that they have without adapters."""
+    return {name.removesuffix(".base_layer"): module for name, module in base.named_modules()}
+
+
+def _elastic_layers(base: nn.Module) -> list[LayerPart]:
+    holders = [module for module in base.modules() if isinstance(module, PartHolder)]
+    return [part for holder in holders for part in holder.elastic_parts if isinstance(part, LayerPart)]
+
+
+def _features(module: Any) -> dict[str, int]:
+    if isinstance(module, Conv1D):
+        return {"in_features": module.nx, "out_features": module.nf}
+    return {size: int(getattr(module, size, 0)) for size in ("in_features", "out_features")}

@@ -1,0 +1,93 @@
+"""Recognises what adapters were made for: the modules that their configuration names, and the base they stand on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from hf_elastic.errors import CheckpointError, SpaceError
+from hf_elastic.parts import LayerPart, join_choices
+from hf_elastic.space import SearchSpace
+
+_MODULES, _ENTRIES = 8, 16
+_TOLERANCE = 0.01  # rounding a weight to bf16 moves it by at most .004
+
+
+class Patterns(Protocol):
+    """What of a LoRA configuration names modules."""
+
+    ranks: Any
+    rank_pattern: Any
+    alpha_pattern: Any
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern names a module, as peft matches the keys of ``rank_pattern``."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def check_patterns(config: Patterns, modules: Sequence[str]) -> None:
+    """Refuses patterns with typos.
+
+    Raises:
+        SpaceError: a pattern matches none of the adapted modules.
+    """
+    entries = {"ranks": config.ranks if isinstance(config.ranks, dict) else {}}
+    entries |= {"rank_pattern": config.rank_pattern or {}, "alpha_pattern": config.alpha_pattern or {}}
+    for what, patterns in entries.items():
+        check_matched(what, patterns, modules)
+
+
+def check_matched(what: str, patterns: Iterable[str], modules: Sequence[str]) -> None:
+    """Raises a :class:`SpaceError` unless every pattern matches a module."""
+    if lost := sorted(pattern for pattern in patterns if not any(matches(pattern, name) for name in modules)):
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+        raise SpaceError(f"{what} names {', '.join(map(repr, lost))}, but the adapted modules end in {leaves}")
+
+
+def described_base(bases: Mapping[str, nn.Module], *, layers: Sequence[LayerPart]) -> dict[str, Any]:
+    """Writes down what adapters are trained on: a few entries of a few adapted weights, and the space of the base."""
+    chosen = list(bases)[:: max(1, len(bases) // _MODULES)][:_MODULES]
+    return {
+        "space": SearchSpace(join_choices(part.choices for part in layers)).digest if layers else None,
+        "weights": {name: _sample(bases[name].get_parameter("weight")) for name in chosen},
+    }
+
+
+def check_base(known: Mapping[str, Any], bases: Mapping[str, nn.Module], *, layers: Sequence[LayerPart]) -> None:
+    """Checks that adapters stand on what they were trained on; a base in another precision is the same one.
+
+    Args:
+        known: as :func:`described_base` wrote it.
+        bases: adapted modules by name.
+        layers: elastic layers of the base.
+
+    Raises:
+        CheckpointError: it is another base, or another space of it.
+    """
+    if lost := sorted(known["weights"].keys() - bases.keys()):
+        raise CheckpointError(f"the adapters were trained on another base: it had a module {lost[0]}")
+    found = described_base({name: bases[name] for name in known["weights"]}, layers=layers)
+    for name, theirs in known["weights"].items():
+        ours = found["weights"][name]
+        other = len(ours) != len(theirs) or math.dist(ours, theirs) > _TOLERANCE * math.hypot(*theirs)
+        if theirs and ours and other:
+            raise CheckpointError(f"the adapters were trained on another base: its {name} has other weights")
+    if known["space"] != found["space"]:
+        raise CheckpointError(
+            "the adapters were trained in another space of their base; make the base elastic with the ElasticConfig "
+            "that they were trained with, before they are put onto it"
+        )
+
+
+def _sample(weight: Tensor) -> list[float]:
+    """A few entries of a weight; none of a quantised one, whose entries say nothing by themselves."""
+    if not weight.is_floating_point() or weight.is_meta:
+        return []
+    flat = weight.detach().flatten()
+    entries = flat[:: max(1, len(flat) // _ENTRIES)][:_ENTRIES].float()
+    return [float(f"{value:.5g}") for value in entries.tolist()]

@@ -1,0 +1,154 @@
+"""Search spaces as papers have published them, by name, as functions of a model's config.
+
+At the size of the paper's model each is exactly the published one; other sizes get the same fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_elastic.adapters import ElasticLoraConfig, add_lora
+from hf_elastic.conversion import make_elastic
+from hf_elastic.declaration import ElasticConfig
+from hf_elastic.errors import SpaceError
+from hf_elastic.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class PublishedSpace:
+    """A space of the base, of its adapters, or of both.
+
+    Attributes:
+        source: where it was published.
+        elastic: which dimensions of the base are choices; ``None``: none (Mode A).
+        lora: the adapters.
+    """
+
+    source: str
+    elastic: ElasticConfig | None
+    lora: ElasticLoraConfig
+
+    def make(self, model: PreTrainedModel, *, seed: int | None = None) -> Supernet:
+        """Makes a model elastic in this space, in place, and returns the handle.
+
+        Args:
+            model: of the config that the space was made for.
+            seed: of the adapters' first weights.
+        """
+        if self.elastic is not None:
+            make_elastic(model, self.elastic)
+        return add_lora(model, self.lora, seed=seed)
+
+
+_BERT_HEADS, _BERT_NEURONS = 12, 3072
+_BERT_LAYERS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((384,), (2634, 216)), ((320,), (2634, 181)), ((256,), (2627, 208)), ((512,), (2676, 226)), ((512,), (2628, 179)),
+    ((704,), (2662, 175)), ((576,), (2706, 182)), ((576,), (2687, 169)), ((640,), (2616, 165)), ((192,), (2400, 160)),
+    ((704, 192), (2198, 163)), ((320,), (1940, 150)),
+)  # fmt: skip
+"""Widths of query, key and value below 768, and of the FFN below 3072, of each layer of BERT-base."""
+
+
+def lonas_bert(config: PreTrainedConfig) -> PublishedSpace:
+    """LoNAS on BERT: heads and FFN of every layer, and ranks 8, 4, 2 of its query and value (3^25 · 2^11 at BERT-base).
+
+    Muñoz et al., LoNAS (LREC-COLING 2024); table V of ZeroLM (arXiv 2503.18646) and the official NNCF configuration
+    agree. The widths are in heads of 64; another model gets the nearest numbers of its own heads and neurons, and layer
+    ``i`` of ``n`` the row of BERT's layer nearest to ``11 i / (n - 1)``.
+
+    Raises:
+        SpaceError: the config is of no BERT, RoBERTa or DistilBERT.
+    """
+    _require(config, ("bert", "roberta", "distilbert"), name="lonas_bert")
+    distil = config.model_type == "distilbert"
+    layers = config.n_layers if distil else config.num_hidden_layers
+    heads = config.n_heads if distil else config.num_attention_heads
+    neurons = config.hidden_dim if distil else config.intermediate_size
+    rows = [_BERT_LAYERS[round(i * (len(_BERT_LAYERS) - 1) / max(1, layers - 1))] for i in range(layers)]
+    elastic = ElasticConfig(
+        num_attention_heads={i: _scaled(row[0], whole=64 * _BERT_HEADS, to=heads) for i, row in enumerate(rows)},
+        intermediate_size={i: _scaled(row[1], whole=_BERT_NEURONS, to=neurons) for i, row in enumerate(rows)},
+    )
+    targets = ["q_lin", "v_lin"] if distil else ["query", "value"]
+    lora = ElasticLoraConfig(r=8, lora_alpha=16, ranks=[8, 4, 2], target_modules=targets)
+    return PublishedSpace("LoNAS (LREC-COLING 2024); arXiv 2503.18646, table V", elastic, lora)
+
+
+_LLAMA_NEURONS = 11008
+_LLAMA_WIDTHS = (9632, 8256, 6880, 5504)
+
+
+def lonas_llama(config: PreTrainedConfig) -> PublishedSpace:
+    """LoNAS on LLaMA: FFN widths, and ranks 32 and 28 of attention and of gate and up (2^64 · 5^32 at LLaMA-7B).
+
+    Muñoz et al., LoNAS (LREC-COLING 2024); table VI of ZeroLM (arXiv 2503.18646). ``down_proj`` has an adapter of fixed
+    rank; heads are not chosen. At 13B the published widths are the same fractions.
+
+    Raises:
+        SpaceError: the config is of no LLaMA family.
+    """
+    _require(config, ("llama", "mistral", "qwen2", "qwen3"), name="lonas_llama")
+    widths = _scaled(_LLAMA_WIDTHS, whole=_LLAMA_NEURONS, to=config.intermediate_size)
+    lora = ElasticLoraConfig(
+        r=32, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "gate_proj", "down_proj"],
+        ranks={"q_proj|k_proj|v_proj": [32, 28], "up_proj|gate_proj": [32, 28]},
+    )  # fmt: skip
+    source = "LoNAS (LREC-COLING 2024); arXiv 2503.18646, table VI"
+    return PublishedSpace(source, ElasticConfig(intermediate_size=widths), lora)
+
+
+def shears_llama(config: PreTrainedConfig) -> PublishedSpace:
+    """Shears on LLaMA: ranks 32, 24 and 16 of attention, of up, and of down in every layer, on a sparse frozen base.
+
+    Muñoz et al., Shears (NAACL 2024 industry track, arXiv 2404.10934). The sparsity is that of the weights as they are.
+
+    Raises:
+        SpaceError: the config is of no LLaMA family.
+    """
+    _require(config, ("llama", "mistral", "qwen2", "qwen3"), name="shears_llama")
+    lora = ElasticLoraConfig(
+        r=32, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+        ranks={"q_proj|k_proj|v_proj": [32, 24, 16], "up_proj": [32, 24, 16], "down_proj": [32, 24, 16]},
+    )  # fmt: skip
+    return PublishedSpace("Shears (arXiv 2404.10934)", None, lora)
+
+
+def sqft_llama(config: PreTrainedConfig) -> PublishedSpace:
+    """SQFT on Llama-3 and Mistral: ranks 32, 28, 24, 20, 16 of attention; up and down have fixed rank.
+
+    Muñoz et al., SQFT (EMNLP 2024 findings, arXiv 2410.03750), the configuration of its runs.
+
+    Raises:
+        SpaceError: the config is of no LLaMA family.
+    """
+    _require(config, ("llama", "mistral", "qwen2", "qwen3"), name="sqft_llama")
+    lora = ElasticLoraConfig(
+        r=32, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+        ranks={"q_proj|k_proj|v_proj": [32, 28, 24, 20, 16]},
+    )  # fmt: skip
+    return PublishedSpace("SQFT (arXiv 2410.03750)", None, lora)
+
+
+PUBLISHED: Mapping[str, Callable[[PreTrainedConfig], PublishedSpace]] = {
+    "lonas-bert": lonas_bert,
+    "lonas-llama": lonas_llama,
+    "shears-llama": shears_llama,
+    "sqft-llama": sqft_llama,
+}
+"""The published spaces by the names that the command line uses."""
+
+
+def _require(config: PreTrainedConfig, allowed: tuple[str, ...], *, name: str) -> None:
+    if config.model_type not in allowed:
+        raise SpaceError(f"{name} is a space of {', '.join(allowed)} models, got a config of {config.model_type!r}")
+
+
+def _scaled(sizes: tuple[int, ...], *, whole: int, to: int) -> list[int]:
+    """Sizes as the same fractions of another whole, at least 1 and below it."""
+    return sorted({min(to, max(1, round(size * to / whole))) for size in sizes})

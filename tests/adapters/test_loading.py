@@ -1,0 +1,89 @@
+"""Elastic adapters put back onto their base, and refused on another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lora_models import elastic, logits, stock
+from peft import PeftModel
+from test_elastic_lora import state_of
+from tiny_models import tiny
+
+from hf_elastic import CheckpointError, ElasticConfig, ElasticLoraConfig, Supernet, load_adapter, make_elastic
+
+WIDTHS = ElasticConfig(intermediate_size=[16])
+
+
+def saved(folder: Path, *, elastic_base: bool = False) -> Supernet:
+    model = tiny("llama")
+    if elastic_base:
+        make_elastic(model, WIDTHS)
+    supernet = elastic(model, target_modules=["q_proj", "up_proj"])
+    supernet.model.save_pretrained(folder)
+    return supernet
+
+
+def test_ranks_are_choices_again(tmp_path: Path) -> None:
+    supernet = saved(tmp_path)
+    again = load_adapter(tiny("llama"), tmp_path, is_trainable=True)
+    assert again.space == supernet.space
+    assert [p.requires_grad for n, p in again.model.named_parameters() if ".lora_" in n].count(False) == 0
+    for point in (supernet.space.smallest(), supernet.space.largest()):
+        with supernet.activate(point), again.activate(point):
+            assert torch.equal(logits(again.model.eval()), logits(supernet.model))
+
+
+def test_a_further_adapter_joins_a_model_that_has_one(tmp_path: Path) -> None:
+    supernet = saved(tmp_path)
+    both = load_adapter(elastic(tiny("llama"), target_modules=["q_proj"]).model, tmp_path, adapter_name="second")
+    both.model.set_adapter("second")
+    assert torch.equal(logits(both.model), logits(supernet.model))
+    assert "second.layers.0.r" in both.space.names
+
+
+def test_a_base_in_another_precision_is_the_same_base(tmp_path: Path) -> None:
+    saved(tmp_path)
+    assert load_adapter(tiny("llama").to(torch.bfloat16), tmp_path).space.size == 27
+
+
+def test_another_base_or_space_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    saved(tmp_path / "plain")
+    saved(tmp_path / "elastic", elastic_base=True)
+    for model, folder, says in (
+        (tiny("llama", seed=1), "plain", "another base"),
+        (tiny("llama", num_hidden_layers=2), "plain", "does not have"),
+        (tiny("llama", hidden_size=64), "plain", "another base: model.layers.0"),
+        (tiny("bert"), "plain", "does not have"),
+        (tiny("llama"), "elastic", "another space"),
+        (make_elastic(tiny("llama"), WIDTHS).model, "plain", "another space"),
+        (make_elastic(tiny("llama"), ElasticConfig(intermediate_size=[32])).model, "elastic", "another space"),
+    ):
+        before = state_of(model)
+        with pytest.raises(CheckpointError, match=says):
+            load_adapter(model, tmp_path / folder)
+        assert state_of(model) == before
+    load_adapter(make_elastic(tiny("llama"), WIDTHS).model, tmp_path / "elastic")
+
+
+def test_peft_by_itself_is_checked_when_the_handle_is_made(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = ElasticLoraConfig.from_pretrained(tmp_path)
+    adapted = PeftModel.from_pretrained(tiny("llama", seed=1), tmp_path, config=config)
+    with pytest.raises(CheckpointError, match="another base"):
+        Supernet(adapted)
+    assert Supernet(PeftModel.from_pretrained(tiny("llama"), tmp_path, config=config)).space.size == 27
+
+
+def test_what_is_no_elastic_adapter_is_refused(tmp_path: Path) -> None:
+    stock(tiny("llama")).save_pretrained(tmp_path / "stock")
+    with pytest.raises(CheckpointError, match="PeftModel.from_pretrained"):
+        load_adapter(tiny("llama"), tmp_path / "stock")
+    with pytest.raises(CheckpointError, match="cannot read an adapter"):
+        load_adapter(tiny("llama"), tmp_path / "nowhere")
+    saved(tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="cannot read the adapter"):
+        load_adapter(tiny("llama"), tmp_path / "cut")
