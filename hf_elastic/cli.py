@@ -23,7 +23,7 @@ from hf_elastic.checkpoint import export as export_subnet
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
-from hf_elastic.pipeline import CompressRun, export_family, front_row, open_for_export, search_run
+from hf_elastic.pipeline import CompressRun, LoraRun, export_family, front_row, open_for_export, search_run
 from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
@@ -66,6 +66,9 @@ def compress_command(
     space: Annotated[
         str | None, typer.Option(help="ElasticConfig as JSON, or a file of it; else a default one.")
     ] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Ranks of elastic adapters, r=32,24,16; with --space the frozen base is cut too.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = Default.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = Default.learning_rate,
@@ -92,6 +95,7 @@ def compress_command(
         evaluations=evaluations,
         loadability=loadability,
         space=_space(space, loadability),
+        lora=lora,
         sequence_length=sequence_length,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -102,7 +106,7 @@ def compress_command(
         seed=seed,
     )
     with _resumable():
-        run = CompressRun(options, say=typer.echo)
+        run = (CompressRun if lora is None else LoraRun)(options, say=typer.echo)
         if dry_run:
             typer.echo(run.dry_run())
         else:

@@ -23,7 +23,7 @@ from torch import nn
 
 from hf_elastic.layers import evaluating
 from hf_elastic.parts import LayerPart, LayerShape
-from hf_elastic.space import Architecture
+from hf_elastic.space import Architecture, SearchSpace
 
 if TYPE_CHECKING:
     from hf_elastic.supernet import Supernet
@@ -286,9 +286,10 @@ def default_inputs(supernet: Supernet, *, seq_len: int = LATENCY_TOKENS) -> dict
 def describe(supernet: Supernet) -> str:
     """What ``print(supernet)`` shows: size of the space, costs, latency, shares of each loadability."""
     space = supernet.space
-    if not supernet.layer_parts:
-        return f"{supernet!r}\n  {len(space)} choices"
     low, high = space.smallest(), space.largest()
+    if not supernet.layer_parts:
+        lines = [f"{type(supernet.base).__name__} with elastic adapters", _size_line(space), *_adapter_line(supernet)]
+        return "\n".join([*lines, _active_line(supernet)])
     tokens = LATENCY_TOKENS
     rng = random.Random(0)
     counts = Counter(supernet.loadability(space.sample(rng)) for _ in range(_LOADABILITY_SAMPLES))
@@ -298,16 +299,36 @@ def describe(supernet: Supernet) -> str:
     return "\n".join(
         [
             f"{type(supernet.base).__name__} supernet ({supernet.family.model_type})",
-            f"  architectures  {count(space.size)} from {len(space)} choices",
+            _size_line(space),
             f"  parameters     {count(small)} to {count(large)} without embeddings "
             f"({small / large:.0%} to 100%), plus {count(embedding_parameters(supernet))} in embeddings",
+            *_adapter_line(supernet),
             f"  MACs           {count(small_macs)} to {count(large_macs)} at 1 x {tokens} tokens "
             f"({small_macs / large_macs:.0%} to 100%)",
             f"  latency        {_latency_line(supernet, low, high)}",
             f"  loadability    {shares} (of {_LOADABILITY_SAMPLES} sampled)",
-            f"  active         {'largest' if supernet.active == high else repr(supernet.active)}",
+            _active_line(supernet),
         ]
     )
+
+
+def _size_line(space: SearchSpace) -> str:
+    return f"  architectures  {count(space.size)} from {len(space)} choices"
+
+
+def _active_line(supernet: Supernet) -> str:
+    largest = supernet.active == supernet.space.largest()
+    return f"  active         {'largest' if largest else repr(supernet.active)}"
+
+
+def _adapter_line(supernet: Supernet) -> list[str]:
+    """The line about adapters, where there are some."""
+    if not supernet.adapter_parts:
+        return []
+    space = supernet.space
+    small, large = (adapter_parameters(supernet, point) for point in (space.smallest(), space.largest()))
+    modules = f"on {len(supernet.adapter_parts)} modules, gone when merged"
+    return [f"  adapters       {count(small)} to {count(large)} parameters ({small / large:.0%} to 100%) {modules}"]
 
 
 def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> str:

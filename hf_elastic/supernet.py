@@ -379,9 +379,14 @@ class Supernet:
 
 
 def _check_wrappers(model: nn.Module) -> None:
-    """Refuses stock adapters on elastic projections: they would not follow when these shrink."""
+    """Refuses stock adapters on elastic projections, and copies of these: they would not follow when these shrink."""
     for name, module in model.named_modules():
-        wrapped = dict(module.named_children()).get("base_layer")
+        children = dict(module.named_children())
+        wrapped, copied = children.get("base_layer"), children.get("original_module")
+        if copied is not None and any(isinstance(inner, ElasticProjection) for inner in copied.modules()):
+            raise UnsupportedModelError(
+                f"modules_to_save copies {name}, which is elastic and would not shrink; name heads and poolers only"
+            )
         if isinstance(wrapped, ElasticProjection) and not isinstance(module, PartHolder):
             raise UnsupportedModelError(
                 f"{name} is a stock {type(module).__name__} on an elastic projection, whose sizes it cannot follow; "

@@ -43,8 +43,12 @@ class ExtractedAdapter:
             CheckpointError: the folder is not empty or cannot be written; nothing is left half-written.
         """
         with whole_folder(directory, overwrite=overwrite) as folder:
-            self.config.save_pretrained(str(folder))
-            save_file(dict(self.weights), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Writes the adapter's two files into a folder that is there."""
+        self.config.save_pretrained(str(folder))
+        save_file(dict(self.weights), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def onto(self, model: nn.Module) -> PeftModel:
         """Puts the adapter onto a model, as peft does: the one the supernet was made of, or an extracted one."""

@@ -1,5 +1,6 @@
 """``compress``: the whole path from a checkpoint to a smaller one, in one call; and its steps one at a time."""
 
+from hf_elastic.pipeline.lora_run import LoraResult, LoraRun
 from hf_elastic.pipeline.nested import FamilyResult, export_family
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.run import CompressResult, CompressRun, compress
@@ -10,6 +11,8 @@ __all__ = [
     "CompressResult",
     "CompressRun",
     "FamilyResult",
+    "LoraResult",
+    "LoraRun",
     "compress",
     "export_family",
     "front_row",

@@ -48,6 +48,9 @@ class CompressOptions:
         loadability: ``stock`` keeps to what ordinary checkpoints hold; ``any`` may need ``trust_remote_code``. A
             ``space`` has its own.
         space: which dimensions become choices; by default FFN widths and layers (and heads with ``any``).
+        lora: ranks of elastic adapters, such as ``"r=32,24,16"``: the base stays frozen, adapters are trained on the
+            data. Without ``space`` only ranks are chosen, within ``adapter_parameters`` (by default 0.75), and a plain
+            peft adapter is written; with a space the base is cut too and the merged model is written.
         sequence_length: longest sequence in tokens; at most the model's positions.
         batch_size: sequences per step.
         learning_rate: peak of the schedule.
@@ -72,6 +75,7 @@ class CompressOptions:
     evaluations: int = 80
     loadability: Loadability = "stock"
     space: ElasticConfig | None = None
+    lora: str | None = None
     sequence_length: int = 64
     batch_size: int = 32
     learning_rate: float = 5e-4
@@ -109,13 +113,18 @@ class CompressOptions:
             raise CheckpointError(f"output={self.output!r} names no folder; give one that does not exist")
 
     def _check_budgets(self) -> None:
+        if not isinstance(self.lora, str | None):
+            raise SpaceError(f"lora={self.lora!r} must be text such as 'r=32,24,16'")
         others = any(budget is not None for budget in (self.speedup, self.latency, self.memory))
         for name, example in (("latency", "8ms"), ("memory", "6GB")):
             if not isinstance(value := getattr(self, name), str | None):
                 raise SpaceError(f"{name}={value!r} must be text with a unit, such as {example!r}")
         if not isinstance(self.within, Mapping | None):
             raise SpaceError(f"within={self.within!r} must be a dict such as {{'parameters': 0.6}}")
-        within = self.within if self.within is not None else {} if others else _WITHIN
+        default = _WITHIN_ADAPTERS if self.lora is not None and self.space is None else _WITHIN
+        within = self.within if self.within is not None else {} if others else default
+        if self.lora is not None and others:
+            raise SpaceError("with lora= limits are given as within=, such as macs=0.7 or adapter_parameters=0.5")
         if not (within or others) or any(not (_is_number(limit) and limit > 0) for limit in within.values()):
             raise SpaceError(f"within={dict(within)} must name a cost and a limit above 0, such as parameters=0.6")
         object.__setattr__(self, "within", dict(within))
@@ -171,6 +180,7 @@ class CompressOptions:
 
 
 _WITHIN: Mapping[str, float] = {"parameters": 0.6}
+_WITHIN_ADAPTERS: Mapping[str, float] = {"adapter_parameters": 0.75}
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "task": get_args(TaskName),
     "recipe": get_args(Recipe),

@@ -52,6 +52,7 @@ from hf_elastic.pipeline.kept import (
     text_digest,
 )
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
+from hf_elastic.pipeline.lora_run import LoraResult, LoraRun
 from hf_elastic.pipeline.nested import FamilyResult, export_family
 from hf_elastic.pipeline.options import CompressOptions, default_space
 from hf_elastic.pipeline.progress import progress_bar
@@ -484,16 +485,14 @@ class CompressRun:
         return Supernet.from_pretrained(self.folder / folder, dtype=torch.float32).to(self.device)
 
 
-def compress(options: CompressOptions, *, say: Say = print) -> CompressResult:
-    """Makes a checkpoint smaller: supernet, training, search, export, and a table of what it gained and cost.
-
-    Interrupted, the same call goes on where it was.
+def compress(options: CompressOptions, *, say: Say = print) -> CompressResult | LoraResult:
+    """Makes a checkpoint smaller: supernet, training, search, export, and a table. Interrupted, the same call goes on.
 
     Args:
-        options: the checkpoint, the text, the limits, the output and the time.
+        options: the checkpoint, the text, the limits, the output and the time; with ``lora`` adapters are trained.
         say: where progress lines go.
 
     Raises:
         ElasticError: the options cannot be met; said before any training.
     """
-    return CompressRun(options, say=say).run()
+    return (CompressRun if options.lora is None else LoraRun)(options, say=say).run()

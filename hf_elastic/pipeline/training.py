@@ -50,7 +50,7 @@ def train_phase(
         supernet=supernet,
         sampling=rule,
         distill=Distillation(target=task.target, teacher=teacher, state_distance="relative"),
-        args=_arguments(options, folder=folder, steps=steps, bf16=bf16),
+        args=arguments_of(options, folder=folder, steps=steps, bf16=bf16),
         train_dataset=InOrder(data.train, order),
         data_collator=data.collate,
     )
@@ -58,7 +58,8 @@ def train_phase(
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
 
 
-def _arguments(options: CompressOptions, *, folder: Path, steps: int, bf16: bool) -> TrainingArguments:
+def arguments_of(options: CompressOptions, *, folder: Path, steps: int, bf16: bool) -> TrainingArguments:
+    """The Trainer's settings of a training of so many steps."""
     return TrainingArguments(
         str(folder),
         max_steps=steps,

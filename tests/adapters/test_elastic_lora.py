@@ -200,6 +200,14 @@ def test_modules_to_save_are_trained_and_counted_once() -> None:
     assert costs.total_parameters(supernet, point) == sum(p.numel() for p in tiny("bert", "sequence").parameters())
 
 
+def test_a_copy_of_an_elastic_projection_is_refused() -> None:
+    model = tiny("bert", "sequence")
+    make_elastic(model, ElasticConfig(intermediate_size=[16]))
+    config = ElasticLoraConfig(r=8, ranks=[2], target_modules=["query"], modules_to_save=["output.dense"])
+    with pytest.raises(UnsupportedModelError, match="modules_to_save copies"):
+        Supernet(get_peft_model(model, config))
+
+
 # -- copies -----------------------------------------------------------------------------------------------------------
 
 
