@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.adapters.configuration import ElasticLoraConfig
@@ -51,6 +53,27 @@ def add_lora(
                 raise
             raise SpaceError(f"peft cannot adapt {type(model).__name__}: {' '.join(str(error).split())}") from error
     return Supernet(adapted)
+
+
+def fixed_lora(
+    model: PreTrainedModel, *, rank: int, targets: Sequence[str], head: Sequence[str] = (), seed: int = 0
+) -> PeftModel:
+    """Puts stock LoRA of one rank onto a model, with the weights that :func:`add_lora` would begin with.
+
+    Args:
+        model: a plain model.
+        rank: of all adapters; the scaling is 2.
+        targets: names of modules.
+        head: modules that are trained as a whole.
+        seed: of the adapters' first weights.
+    """
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(targets), modules_to_save=list(head) or None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+    return adapted
 
 
 def load_adapter(
