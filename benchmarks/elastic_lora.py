@@ -2,8 +2,8 @@
 
     python benchmarks/elastic_lora.py [--families bert llama gpt2] [--parts control largest random memory] [--json FILE]
 
-Both models have adapters of rank 32 on all linear layers and the same weights; the elastic ones may have rank 16, 24 or 32
-per layer.
+Both models have adapters of rank 32 on all linear layers and the same weights; the elastic ones may have rank 16, 24 or
+32 per layer.
 
 * ``largest``: all ranks at 32, against stock LoRA;
 * ``random``: other ranks drawn and activated in every pass, against stock LoRA at 32;

@@ -25,6 +25,7 @@ from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
 from hf_elastic.pipeline import CompressRun, LoraRun, export_family, front_row, open_for_export, search_run
 from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
+from hf_elastic.pipeline.reproduction import reproduce
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.report import describe_folder
 from hf_elastic.supernet import Loadability as Form
@@ -184,6 +185,24 @@ def export_command(
         point = handle.space.canonical(_architecture(architecture))
     report = export_subnet(handle, point, output, loadability=loadability, source=parent, overwrite=overwrite)
     typer.echo(str(report))
+
+
+@app.command("reproduce")
+def reproduce_command(
+    name: Annotated[str, typer.Argument(help="Of a published result: lonas-bert.")],
+    *,
+    output: Annotated[str, typer.Option(help="Folder that keeps what was measured.")],
+    scale: Annotated[str, typer.Option(help="small: minutes on a CPU; full: the paper's own size.")] = "small",
+    data: Annotated[str | None, typer.Option(help="Folder of the rows; else HF_ELASTIC_DATA.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another checkpoint than the scale's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each training.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Of the search.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Run a published experiment again: what the paper has, what we have, what differs."""
+    with _resumable():
+        settings = {"model": model, "steps": steps, "evaluations": evaluations, "seed": seed}
+        typer.echo(reproduce(name, output=output, scale=scale, data=data, say=typer.echo, **settings))
 
 
 def parse_limits(texts: list[str]) -> dict[str, float]:

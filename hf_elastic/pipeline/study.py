@@ -134,8 +134,8 @@ class Study:
         model, report = loaded
         return model, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
 
-    def fixed(self, name: str, *, rank: int, targets: Sequence[str]) -> dict[str, Any]:
-        """Trains stock LoRA of one rank and returns its row."""
+    def fixed(self, name: str, *, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
+        """Trains stock LoRA of one rank and returns its one row."""
         return self._measured(name, lambda: self._fixed(rank, targets))
 
     def _fixed(self, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
@@ -194,13 +194,13 @@ class Study:
             rows.append({**row, **self._costs(supernet, found), "train_seconds": seconds + more})
         return rows
 
-    def _measured(self, name: str, measure: Callable[[], list[dict[str, Any]]]) -> Any:
+    def _measured(self, name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         with only_worker(self.folder):
             if not self.record.finished(name):
                 with self.record.stage(name):
-                    rows = [{"method": name, "seed": self.plan.seed, **row} for row in measure()]
-                    self.record.note(name, rows=rows)
-        rows = self.record.numbers(name)["rows"]
+                    found = [{"method": name, "seed": self.plan.seed, **row} for row in measure()]
+                    self.record.note(name, rows=found)
+        rows: list[dict[str, Any]] = self.record.numbers(name)["rows"]
         for row in rows:
             self.say(f"seed {row['seed']}  {name}, {row['subnet']}: accuracy {row['accuracy']:.4f}")
         return rows
