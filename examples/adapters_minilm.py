@@ -1,6 +1,6 @@
 """Elastic adapters on a real encoder: ranks alone (Mode A) and with a cut base (Mode B) beside fixed-rank LoRA.
 
-    python examples/adapters_minilm.py banking77 [--seeds 0 1 2] [--steps 840] [--json FILE]
+    python examples/adapters_minilm.py banking77 [--seeds 0 1 2] [--steps 600] [--json FILE]
     python examples/adapters_minilm.py sst2
 
 The encoder is all-MiniLM-L6-v2 from the Hub, or what ``--model`` names; the rows come from ``HF_ELASTIC_DATA``. Every
@@ -117,8 +117,8 @@ def main() -> None:
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=840)
-    parser.add_argument("--evaluations", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--evaluations", type=int, default=40)
     parser.add_argument("--output", default="adapters_minilm", help="folder that keeps what was measured")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", help="file for the results")

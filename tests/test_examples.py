@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "compress_minilm.py"
 
@@ -164,3 +168,60 @@ def test_a_bad_argument_ends_in_one_line(
     with pytest.raises(SystemExit, match=words) as ended:
         example.main()
     assert "\n" not in str(ended.value)
+
+
+def run_example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = EXAMPLE.parent / f"{name}.py"
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a few rows of every set that the instruction examples read."""
+    rows = [{"instruction": f"Is {n} even?", "output": "the correct answer is true", "answer": "true"} for n in range(40)]
+    sums = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)]
+    for folder, names, content in (
+        ("commonsense", ["train_5k", *_instructions_sets("lonas_commonsense")], rows),
+        ("math", ["gsm8k_openai_train_5000", *_instructions_sets("shears_math")], sums),
+    ):
+        (tmp_path / folder).mkdir()
+        for file in names:
+            (tmp_path / folder / f"{file}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    monkeypatch.setenv("HF_ELASTIC_DATA", str(tmp_path))
+    return tmp_path
+
+
+def _instructions_sets(name: str) -> list[str]:
+    source = (EXAMPLE.parent / f"{name}.py").read_text()
+    return re.findall(r'"([^"]+)"', source.partition("SETS = (")[2].partition(")")[0])
+
+
+TINY = ["--tiny", "--steps", "2", "--rows", "40", "--test-rows", "2", "--evaluations", "4", "--batch-size", "2"]
+
+
+@pytest.mark.slow
+def test_the_commonsense_example_writes_a_merged_model(questions: Path) -> None:
+    done = run_example("lonas_commonsense", *TINY, "--output", str(questions / "out"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "heuristic (midpoint)" in done.stdout and "found by 4 evaluations" in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(questions / "out", trust_remote_code=True)
+
+
+@pytest.mark.slow
+def test_the_math_example_writes_an_adapter_and_keeps_the_base_sparse(questions: Path) -> None:
+    done = run_example("shears_math", *TINY, "--output", str(questions / "out"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "50.0% of the adapted weights are zero, 50.0% before" in done.stdout
+    written = json.loads((questions / "out" / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA" and "ranks" not in written
+
+
+def test_answers_are_read_out_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    found = importlib.import_module("instructions")
+    assert found.option("The correct answer is Answer3, not answer1.") == "answer3"
+    assert found.option("untrue") == ""
+    assert found.number("so 1,234.0 apples") == "1234" and found.number("none") == ""
+    assert found.wanted({"question": "?", "answer": "2+5\n#### 7"}) == "7"
+    assert found.wanted({"instruction": "?", "answer": "7.0"}) == "7"
+    assert found.wanted({"instruction": "?", "answer": "True"}) == "true"

@@ -122,7 +122,7 @@ class Study:
         return [dict(self._collate(ordered[i : i + 64])) for i in range(0, len(ordered), 64)]
 
     def parent(self) -> tuple[PreTrainedModel, list[str]]:
-        """The parent with a new classifier, and the names of the modules that are new."""
+        """The parent with a new classifier, and the modules trained as a whole: what is new, and its pooler."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(torch.Generator().manual_seed(self.plan.seed).get_state())
             try:
@@ -132,7 +132,10 @@ class Study:
             except Exception as error:  # transformers raises whatever its parts raise
                 raise CheckpointError(f"cannot load {self.plan.model!r}: {one_line(error)}") from error
         model, report = loaded
-        return model, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+        new = {key.rpartition(".")[0] for key in report["missing_keys"]}
+        # A sentence encoder's pooler was never trained for what stands behind it here.
+        poolers = {name for name, _ in model.named_modules() if name.endswith("pooler")}
+        return model, sorted({name for name in new if not name.startswith(tuple(poolers))} | poolers)
 
     def fixed(self, name: str, *, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
         """Trains stock LoRA of one rank and returns its one row."""
