@@ -144,7 +144,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_argument(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     folder = checked_data(options.data)
     machine = started(options.threads)
     parent, tokenizer = load_parent(folder, NAME)

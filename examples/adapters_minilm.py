@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,9 @@ def main() -> None:
     print(f"\n{arguments.task}, {len(arguments.seeds)} seeds\n{table(means)}")
     if arguments.json:
         settings = {"task": arguments.task, "steps": arguments.steps, "rank": RANK, "ranks": RANKS, "macs": MACS}
-        result = {"settings": settings, "summary": means, "rows": rows}
+        packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+        environment = {**packages, "threads": arguments.threads, "machine": platform.machine()}
+        result = {"environment": environment, "settings": settings, "summary": means, "rows": rows}
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

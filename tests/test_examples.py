@@ -178,7 +178,8 @@ def run_example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a few rows of every set that the instruction examples read."""
-    rows = [{"instruction": f"Is {n} even?", "output": "the correct answer is true", "answer": "true"} for n in range(40)]
+    said = {"output": "the correct answer is true", "answer": "true"}
+    rows = [{"instruction": f"Is {n} even?", **said} for n in range(40)]
     sums = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)]
     for folder, names, content in (
         ("commonsense", ["train_5k", *_instructions_sets("lonas_commonsense")], rows),
