@@ -83,7 +83,7 @@ def test_the_backbone_benchmark_measures_every_part_of_every_family(tmp_path: Pa
 
 def test_the_adapter_benchmark_measures_times_and_memory(tmp_path: Path) -> None:
     file = tmp_path / "lora.json"
-    tiny = "--families llama gpt2 --layers 1 --hidden 128 --batch 1 --length 8 --pairs 2"
+    tiny = "--families llama gpt2 --layers 1 --hidden 128 --batch 2 --length 64 --pairs 2"
     script("elastic_lora").main([*tiny.split(), "--json", str(file)])
     found = json.loads(file.read_text())
     passes = ["forward", "forward+backward", "step"]
@@ -91,7 +91,7 @@ def test_the_adapter_benchmark_measures_times_and_memory(tmp_path: Path) -> None
         rows = [(row["what"], row["pass"]) for row in found["times"] if row["family"] == family]
         assert sorted(rows) == sorted((what, p) for what in ("control", "largest", "random") for p in passes)
         memory = {row["what"]: row for row in found["memory"] if row["family"] == family}
-        assert memory["memory, largest"]["ratio"] == pytest.approx(1.0, abs=0.02)
+        assert memory["memory, largest"]["ratio"] == pytest.approx(1.0, abs=0.1)
         assert 0 < memory["memory, random"]["ratio"] <= 1.1
     assert "What elastic adapters cost" in script("render").page({"elastic-lora": found})
 
@@ -101,7 +101,8 @@ def test_the_benchmark_of_adapters_on_stories_reports_every_method(tmp_path: Pat
     quick = "--seeds 0 --steps 2 --batch-size 2 --tokens 32 --stories 60 --pieces 8 --evaluations 4"
     script("stories_adapters").main([*quick.split(), "--data", str(data_dir), "--json", str(file)])
     rows = json.loads(file.read_text())["summary"]
-    assert [row["method"] for row in rows if not row["subnet"]] == ["parent", "fixed-rank LoRA, 8", "fixed-rank LoRA, 4"]
+    whole = [row["method"] for row in rows if not row["subnet"]]
+    assert whole == ["parent", "fixed-rank LoRA, 8", "fixed-rank LoRA, 4"]
     found = {row["method"]: row for row in rows if row["subnet"].startswith("found")}
     assert found["Mode B"]["MACs, merged"] <= 0.8 and found["Mode A"]["MACs, merged"] == 1.0
     assert "stories260K" in script("render").page({"stories-adapters": json.loads(file.read_text())})
