@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from torch import nn
+
 from hf_elastic.errors import ActivationError
 from hf_elastic.parts import ElasticPart
 from hf_elastic.space import Architecture, SearchSpace
@@ -20,6 +22,7 @@ class Activation:
     def __init__(self, active: Architecture, space: SearchSpace) -> None:
         self.active, self.space = active, space
         self.parts: tuple[ElasticPart, ...] = ()
+        self.adapters: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._owner: threading.Thread | None = None
         self._depth = 0
@@ -60,3 +63,8 @@ class Activation:
                 "give each thread a copy: Supernet(copy.deepcopy(supernet.model))"
             )
         self._owner, self._depth, self._pinned = thread, 0, False
+
+
+def adapter_names(base: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that peft has put onto a model."""
+    return tuple(sorted(vars(base).get("peft_config") or ()))

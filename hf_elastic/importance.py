@@ -78,6 +78,7 @@ def sort_by_importance_(
             loss.
         SpaceError: the method is unknown.
     """
+    supernet.require_plain("sort_by_importance_")
     chosen = method or ("weight" if batches is None else "activation")
     if chosen not in get_args(Method):
         raise SpaceError(f"method={chosen!r} is not one of {', '.join(map(repr, get_args(Method)))}")
@@ -387,6 +388,7 @@ def set_layer_order(supernet: Supernet, order: list[int]) -> None:
     """
     from hf_elastic.conversion import replan  # conversion builds the choices
 
+    supernet.require_plain("set_layer_order")
     if sorted(map(repr, order)) != sorted(map(repr, range(len(supernet.layer_parts)))):
         raise SpaceError(f"layer order {order} must name each of the layers 0 to {len(supernet.layer_parts) - 1} once")
     if any(part.names.depth for part in supernet.layer_parts):

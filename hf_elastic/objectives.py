@@ -450,7 +450,8 @@ def _measured(
 
 def _fingerprint(supernet: Supernet, batches: Sequence[Batch], *, extra: Tensor | None, mode: str) -> str:
     """Digest of the weights (a sample of each tensor), the order of layers and the data: a storage mixes no two."""
-    digest = hashlib.sha256(f"{mode}{supernet.layer_order}".encode())
+    adapters = sorted({(part.adapter, part.in_use, part.merged) for part in supernet.adapter_parts})
+    digest = hashlib.sha256(f"{mode}{supernet.layer_order}{adapters or ''}".encode())
     for name, tensor in supernet.model.state_dict().items():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].double().cpu()

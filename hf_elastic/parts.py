@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from hf_elastic.errors import SpaceError
+from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import Family, submodule
-from hf_elastic.layers import ElasticProjection, Region, Skip, SkippableModule, make_skippable
+from hf_elastic.layers import ElasticProjection, PartHolder, Region, Skip, SkippableModule, make_skippable
 from hf_elastic.space import Choice, Condition, Value
 
 SKIPS: Mapping[str, tuple[bool, bool]] = {
@@ -64,8 +64,12 @@ class AdapterPart(ElasticPart, Protocol):
     base: nn.Module
     layer: LayerPart | None
 
-    def link(self, parts: Sequence[ElasticPart]) -> None:
+    def link(self, parts: Sequence[ElasticPart], model: nn.Module) -> None:
         """Is told all parts of the model whenever a handle is made, before its choices are asked for."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether the adapter is still in its wrapper."""
 
     @property
     def merged(self) -> bool:
@@ -337,3 +341,23 @@ def join_choices(declared: Iterable[Sequence[Choice]]) -> tuple[Choice, ...]:
                     "rename one"
                 )
     return tuple(joined.values())
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Refuses stock adapters on elastic projections, and copies of these: they would not follow when these shrink.
+
+    Raises:
+        UnsupportedModelError: the model has such.
+    """
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        wrapped, copied = children.get("base_layer"), children.get("original_module")
+        if copied is not None and any(isinstance(inner, ElasticProjection) for inner in copied.modules()):
+            raise UnsupportedModelError(
+                f"modules_to_save copies {name}, which is elastic and would not shrink; name heads and poolers only"
+            )
+        if isinstance(wrapped, ElasticProjection) and not isinstance(module, PartHolder):
+            raise UnsupportedModelError(
+                f"{name} is a stock {type(module).__name__} on an elastic projection, whose sizes it cannot follow; "
+                "make the adapter with hf_elastic.ElasticLoraConfig (without ranks= it is one of fixed rank)"
+            )

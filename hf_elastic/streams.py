@@ -93,6 +93,7 @@ class LayerRunner:
     """
 
     def __init__(self, supernet: Supernet) -> None:
+        supernet.require_plain("running single layers (refit, quality tables)")
         self.supernet, self.model = supernet, supernet.model
         self.layers = layers_of(supernet.model, supernet.family)
         self._options = {"use_cache": False} if supernet.family.causal else {}

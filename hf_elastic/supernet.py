@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_elastic import costs
-from hf_elastic.activation import Activation
+from hf_elastic.activation import Activation, adapter_names
 from hf_elastic.errors import ActivationError, ArchitectureError, CheckpointError, ExportError, UnsupportedModelError
 from hf_elastic.families import FAMILIES, Family
 from hf_elastic.files import file_digest, read_json, whole_folder, write_json
-from hf_elastic.layers import ElasticProjection, PartHolder, Region, plain_children, without_wrappers
-from hf_elastic.parts import AdapterPart, ElasticPart, LayerPart, LayerShape, join_choices
+from hf_elastic.layers import PartHolder, Region, plain_children, without_wrappers
+from hf_elastic.parts import AdapterPart, ElasticPart, LayerPart, LayerShape, check_wrappers, join_choices
 from hf_elastic.space import Architecture, SearchSpace, Value
 
 Loadability = Literal["stock", "stock-padded", "remote-code"]
@@ -62,17 +62,18 @@ class Supernet:
                 f"{type(model).__name__} has no elastic part; call hf_elastic.make_elastic(model, ElasticConfig(...)) "
                 "first, or get_peft_model(model, ElasticLoraConfig(...))"
             )
-        _check_wrappers(model)
+        check_wrappers(model)
         for part in parts:
             if isinstance(part, AdapterPart):
-                part.link(parts)
+                part.link(parts, self.base)
         joined = SearchSpace(join_choices(part.choices for part in parts))
         known = "_hf_elastic_state" in self.base.__dict__
         self._state: Activation = self.base.__dict__.setdefault(
             "_hf_elastic_state", Activation(joined.largest(), joined)
         )
-        changed = self._state.space != joined or self._state.parts != parts
-        self._state.parts = parts
+        # A copied state knows no parts; those of the copied model are set as it says.
+        changed = self._state.space != joined or (self._state.parts and self._state.parts != parts)
+        self._state.parts, self._state.adapters = parts, adapter_names(self.base)
         if not known or changed:  # new, or parts came or went since the last handle was made
             self._state.space = joined
             self._set(joined.largest())
@@ -122,7 +123,7 @@ class Supernet:
             try:
                 yield self
             finally:
-                self._set(previous if self.space is space else self._carried(previous))
+                self._restore(previous if self.space is space else self._carried(previous))
         finally:
             self._state.leave()
 
@@ -163,13 +164,24 @@ class Supernet:
         return self.space.canonical(architecture)
 
     def _set(self, architecture: Architecture) -> None:
+        """Makes an architecture active; nothing changes where that cannot be done for all parts."""
+        if self._state.adapters != (now := adapter_names(self.base)):
+            raise ActivationError(
+                f"the adapters of the model are {', '.join(now) or 'gone'} now, they were "
+                f"{', '.join(self._state.adapters) or 'none'} when this handle was made; make another: Supernet(model)"
+            )
+        self._restore(architecture)
+
+    def _restore(self, architecture: Architecture) -> None:
+        """As :meth:`_set`, of the parts that are still there: a block may end after its adapters were unloaded."""
         if any(part.merged and self._holds(part) for part in self.adapter_parts):
             raise ActivationError(
                 "an adapter is merged into the weights, where no other subnet can be made active; call "
-                "unmerge_adapter() first"
+                "unmerge_adapter() first, and set_active() where a block was left meanwhile"
             )
         for part in self.parts:
-            part.set(architecture)
+            if not isinstance(part, AdapterPart) or part.attached:
+                part.set(architecture)
         self._state.active = architecture
 
     def expected(self, architecture: Architecture) -> dict[str, int]:
@@ -216,6 +228,18 @@ class Supernet:
     def _holds(self, part: AdapterPart) -> bool:
         """Whether an adapter is still in the model: ``merge_and_unload`` takes it out."""
         return any(module is part.wrapper for module in self.base.modules())
+
+    def require_plain(self, what: str) -> None:
+        """Refuses a model with adapters for what knows nothing of them.
+
+        Raises:
+            UnsupportedModelError: it has some.
+        """
+        if self.adapter_parts:
+            raise UnsupportedModelError(
+                f"{what} is for models without adapters; do it before they are added, or on "
+                "extract(..., merge=True) made elastic again"
+            )
 
     def require_unmerged(self) -> None:
         """Refuses a model whose adapters are in its weights, or gone.
@@ -376,22 +400,6 @@ class Supernet:
 
     def __str__(self) -> str:
         return costs.describe(self)
-
-
-def _check_wrappers(model: nn.Module) -> None:
-    """Refuses stock adapters on elastic projections, and copies of these: they would not follow when these shrink."""
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        wrapped, copied = children.get("base_layer"), children.get("original_module")
-        if copied is not None and any(isinstance(inner, ElasticProjection) for inner in copied.modules()):
-            raise UnsupportedModelError(
-                f"modules_to_save copies {name}, which is elastic and would not shrink; name heads and poolers only"
-            )
-        if isinstance(wrapped, ElasticProjection) and not isinstance(module, PartHolder):
-            raise UnsupportedModelError(
-                f"{name} is a stock {type(module).__name__} on an elastic projection, whose sizes it cannot follow; "
-                "make the adapter with hf_elastic.ElasticLoraConfig (without ranks= it is one of fixed rank)"
-            )
 
 
 def save_generation_config(model: PreTrainedModel, folder: Path) -> None:

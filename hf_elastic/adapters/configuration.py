@@ -13,20 +13,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from hf_elastic.adapters.elastic_lora import LayerFactory
-from hf_elastic.adapters.recognition import check_matched, check_patterns
-from hf_elastic.errors import SpaceError, UnsupportedModelError
+from hf_elastic.adapters.recognition import check_matched, check_patterns, check_variants
+from hf_elastic.errors import SpaceError
 
 Share = Literal["layer", "module"]
-
-_INITIAL = (True, False, "gaussian", "orthogonal")
-_REFUSED = {
-    "use_dora": "DoRA's magnitudes are learnt for one rank",
-    "use_qalora": "QA-LoRA pools the inputs of the adapter",
-    "layer_replication": "replicated layers share one base",
-    "target_parameters": "adapters on bare parameters have no rank to choose",
-    "megatron_config": "Megatron's parallel layers have adapters of their own",
-}
-
 
 @dataclass
 class ElasticLoraConfig(LoraConfig):
@@ -62,7 +52,7 @@ class ElasticLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_variants(self)
+        check_variants(self)
         self.ranks = _checked_ranks(self.ranks, self)
         if self.share not in ("layer", "module"):
             raise SpaceError(f"share={self.share!r} is neither 'layer' nor 'module'")
@@ -130,22 +120,6 @@ class ElasticLoraConfig(LoraConfig):
 
 def _shown(targets: object) -> str:
     return str(sorted(targets)) if isinstance(targets, set) else repr(targets)
-
-
-def _check_variants(config: LoraConfig) -> None:
-    """Refuses what would ignore ranks, or what an extracted adapter would not fit."""
-    refused = dict(_REFUSED)
-    for entry in fields(LoraConfig):
-        if entry.metadata.get("is_lora_variant"):
-            refused.setdefault(entry.name, "this variant computes with the full rank")
-    for name, why in refused.items():
-        if getattr(config, name, None):
-            raise UnsupportedModelError(f"{name} cannot be combined with elastic ranks: {why}; leave it out")
-    if config.init_lora_weights not in _INITIAL:
-        raise UnsupportedModelError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights or the ranks, so that an "
-            "extracted adapter would not fit its base; use True, False, 'gaussian' or 'orthogonal'"
-        )
 
 
 def _checked_ranks(ranks: Any, config: LoraConfig) -> Any:

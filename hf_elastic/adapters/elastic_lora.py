@@ -7,6 +7,8 @@ adapters, mixed batches, disabled ones and quantised bases; only what merging ad
 
 from __future__ import annotations
 
+import copy
+import gc
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +20,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_elastic.adapters.recognition import check_base, check_patterns, described_base
-from hf_elastic.errors import ElasticError, UnsupportedModelError
+from hf_elastic.adapters.recognition import check_base, check_patterns, check_variants, described_base
+from hf_elastic.errors import ElasticError, SpaceError, UnsupportedModelError
 from hf_elastic.layers import ElasticProjection, PartHolder, Region, as_elastic_linear, rebuild, with_mixin
 from hf_elastic.parts import ElasticPart, LayerPart
 from hf_elastic.space import Choice, Value
@@ -53,11 +56,20 @@ class ElasticLoraLayer(PartHolder):
         """Adds an adapter, as peft does, and makes it elastic."""
         name = kwargs.get("target_name", "")
         ranked = config if isinstance(config, RankedConfig) else None
-        group, ranks = ranked.ranks_of(name) if ranked else ("", (r,))
+        try:
+            check_variants(config)
+            group, ranks = ranked.ranks_of(name) if ranked else ("", (r,))
+        except ElasticError:  # peft keeps what it has added to the modules before this one
+            models = models_around(self, module_parents()).values()
+            for module in {id(inner): inner for model in models for inner in model.modules()}.values():
+                held = module.elastic_parts if isinstance(module, ElasticLoraLayer) else []
+                if any(part.adapter == adapter_name for part in held):
+                    module.delete_adapter(adapter_name)  # type: ignore[operator]
+            raise
         stock = ranked.plain() if ranked else config
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=stock, **kwargs)  # type: ignore[misc]
         choice = choice_name(name, adapter_name, group=group, share=ranked.share if ranked else "layer")
-        self.add_part(adapter_name, module_name=name, choice_name=choice, ranks=ranks, config=ranked)
+        self.add_part(adapter_name, module_name=name, choice_name=choice, ranks=ranks)
 
     def add_part(self, adapter_name: str, **about: Any) -> None:
         """Makes an adapter that peft has added elastic; ``about`` goes to its :class:`LoraPart`."""
@@ -98,10 +110,14 @@ def choice_name(module: str, adapter: str, *, group: str, share: str) -> str:
     return f"{name}.r" if adapter == "default" else f"{adapter}.{name}.r"
 
 
+_STACKS = ("layers", "layer", "h", "block", "blocks")  # what transformers calls its lists of layers
+
+
 def split_name(module: str) -> tuple[str, str]:
     """Splits ``model.layers.3.self_attn.q_proj`` into ``layers.3`` and ``self_attn.q_proj``; no layer gives ``""``."""
     pieces = module.split(".")
-    place = next((place for place, piece in enumerate(pieces) if piece.isdecimal()), None)
+    numbers = [place for place, piece in enumerate(pieces) if piece.isdecimal()]
+    place = next((place for place in numbers if place and pieces[place - 1] in _STACKS), None)
     if place is None:
         return "", module
     return f"layers.{pieces[place]}", ".".join(pieces[place + 1 :])
@@ -118,7 +134,6 @@ class LoraPart:
         module_name: name of the projection in the model that peft adapted.
         choice_name: name of the choice that the rank follows, if there are several ranks.
         ranks: those it may have, ascending; the last is the one it was made with.
-        config: its configuration, if that knows of ranks.
         layer: the elastic layer that it stands in, if the model has such.
     """
 
@@ -128,7 +143,6 @@ class LoraPart:
     module_name: str = field(kw_only=True)
     choice_name: str = field(kw_only=True)
     ranks: tuple[int, ...] = field(kw_only=True)
-    config: RankedConfig | None = field(default=None, kw_only=True, repr=False)
     layer: LayerPart | None = field(default=None, init=False)
     choices: tuple[Choice, ...] = field(default=(), init=False)
     _sublayer: str | None = field(default=None, init=False)
@@ -154,7 +168,12 @@ class LoraPart:
         """Whether the adapter is in the base's weights now."""
         return self.adapter in self.wrapper.merged_adapters
 
-    def link(self, parts: Sequence[ElasticPart]) -> None:
+    @property
+    def attached(self) -> bool:
+        """Whether the adapter is still in its wrapper: peft may have deleted it."""
+        return self.adapter in self.wrapper.lora_A
+
+    def link(self, parts: Sequence[ElasticPart], model: nn.Module) -> None:
         """Finds the elastic layer it stands in, on whose presence its choice depends."""
         layers = [part for part in parts if isinstance(part, LayerPart)]
         self.layer = next((p for p in layers if any(m is self.wrapper for m in p.layer.modules())), None)
@@ -164,21 +183,22 @@ class LoraPart:
             self._path = next((path for path, module in paths if module is self.base), None)
         adapters = [part for part in parts if isinstance(part, LoraPart)]
         self.choices = self._linked_choices(adapters)
-        mates = [part for part in adapters if part.config is self.config]
-        if self.config is not None and mates[0] is self:
-            bases = {part.module_name: part.base for part in mates}
-            check_patterns(self.config, list(bases))
-            if self.config.trained_on is None:
-                self.config.trained_on = described_base(bases, layers=layers)
-            else:
-                check_base(self.config.trained_on, bases, layers=layers)
+        mates = [part for part in adapters if part.adapter == self.adapter]
+        if mates[0] is self:
+            _recognise(self.adapter, mates, layers=layers, model=model)
 
     def _linked_choices(self, adapters: Sequence[LoraPart]) -> tuple[Choice, ...]:
         if len(self.ranks) < 2:
             return ()
+        sharing = [part for part in adapters if part.choice_name == self.choice_name and len(part.ranks) > 1]
+        if other := next((part for part in sharing if part.ranks != self.ranks), None):
+            raise SpaceError(
+                f"{self.module_name} and {other.module_name} share {self.choice_name!r}, but have ranks "
+                f"{list(self.ranks)} and {list(other.ranks)} (rank_pattern); use share='module' or "
+                "ranks={pattern: [...]}"
+            )
         if self.layer is None:
             return (Choice(self.choice_name, self.ranks),)
-        sharing = [part for part in adapters if part.choice_name == self.choice_name and len(part.ranks) > 1]
         when = self.layer.presence({self.layer.sublayer_of(part.wrapper) for part in sharing})
         needed = {condition.choice for condition in when}
         return (*(c for c in self.layer.choices if c.name in needed or needed and c.name == self.layer.names.depth),
@@ -282,45 +302,91 @@ def _placed(values: Tensor, region: Region, shape: tuple[int, ...]) -> Tensor:
     return whole
 
 
+def _recognise(
+    adapter: str, parts: Sequence[LoraPart], *, layers: Sequence[LayerPart], model: nn.Module
+) -> None:
+    """Checks what the parts of one adapter stand on, or notes it in the model's own copy of the configuration.
+
+    The user's configuration stays as it was given: it may serve another model.
+    """
+    configs = vars(model).get("peft_config") or {}
+    config = configs.get(adapter)
+    if not isinstance(config, RankedConfig) or any(part.merged for part in parts):
+        return
+    bases = {part.module_name: part.base for part in parts}
+    check_patterns(config, list(bases))
+    if config.trained_on is not None:
+        check_base(config.trained_on, bases, layers=layers)
+        return
+    configs[adapter] = copy.copy(config)
+    configs[adapter].trained_on = described_base(bases, layers=layers)
+
+
 class LayerFactory:
     """Makes elastic LoRA layers for peft, and undoes what it made when it has to refuse a module.
 
     peft replaces one module after another and keeps what it has replaced when one fails, which would leave the user's
-    model half adapted.
+    model half adapted. It shows a factory neither the model nor the module's parent, so that both are looked for, among
+    all modules in memory, where one has to be refused.
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, str], weakref.ref[nn.Module]] = {}
+        self._made: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[type[LayerFactory], tuple[()]]:
         return LayerFactory, ()  # of a copy or a pickle, nothing was made yet
 
     def __call__(self, target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module:
         name = kwargs["target_name"]
-        if (adapter_name, name) in self._made:  # the configuration is used again, on another model
-            self._made.clear()
         try:
             layer = _elastic_layer(target, adapter_name, config, **kwargs)
         except (ElasticError, ValueError, TypeError) as error:
-            for made in self._made.values():
-                _undo(made())
-            self._made.clear()
+            self._undo(target)
             if isinstance(error, ElasticError):
                 raise
             raise UnsupportedModelError(f"{name} cannot be adapted: {' '.join(str(error).split())}") from error
-        self._made[adapter_name, name] = weakref.ref(layer)
+        self._made.add(layer)
         return layer
 
+    def _undo(self, refused: nn.Module) -> None:
+        """Puts back what stands in the model of the refused module; the configuration may have served others before."""
+        parents = module_parents()
+        models = models_around(refused, parents)
+        for layer in [made for made in self._made if models_around(made, parents).keys() & models]:
+            for parent, name in parents.get(id(layer), ()):
+                parent._modules[name] = layer.get_base_layer()  # type: ignore[operator]
+            self._made.discard(layer)
 
-def _undo(layer: nn.Module | None) -> None:
-    """Makes a LoRA layer that stands in a model its own base again: of its class, with its very tensors."""
-    if isinstance(layer, LoraLayer):
-        base: Any = layer.get_base_layer()
-        layer.__class__, layer.__dict__ = base.__class__, base.__dict__
+
+Parents = Mapping[int, Sequence[tuple[nn.Module, str]]]
+
+
+def module_parents() -> Parents:
+    """The parents of all modules in memory, and what they call them, by ``id``."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), nn.Module):
+            for name, child in (vars(thing).get("_modules") or {}).items():
+                found.setdefault(id(child), []).append((thing, name))
+    return found
+
+
+def models_around(module: nn.Module, parents: Parents) -> dict[int, nn.Module]:
+    """The transformers models that a module stands in, by ``id``; where there is none, what it stands in at all."""
+    above: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        for parent, _ in parents.get(id(waiting.pop()), ()):
+            if id(parent) not in above:
+                above[id(parent)] = parent
+                waiting.append(parent)
+    models: dict[int, nn.Module] = {key: found for key, found in above.items() if isinstance(found, PreTrainedModel)}
+    return models or above
 
 
 def _elastic_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module:
     name = kwargs["target_name"]
+    check_variants(config)
     group, ranks = config.ranks_of(name)
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     config.fan_in_fan_out = isinstance(base, Conv1D)
@@ -334,5 +400,5 @@ def _elastic_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: 
     layer.__class__ = with_mixin(type(layer), ElasticLoraLayer)
     layer.elastic_parts = []
     choice = choice_name(name, adapter_name, group=group, share=config.share)
-    layer.add_part(adapter_name, module_name=name, choice_name=choice, ranks=ranks, config=config)
+    layer.add_part(adapter_name, module_name=name, choice_name=choice, ranks=ranks)
     return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_elastic.adapters.elastic_lora import LoraPart
+from hf_elastic.adapters.elastic_lora import LoraPart, RankedConfig
 from hf_elastic.errors import ExportError, UnsupportedModelError
 from hf_elastic.files import whole_folder
 from hf_elastic.layers import take_region
@@ -97,7 +98,8 @@ def extract_adapter(
     if not found:
         raise ExportError("nothing of the adapter is left in this architecture; choose one that skips less")
     scalings = {name: float(part.wrapper.scaling[adapter_name]) for name, part in found.items()}
-    config = supernet.base.peft_config[adapter_name].plain()
+    stated = supernet.base.peft_config[adapter_name]
+    config = stated.plain() if isinstance(stated, RankedConfig) else copy.deepcopy(stated)
     config.base_model_name_or_path = base or (None if renamed.cut else config.base_model_name_or_path)
     config.target_modules = set(found)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

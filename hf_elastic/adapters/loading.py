@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,38 @@ def add_lora(
     if isinstance(model, PeftModel):
         raise UnsupportedModelError("the model has adapters already; use its add_adapter, then Supernet(model)")
     config.check(model)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with _left_as_it_was(model), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:  # peft draws from the state that all libraries share
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         try:
-            adapted = get_peft_model(model, config, adapter_name)
+            return Supernet(get_peft_model(model, config, adapter_name))
         except (ValueError, TypeError) as error:
             if isinstance(error, ElasticError):
                 raise
             raise SpaceError(f"peft cannot adapt {type(model).__name__}: {' '.join(str(error).split())}") from error
-    return Supernet(adapted)
+
+
+_NOTED = ("peft_config", "_hf_elastic_state")
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undoes, after an error, what peft has done to a model."""
+    modules = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    noted: dict[str, Any] = {name: value for name, value in vars(model).items() if name in _NOTED}
+    try:
+        yield
+    except BaseException:
+        for module, children in modules:
+            module._modules.clear()
+            module._modules.update(children)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for name in _NOTED:
+            vars(model).pop(name, None)
+        vars(model).update(noted)
+        raise
 
 
 def fixed_lora(
@@ -97,9 +120,12 @@ def load_adapter(
         CheckpointError: there is no such adapter, it is not elastic, or it was trained on another base or in another
             space of it; the model is left as it was.
     """
+    existing: Any = model if isinstance(model, PeftModel) else None
+    if existing is not None and adapter_name in existing.peft_config:
+        raise CheckpointError(f"the model has an adapter {adapter_name!r} already; pass another adapter_name")
     config = _read_config(str(directory))
     config.inference_mode = not is_trainable
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model if existing is None else existing.get_base_model()
     try:
         weights = load_peft_weights(str(directory), device="cpu")
     except Exception as error:  # peft and safetensors raise whatever their parts raise
@@ -107,17 +133,33 @@ def load_adapter(
     _check_shapes(base, weights, where=str(directory))
     if config.trained_on is not None:
         check_base(config.trained_on, _adaptable(base), layers=_elastic_layers(base))
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-        adapted = model
-    else:
-        adapted = PeftModel(model, config, adapter_name)
-    report = set_peft_model_state_dict(adapted, weights, adapter_name=adapter_name)
-    if lost := list(getattr(report, "unexpected_keys", ())):
-        raise CheckpointError(f"{len(lost)} weights of {directory} have no place in the model, such as {lost[0]}")
-    if not is_trainable:
+    with _left_as_it_was(base):
+        try:
+            adapted = PeftModel(model, config, adapter_name) if existing is None else existing
+            if existing is not None:
+                existing.add_adapter(adapter_name, config)
+            _fill(adapted, weights, adapter_name=adapter_name, where=str(directory))
+            supernet = Supernet(adapted)
+        except BaseException:
+            if existing is not None and adapter_name in existing.peft_config:
+                existing.delete_adapter(adapter_name)
+            raise
+    if not is_trainable and existing is None:
         adapted.eval()
-    return Supernet(adapted)
+    return supernet
+
+
+def _fill(adapted: PeftModel, weights: dict[str, Tensor], *, adapter_name: str, where: str) -> None:
+    """Copies saved weights into an adapter; all of it must be there, and fit."""
+    try:
+        report: Any = set_peft_model_state_dict(adapted, weights, adapter_name=adapter_name)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the adapter in {where} does not fit the model: {reason[:300]}") from error
+    own = (f".lora_A.{adapter_name}.", f".lora_B.{adapter_name}.", f".modules_to_save.{adapter_name}.")
+    wrong = [*report.unexpected_keys, *(key for key in report.missing_keys if any(part in key for part in own))]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} weights of the adapter in {where} are missing or too many, as {wrong[0]}")
 
 
 def _read_config(directory: str) -> ElasticLoraConfig:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Protocol
 
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from hf_elastic.errors import CheckpointError, SpaceError
+from hf_elastic.errors import CheckpointError, SpaceError, UnsupportedModelError
 from hf_elastic.parts import LayerPart, join_choices
 from hf_elastic.space import SearchSpace
 
 _MODULES, _ENTRIES = 8, 16
 _TOLERANCE = 0.01  # rounding a weight to bf16 moves it by at most .004
+
+
+_INITIAL = (True, False, "gaussian", "orthogonal")
+_REFUSED = {
+    "use_dora": "DoRA's magnitudes are learnt for one rank",
+    "use_qalora": "QA-LoRA pools the inputs of the adapter",
+    "layer_replication": "replicated layers share one base",
+    "target_parameters": "adapters on bare parameters have no rank to choose",
+    "megatron_config": "Megatron's parallel layers have adapters of their own",
+}
 
 
 class Patterns(Protocol):
@@ -91,3 +103,23 @@ def _sample(weight: Tensor) -> list[float]:
     flat = weight.detach().flatten()
     entries = flat[:: max(1, len(flat) // _ENTRIES)][:_ENTRIES].float()
     return [float(f"{value:.5g}") for value in entries.tolist()]
+
+
+def check_variants(config: LoraConfig) -> None:
+    """Refuses what would ignore ranks, or what an extracted adapter would not fit.
+
+    Raises:
+        UnsupportedModelError: the configuration asks for such a variant of LoRA.
+    """
+    refused = dict(_REFUSED)
+    for entry in fields(LoraConfig):
+        if entry.metadata.get("is_lora_variant"):
+            refused.setdefault(entry.name, "this variant computes with the full rank")
+    for name, why in refused.items():
+        if getattr(config, name, None):
+            raise UnsupportedModelError(f"{name} cannot be combined with elastic ranks: {why}; leave it out")
+    if config.init_lora_weights not in _INITIAL:
+        raise UnsupportedModelError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights or the ranks, so that an "
+            "extracted adapter would not fit its base; use True, False, 'gaussian' or 'orthogonal'"
+        )

@@ -41,7 +41,7 @@ class SubnetStatistics(TrainerCallback):
         self.supernet = supernet
         self._drawn: list[Architecture] = []
         self._losses: list[Tensor | float] = []
-        self._energy: dict[str, Tensor] = {}  # by module: sums of squares of each component of A x
+        self._energy: dict[str, Tensor] = {}  # by adapter and module: sums of squares of each component of A x
         self._tokens: dict[str, Tensor] = {}  # and of how many tokens
         self._hooks = ExitStack()
 
@@ -72,6 +72,8 @@ class SubnetStatistics(TrainerCallback):
                     f"{file} is missing: resume with the callbacks that the run began with, or start anew"
                 )
             self._read(file)
+        else:
+            self._drawn, self._losses, self._energy, self._tokens = [], [], {}, {}
         self.__enter__()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -98,8 +100,8 @@ class SubnetStatistics(TrainerCallback):
         def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module.training and torch.is_grad_enabled():
                 components = inputs[0].detach().float().flatten(0, -2)  # (tokens, r)
-                energy = self._energy.setdefault(part.module_name, components.new_zeros(part.ranks[-1]))
-                tokens = self._tokens.setdefault(part.module_name, components.new_zeros(part.ranks[-1]))
+                energy = self._energy.setdefault(_key(part), components.new_zeros(part.ranks[-1]))
+                tokens = self._tokens.setdefault(_key(part), components.new_zeros(part.ranks[-1]))
                 energy[: components.shape[1]] += components.square().sum(0)
                 tokens[: components.shape[1]] += len(components)
 
@@ -144,7 +146,7 @@ class SubnetStatistics(TrainerCallback):
         return tuple(sorted(means, key=lambda architecture: (means[architecture], architecture.digest))[:count])
 
     def lowest_loss_values(self) -> Architecture:
-        """The value of each choice with the lowest mean relative loss over all steps that drew it (ours).
+        """The value of each choice with the lowest mean relative loss over the steps that it had an effect in (ours).
 
         Where architectures are many, each is drawn once and its loss says more about its batch than about it; a value
         is drawn many times.
@@ -157,9 +159,11 @@ class SubnetStatistics(TrainerCallback):
         for choice in self.supernet.space:
             seen: dict[Value, list[float]] = {}
             for architecture, loss in zip(drawn, losses, strict=True):
-                seen.setdefault(architecture[choice.name], []).append(loss)
+                if choice.name in self.supernet.space.in_effect(architecture):
+                    seen.setdefault(architecture[choice.name], []).append(loss)
             means = {value: sum(values) / len(values) for value, values in seen.items()}
-            picked[choice.name] = min((v for v in choice.descending if v in means), key=means.__getitem__)
+            known = [value for value in choice.descending if value in means]
+            picked[choice.name] = min(known, key=means.__getitem__) if known else choice.midpoint
         return self.supernet.space.canonical(picked)
 
     def most_active(self, share: float = 0.9) -> Architecture:
@@ -181,7 +185,7 @@ class SubnetStatistics(TrainerCallback):
             raise DataError("no activation was recorded; train with this callback first")
         held: dict[str, list[Tensor]] = {}
         for part in self._parts():
-            if len(part.ranks) > 1 and part.module_name in self._energy:
+            if len(part.ranks) > 1 and _key(part) in self._energy:
                 held.setdefault(part.choice_name, []).append(self._held(part))
         picked: dict[str, Value] = dict(self.supernet.space.midpoint())
         for choice in self.supernet.space:
@@ -193,7 +197,7 @@ class SubnetStatistics(TrainerCallback):
 
     def _held(self, part: LoraPart) -> Tensor:
         """Share of the activation that the first ``k`` components hold, ``(R,)``, ending in 1."""
-        name = part.module_name
+        name = _key(part)
         mean = self._energy[name] / self._tokens[name].clamp(min=1)
         energy = mean * part.up.weight.detach().float().square().sum(0).to(mean.device)  # (R,)
         total = energy.sum()
@@ -234,6 +238,10 @@ class SubnetStatistics(TrainerCallback):
         device = self.supernet.base.device
         self._energy = dict(_tensors(data["energy"], device=device))
         self._tokens = dict(_tensors(data["tokens"], device=device))
+
+
+def _key(part: LoraPart) -> str:
+    return f"{part.adapter}:{part.module_name}"
 
 
 def _tensors(lists: dict[str, Sequence[float]], *, device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -104,6 +104,8 @@ def export(
     """
     point = supernet.point(architecture)
     form = loadability or _form_of(model, supernet) or supernet.loadability(point)
+    if loadability is None and merge is False and form == "stock-padded":
+        form = "remote-code"  # the form that the extracted adapter fits
     parent = str(source or supernet.base.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
         save_generation_config(supernet.base, folder)

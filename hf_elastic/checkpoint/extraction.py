@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def extract(
     natural = supernet.loadability(point)
     form = loadability or ("stock" if natural == "stock" else "remote-code")
     _check_form(supernet, form, natural)
-    _check_merge(supernet, merge)
+    _check_merge(supernet, merge, form=form)
     with supernet.plain() as parent:
         if not supernet.layer_parts:
             with supernet.activate(point):
@@ -70,7 +71,7 @@ def extract(
         return _build(type(parent), _stock_config(supernet, cut, target), state=state, parent=parent)
 
 
-def _check_merge(supernet: Supernet, merge: bool | None) -> None:
+def _check_merge(supernet: Supernet, merge: bool | None, *, form: str) -> None:
     """Refuses an extraction that would do something else with adapters than is meant.
 
     Raises:
@@ -88,10 +89,27 @@ def _check_merge(supernet: Supernet, merge: bool | None) -> None:
         )
     supernet.require_unmerged()
     packed = [part.base for part in parts if not part.base.get_parameter("weight").is_floating_point()]
-    if merge and packed:
+    if packed:
         raise ExportError(
-            f"the base is quantised ({type(packed[0]).__name__}), so merging would round the sum again; merge into the "
-            "float model that it was made from, or use extract_adapter"
+            f"the base is quantised ({type(packed[0]).__name__}): it cannot be copied so, and merging would round the "
+            "sum again; use extract_adapter, or merge into the float model that it was made from"
+        )
+    if not merge and form == "stock-padded":
+        raise ExportError(
+            "an adapter does not fit a base that is padded with zeros; write the base with loadability='remote-code', "
+            "or merge=True"
+        )
+
+
+def _check_target(base: nn.Module, name: str, *, path: str, shared: Mapping[int, int]) -> None:
+    """Refuses to merge into a parameter that is not there, or that another module has too."""
+    parameter = dict(base.named_parameters(recurse=False)).get(name)
+    if parameter is None:
+        raise ExportError(f"{path} has no {name} to merge the adapter's into (lora_bias=True); use extract_adapter")
+    if shared[id(parameter)] > 1:
+        raise ExportError(
+            f"{path} shares its {name} with another module (tied embeddings), which merging would change too; use "
+            "extract_adapter, or leave it out of target_modules"
         )
 
 
@@ -100,9 +118,12 @@ def _weights(supernet: Supernet, *, merge: bool) -> dict[str, Tensor]:
     weights = dict(supernet.base.state_dict())
     if merge:
         names = {id(module): name for name, module in supernet.base.named_modules()}
+        shared = Counter(id(p) for _, p in supernet.base.named_parameters(remove_duplicate=False))
         for part in supernet.adapter_parts:
+            path = names[id(part.base)]
             for name, delta in part.delta().items() if part.in_use else ():
-                key = f"{names[id(part.base)]}.{name}"
+                key = f"{path}.{name}"
+                _check_target(part.base, name, path=path, shared=shared)
                 weights[key] = weights[key] + delta.to(weights[key].dtype)
     return weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_elastic import costs, objectives
 from hf_elastic.adapters import ElasticLoraConfig, SubnetStatistics, add_lora, extract_adapter, load_adapter
+from hf_elastic.adapters.selection import STATISTICS_FILE
 from hf_elastic.checkpoint import export
 from hf_elastic.checkpoint.companions import copy_companions
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
@@ -251,7 +253,7 @@ class LoraRun:
             args=arguments_of(options, folder=folder, steps=steps, bf16=False),
             data_collator=self.data.collate, callbacks=[statistics],
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=_resumable(folder))
         supernet.model.eval()
         return statistics
 
@@ -329,6 +331,15 @@ class LoraRun:
             return {}
         macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS)
         return {"parameters": costs.parameters(supernet, point), "macs": macs}
+
+
+def _resumable(folder: Path) -> str | None:
+    """The newest whole checkpoint that has its statistics: a run may be killed before they are written."""
+    found = last_complete_checkpoint(folder)
+    while found is not None and not (Path(found) / STATISTICS_FILE).is_file():
+        shutil.rmtree(found)
+        found = last_complete_checkpoint(folder)
+    return found
 
 
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}

@@ -24,8 +24,13 @@ from hf_elastic import (
     SpaceError,
     Supernet,
     UnsupportedModelError,
+    add_lora,
     costs,
     make_elastic,
+    measure_latency_table,
+    refit,
+    set_layer_order,
+    sort_by_importance_,
 )
 from hf_elastic.adapters.elastic_lora import ElasticLoraLayer, choice_name, split_name
 
@@ -462,3 +467,147 @@ def test_the_saved_configuration_is_read_back_and_plain_peft_reads_it_too(tmp_pa
         plain = PeftModel.from_pretrained(tiny("llama"), tmp_path)
     assert torch.equal(logits(plain), logits(supernet.model))
     assert base_of(plain) is not base_of(supernet.model)
+
+
+def lora_count(model: nn.Module) -> int:
+    return sum(".lora_" in name for name, _ in model.named_parameters())
+
+
+def test_one_configuration_serves_several_models_and_stays_as_it_was_given() -> None:
+    config = ElasticLoraConfig(**{**SETTINGS, "ranks": [2, 4]})
+    first, second = (Supernet(get_peft_model(tiny("llama", seed=seed), config)) for seed in (0, 1))
+    assert first.space == second.space and config.trained_on is None
+    notes = [handle.base.peft_config["default"].trained_on for handle in (first, second)]
+    assert notes[0] and notes[1] and notes[0] != notes[1]
+    Supernet(first.model)
+
+
+def test_a_refusal_on_one_model_leaves_another_of_the_same_configuration_alone() -> None:
+    config = ElasticLoraConfig(**{**SETTINGS, "ranks": [2, 4], "target_modules": ["q_proj", "v_proj"]})
+    first = get_peft_model(tiny("llama"), config)
+    other = tiny("llama", "base")  # whose modules have other names
+    other.layers[1].self_attn.v_proj = nn.Embedding(4, 4)
+    before = state_of(other)
+    with pytest.raises(UnsupportedModelError, match="Embedding"):
+        get_peft_model(other, config)
+    assert lora_count(first) == 12 and state_of(other) == before
+
+
+def test_after_a_refusal_an_elastic_base_is_whole(tmp_path: Path) -> None:
+    model = tiny("llama")
+    base = make_elastic(model, ElasticConfig(intermediate_size=[16], num_key_value_heads=[1]))
+    modules = dict(model.named_modules())
+    refused = ElasticLoraConfig(**{**SETTINGS, "ranks": [4], "rank_pattern": {r"2\.mlp\.down_proj": 2}})
+    for attempt in (lambda: get_peft_model(model, refused), lambda: add_lora(model, refused)):
+        with pytest.raises(SpaceError, match="rank_pattern"):
+            attempt()
+        assert all(module is modules[name] for name, module in model.named_modules())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    again, clean = elastic(model), elastic(_elastic_base())
+    small = again.space.smallest()
+    assert costs.adapter_parameters(again, small) == costs.adapter_parameters(clean, small)
+    copied = Supernet(copy.deepcopy(again.model))
+    with copied.activate(small), again.activate(small):
+        assert torch.equal(logits(copied.model), logits(again.model))
+    assert base.space == again.space
+
+
+def _elastic_base() -> Any:
+    model = tiny("llama")
+    make_elastic(model, ElasticConfig(intermediate_size=[16], num_key_value_heads=[1]))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"rank_pattern": {"q_proj": 16}}, "share 'layers.0.r'.*share='module'"),
+        ({"ranks": {"lm_head": [4]}}, "lm_head"),
+        ({"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}, "modules_to_save copies"),
+    ],
+)
+def test_add_lora_leaves_the_model_as_it_was_whatever_it_refuses(settings: dict[str, Any], says: str) -> None:
+    model = _elastic_base()
+    before = state_of(model)
+    with pytest.raises(ElasticError, match=says):
+        add_lora(model, ElasticLoraConfig(**{**SETTINGS, "ranks": [4], **settings}))
+    assert state_of(model) == before and "peft_config" not in vars(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    add_lora(model, ElasticLoraConfig(**{**SETTINGS, "ranks": [4]}))
+
+
+def test_a_refused_second_adapter_leaves_the_first_as_it_was() -> None:
+    supernet = elastic(tiny("llama"))
+    before, count = logits(supernet.model), lora_count(supernet.model)
+    bad = ElasticLoraConfig(**{**SETTINGS, "ranks": [4], "rank_pattern": {"down_proj": 2}})
+    dora = LoraConfig(**{**SETTINGS, "use_dora": True})
+    for config, error in ((bad, SpaceError), (dora, UnsupportedModelError)):
+        with pytest.raises(error):
+            supernet.model.add_adapter("second", config)
+        assert lora_count(supernet.model) == count
+        assert torch.equal(logits(Supernet(supernet.model).model), before)
+
+
+def test_a_variant_that_is_set_afterwards_is_refused_too() -> None:
+    config = ElasticLoraConfig(**{**SETTINGS, "ranks": [4]})
+    config.use_dora = True
+    with pytest.raises(UnsupportedModelError, match="use_dora"):
+        get_peft_model(tiny("llama"), config)
+
+
+def test_an_old_handle_says_that_adapters_came_or_went_and_changes_nothing() -> None:
+    supernet = with_two()
+    supernet.model.delete_adapter("other")
+    with pytest.raises(ActivationError, match="make another: Supernet"), supernet.activate(supernet.space.smallest()):
+        pass
+    again = Supernet(supernet.model)
+    assert again.measured(**inputs(again.base)) == again.expected(again.space.largest())
+    early = make_elastic(tiny("llama"), ElasticConfig(intermediate_size=[16]))
+    late = get_peft_model(early.model, ElasticLoraConfig(**{**SETTINGS, "ranks": [4]}))
+    with pytest.raises(ActivationError, match="they were none"), early.activate(early.space.smallest()):
+        pass
+    merged = Supernet(late)
+    with merged.activate(merged.space.smallest()):
+        late.merge_and_unload()
+    with pytest.raises(ActivationError, match="gone now"), merged.activate(merged.space.smallest()):
+        pass
+    assert Supernet(early.model).active == Supernet(early.model).space.largest()
+
+
+def test_sorting_and_layerwise_work_are_refused_once_there_are_adapters() -> None:
+    model = tiny("llama")
+    base = make_elastic(model, ElasticConfig(intermediate_size=[16], num_hidden_layers=[2, 3]))
+    supernet = elastic(model)
+    before = {name: tensor.clone() for name, tensor in supernet.model.state_dict().items()}
+    for handle in (supernet, base, Supernet(model)):
+        for attempt in (
+            lambda handle=handle: sort_by_importance_(handle, [inputs(model)]),
+            lambda handle=handle: set_layer_order(handle, [2, 1, 0]),
+            lambda handle=handle: refit(handle, handle.space.smallest(), [inputs(model)]),
+            lambda handle=handle: measure_latency_table(handle),
+        ):
+            with pytest.raises(UnsupportedModelError, match="without adapters"):
+                attempt()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in supernet.model.state_dict().items())
+
+
+def test_a_list_of_linears_in_a_head_is_no_list_of_layers() -> None:
+    assert split_name("classifier.0") == ("", "classifier.0")
+    assert split_name("transformer.h.11.attn.c_attn") == ("layers.11", "attn.c_attn")
+    assert split_name("model.layers.3.mlp.experts.5.up_proj") == ("layers.3", "mlp.experts.5.up_proj")
+
+
+def test_a_copy_keeps_what_was_active() -> None:
+    supernet = elastic(tiny("llama"))
+    with supernet.activate(supernet.space.smallest()):
+        copied = Supernet(copy.deepcopy(supernet.model))
+        assert copied.active == supernet.space.smallest()
+        assert copied.measured(**inputs(copied.base)) == copied.expected(copied.active)
+
+
+def test_a_handle_made_while_adapters_are_merged_knows_its_base() -> None:
+    supernet = elastic(tiny("llama"))
+    supernet.model.merge_adapter()
+    assert Supernet(supernet.model).space == supernet.space
+    supernet.model.unmerge_adapter()

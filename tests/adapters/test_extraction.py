@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lora_models import elastic, logits, sliced_stock, stock
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import save_file
 from tiny_models import inputs, space, tiny
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_elastic import (
     CheckpointError,
+    ElasticLoraConfig,
     ExportError,
     Supernet,
     UnsupportedModelError,
@@ -255,3 +256,36 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_stock_models_stay_what_they_are() -> None:
     assert torch.equal(logits(stock(tiny("llama"))), logits(elastic(tiny("llama")).model))
+
+
+def test_what_merging_would_break_is_refused() -> None:
+    tied = elastic(tiny("llama", tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ExportError, match="lm_head shares its weight"):
+        extract(tied, tied.space.largest(), merge=True)
+    biased = elastic(tiny("llama"), lora_bias=True, target_modules=["q_proj"])
+    with pytest.raises(ExportError, match="no bias to merge"):
+        extract(biased, biased.space.largest(), merge=True)
+    from test_elastic_lora import quantised
+
+    packed = get_peft_model(quantised(4)[0], ElasticLoraConfig(r=8, ranks=[2], target_modules=["query"]))
+    supernet = Supernet(packed)
+    for merge in (True, False):
+        with pytest.raises(ExportError, match="quantised"):
+            extract(supernet, supernet.space.largest(), merge=merge)
+
+
+def test_the_cut_base_is_written_in_the_form_that_its_adapter_fits(tmp_path: Path) -> None:
+    supernet = mode_b("bert")
+    widths = {f"layers.{i}.intermediate_size": width for i, width in enumerate((16, 24, 48))}
+    point = supernet.space.canonical({**supernet.space.largest(), **widths})
+    assert supernet.loadability(point) == "stock-padded"
+    assert export(supernet, point, tmp_path / "base", merge=False).loadability == "remote-code"
+    with pytest.raises(ExportError, match="does not fit a base that is padded"):
+        export(supernet, point, tmp_path / "padded", merge=False, loadability="stock-padded")
+
+
+def test_a_plain_adapter_beside_elastic_ones_can_be_extracted() -> None:
+    supernet = elastic(tiny("llama"), target_modules=["q_proj"])
+    supernet.model.add_adapter("plain", LoraConfig(r=5, target_modules=["q_proj"]))
+    both = Supernet(supernet.model)
+    assert extract_adapter(both, both.space.smallest(), adapter_name="plain").config.r == 5

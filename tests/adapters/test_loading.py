@@ -8,8 +8,10 @@ import pytest
 import torch
 from lora_models import elastic, logits, stock
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_elastic_lora import state_of
 from tiny_models import tiny
+from torch import nn
 
 from hf_elastic import CheckpointError, ElasticConfig, ElasticLoraConfig, Supernet, load_adapter, make_elastic
 
@@ -87,3 +89,29 @@ def test_what_is_no_elastic_adapter_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match="cannot read the adapter"):
         load_adapter(tiny("llama"), tmp_path / "cut")
+
+
+def test_a_file_that_does_not_fit_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    head = elastic(tiny("bert", "sequence"), target_modules=["query"], modules_to_save=["classifier"])
+    head.model.save_pretrained(tmp_path / "head")
+    saved(tmp_path / "short")
+    file = tmp_path / "short" / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if ".layers.1." not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    first = elastic(tiny("llama"), target_modules=["q_proj"]).model.train()
+    other_head = tiny("bert", "sequence")
+    other_head.classifier = nn.Linear(32, 5)
+    for model, folder, says in (
+        (other_head, "head", "does not fit the model"),
+        (tiny("llama"), "short", "missing or too many"),
+        (first, "short", "missing or too many"),
+    ):
+        before = state_of(model)
+        with pytest.raises(CheckpointError, match=says):
+            load_adapter(model, tmp_path / folder, adapter_name="second")
+        assert state_of(model) == before
+    saved(tmp_path / "whole")
+    load_adapter(first, tmp_path / "whole", adapter_name="second")
+    assert first.training
+    with pytest.raises(CheckpointError, match="'second' already"):
+        load_adapter(first, tmp_path / "whole", adapter_name="second")

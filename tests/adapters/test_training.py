@@ -344,3 +344,56 @@ def test_a_search_weighs_loss_against_parameters_of_adapters_and_macs() -> None:
     for found in result.front:
         assert found.values["adapter_parameters"] <= 0.7 * goals[1](largest)
         assert found.values["macs"] <= 0.9 * goals[2](largest)
+
+
+def test_a_value_is_judged_by_the_steps_in_which_it_had_an_effect() -> None:
+    model = tiny("llama")
+    make_elastic(model, ElasticConfig(skip={1: ["layer"]}))
+    supernet = add_lora(model, ElasticLoraConfig(**{**SETTINGS, "ranks": [2]}))
+
+    def loss(architecture: Any) -> float:
+        if architecture["layers.1.skip"] == "layer":
+            return 3.0
+        return 1.0 if architecture["layers.1.r"] == 2 else 1.5
+
+    chosen = ByHand(supernet, loss, 300).lowest_loss_values()
+    assert chosen["layers.1.skip"] == "none" and chosen["layers.1.r"] == 2
+
+
+def test_statistics_keep_adapters_apart() -> None:
+    supernet = supernet_of(target_modules=["q_proj"])
+    supernet.model.add_adapter("wide", ElasticLoraConfig(r=16, ranks=[4], target_modules=["q_proj"]))
+    both = Supernet(supernet.model)
+    statistics = SubnetStatistics(both)
+    with statistics, torch.enable_grad():
+        for name in ("default", "wide"):
+            both.model.set_adapter(name)
+            both.model.train()(input_ids=rows()[0]["input_ids"].unsqueeze(0))
+    assert len(statistics._energy) == 6
+    alone = SubnetStatistics(both)
+    with alone, torch.enable_grad():
+        both.model(input_ids=rows()[0]["input_ids"].unsqueeze(0))
+    chosen = alone.most_active()
+    assert all(chosen[f"layers.{i}.r"] == both.space.midpoint()[f"layers.{i}.r"] for i in range(3))
+
+
+def test_a_second_training_begins_new_statistics(tmp_path: Path) -> None:
+    supernet = supernet_of()
+    statistics = SubnetStatistics(supernet)
+    for folder in ("a", "b"):
+        train(supernet, tmp_path / folder, statistics, max_steps=3, per="micro_batch")
+        assert statistics.steps == 6
+
+
+def test_results_of_different_adapters_do_not_mix_in_a_storage() -> None:
+    supernet = supernet_of(target_modules=["q_proj"])
+    supernet.model.add_adapter("other", ElasticLoraConfig(r=8, ranks=[4], target_modules=["q_proj"]))
+    both = Supernet(supernet.model)
+    batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
+    prints = set()
+    for name in ("default", "other"):
+        both.model.set_adapter(name)
+        prints.add(objectives.loss(both, [batch]).fingerprint)
+    with both.model.disable_adapter():
+        prints.add(objectives.loss(both, [batch]).fingerprint)
+    assert len(prints) == 3
