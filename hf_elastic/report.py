@@ -57,6 +57,18 @@ def comparison_table(rows: Sequence[Row], *, quality: Sequence[str], seq_len: in
     return aligned(lines)
 
 
+def adapter_table(rows: Sequence[Row], *, quality: Sequence[str]) -> str:
+    """The table of a run with adapters: what they and the merged model cost, and the quality on held-out data."""
+    names = [name for name in ("adapter_parameters", "parameters", "macs") if name in rows[-1]]
+    largest = next(row for row in rows if row["name"] == "largest")
+    headers = {"adapter_parameters": "adapter parameters", "parameters": "parameters, merged", "macs": "MACs, merged"}
+    lines = [["", *(headers[name] for name in names), *quality]]
+    for row in rows:
+        shares = [f"{count(row[name])} ({row[name] / largest[name]:.0%})" for name in names]
+        lines.append([str(row["name"]), *shares, *("-" if row[n] is None else f"{row[n]:.4f}" for n in quality)])
+    return aligned(lines)
+
+
 def legend(quality: Sequence[str], setting: object) -> str:
     """What stands below a table: in which setting latencies were measured, and what the qualities are."""
     return "\n".join([f"latency: {setting}", *(f"{name}: {_MEANINGS[name]}" for name in quality if name in _MEANINGS)])
@@ -154,6 +166,10 @@ def _describe_checkpoint(folder: Path) -> str:
     )
 
 
+def _way(options: Mapping[str, Any]) -> str:
+    return f"adapters {options['lora']}" if options.get("lora") else f"recipe {options.get('recipe', 'best')}"
+
+
 def _budgets(options: Mapping[str, Any]) -> str:
     given = {name: options.get(name) for name in ("speedup", "latency", "memory")} | options["within"]
     return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
@@ -180,6 +196,8 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _describe_export(folder: Path) -> str:
     record = read_json(folder / ARCHITECTURE_FILE)
+    if "adapter_parameters" in record:
+        return f"  adapter        plain peft, {count(record['adapter_parameters'])} parameters, of {record['base']}"
     layers = record["layers"]
     there = [layer for layer in layers if layer["attention"] or layer["mlp"]]
     widths = sorted({layer["intermediate_size"] for layer in there})
@@ -198,9 +216,10 @@ def _describe_run(folder: Path) -> str:
     options, stages = record["options"], record["stages"]
     if (recovery := stages.get("recover")) is not None:
         return _describe_recovery(options["settings"], recovery)
+    if "within" not in options:
+        return _describe_study(options, stages)
     lines = [
-        f"run: {options['model']} within {_budgets(options)}, recipe {options.get('recipe', 'best')}, "
-        f"seed {options['seed']}",
+        f"run: {options['model']} within {_budgets(options)}, {_way(options)}, seed {options['seed']}",
         stage_times(record),
     ]
     if "rows" in stages.get("compare", {}):
@@ -212,6 +231,16 @@ def _describe_run(folder: Path) -> str:
     if not stages.get("export", {}).get("finished"):
         lines.append("not finished: the same compress command goes on")
     return "\n".join(lines)
+
+
+def _describe_study(options: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
+    """Says what a study of adapters measured."""
+    lines = [["", "subnet", "accuracy", "adapter parameters", "MACs, merged"]]
+    for row in (row for stage in stages.values() for row in stage.get("rows", ())):
+        shares = [f"{row['accuracy']:.4f}", count(row["adapter_parameters"]), f"{row['macs_share']:.0%}"]
+        lines.append([row["method"], row["subnet"], *shares])
+    settings = f"{options['steps']} steps, seed {options['seed']}"
+    return f"study of adapters on {options['model']}, {settings}\n{aligned(lines)}"
 
 
 def _describe_recovery(settings: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
@@ -227,6 +256,9 @@ def _describe_recovery(settings: Mapping[str, Any], stage: Mapping[str, Any]) ->
 def _compared(stage: Mapping[str, Any]) -> list[str]:
     """The table that a stage recorded, and in which setting it was timed."""
     fixed = {"name", "parameters", "total_parameters", "macs", "latency", "loadability", "architecture"}
+    fixed |= {"adapter_parameters"}
     quality = [name for name in stage["rows"][0] if name not in fixed]
+    if "adapter_parameters" in stage["rows"][0]:
+        return [adapter_table(stage["rows"], quality=quality)]
     table = comparison_table(stage["rows"], quality=quality, seq_len=LATENCY_TOKENS)
     return [table, *([legend(quality, stage["setting"])] if "setting" in stage else [])]

@@ -75,6 +75,11 @@ def require_run(folder: Path) -> None:
     """
     if not (folder / RESULT_FILE).is_file():
         raise CheckpointError(f"{folder} is no run: it holds no {RESULT_FILE}; give the OUTPUT.run that compress made")
+    if read_record(folder / RESULT_FILE)["options"].get("lora"):
+        raise CheckpointError(
+            f"{folder} is a run of adapters, whose supernet is not kept as one: load its adapters by "
+            "hf_elastic.load_adapter, or compress with other limits to another output"
+        )
     if (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is what a run exported; give the folder of the run itself, OUTPUT.run")
 

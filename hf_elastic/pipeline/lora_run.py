@@ -31,7 +31,7 @@ from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, one_line, read_config, resolve_task
 from hf_elastic.pipeline.texts import digest, read_rows
 from hf_elastic.pipeline.training import arguments_of, device_of, random_batches, step_seconds
-from hf_elastic.report import aligned
+from hf_elastic.report import adapter_table
 from hf_elastic.search import search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -289,7 +289,8 @@ class LoraRun:
             with whole_folder(output, overwrite=True) as folder:
                 adapter.write(folder)
                 copy_companions(self.options.model, folder)
-                write_json(folder / ARCHITECTURE_FILE, {"architecture": dict(found), "digest": found.digest})
+                size = {"adapter_parameters": costs.adapter_parameters(supernet, found), "base": self.given.model}
+                write_json(folder / ARCHITECTURE_FILE, {"architecture": dict(found), "digest": found.digest, **size})
             labels = f", num_labels={supernet.base.config.num_labels}" if self.fresh_head else ""
             snippet = f"peft.{_PEFT_CLASSES[self.task.name]}.from_pretrained({str(output)!r}{labels})"
             self.record.note("export", loadability="stock", snippet=snippet)
@@ -299,7 +300,7 @@ class LoraRun:
             with self.record.stage("compare"):
                 self.record.note("compare", rows=self._compared(supernet, found))
         rows = self.record.numbers("compare")["rows"]
-        table = lora_table(rows, quality=self.task.quality)
+        table = adapter_table(rows, quality=self.task.quality)
         searched = self.record.numbers("search")
         self.say(f"{table}\nfound by {searched['evaluations']} evaluations in {searched['seconds']:.0f} s")
         self.say(f"{self.given.output_folder}: {self.record.numbers('export')['snippet']}")
@@ -348,15 +349,3 @@ _PEFT_CLASSES = {
     "classification": "AutoPeftModelForSequenceClassification",
     "masked-lm": "AutoPeftModel",
 }
-
-
-def lora_table(rows: list[Mapping[str, Any]], *, quality: tuple[str, ...]) -> str:
-    """The table of a run: what adapters and the merged model cost, and the measured quality on held-out data."""
-    names = [name for name in ("adapter_parameters", "parameters", "macs") if name in rows[-1]]
-    largest = next(row for row in rows if row["name"] == "largest")
-    headers = {"adapter_parameters": "adapter parameters", "parameters": "parameters, merged", "macs": "MACs, merged"}
-    lines = [["", *(headers[name] for name in names), *quality]]
-    for row in rows:
-        shares = [f"{costs.count(row[name])} ({row[name] / largest[name]:.0%})" for name in names]
-        lines.append([str(row["name"]), *shares, *("-" if row[n] is None else f"{row[n]:.4f}" for n in quality)])
-    return aligned(lines)

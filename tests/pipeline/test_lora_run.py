@@ -168,6 +168,18 @@ def test_the_command_line_takes_ranks(checkpoint: Find, data: Find, tmp_path: Pa
     assert "AutoPeftModelForSequenceClassification" in done.output and "adapter parameters" in done.output
 
 
+def test_a_run_is_described_and_not_taken_for_one_of_supernets(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+    silent(given(checkpoint, data, tmp_path / "out", "classification"))
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "out.run")])
+    assert shown.exit_code == 0 and "adapters r=8,4,2" in shown.output and "adapter parameters" in shown.output
+    assert "plain peft" in CliRunner().invoke(app, ["info", str(tmp_path / "out")]).output
+    for command in (["search", str(tmp_path / "out.run"), "--within", "parameters=0.5"],
+                    ["export", str(tmp_path / "out.run"), "largest", "--output", str(tmp_path / "new")],
+                    ["family", str(tmp_path / "out.run"), "--speedup", "1.5"]):  # fmt: skip
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, CheckpointError) and "run of adapters" in str(refused.exception)
+
+
 def test_ranks_are_read_and_nonsense_is_refused(checkpoint: Find, data: Find, tmp_path: Path) -> None:
     assert parse_ranks("r=16, 32,24") == [32, 24, 16]
     for text in ("32,24", "r=", "r=8,8", "r=0,4", "r=8;4", "rank=8"):

@@ -17,6 +17,7 @@ from hf_elastic import CheckpointError, DataError, ElasticConfig, ElasticLoraCon
 from hf_elastic.cli import app
 from hf_elastic.pipeline.reproduction import PUBLISHED, reproduce
 from hf_elastic.pipeline.study import Plan, Study
+from hf_elastic.report import describe_folder
 
 Find = Callable[[str], Path]
 TARGETS = ["query", "value"]
@@ -59,6 +60,7 @@ def test_all_ways_are_trained_on_the_same_rows_and_kept(plan: Plan, tmp_path: Pa
     assert both[-1]["subnet"] == "found, trained further" and both[-1]["macs_share"] == both[1]["macs_share"] <= 0.85
     assert ranks[1]["adapter_parameters"] <= 0.75 * ranks[0]["adapter_parameters"]
     assert 3 <= ranks[1]["evaluations"] <= 6 and all(0 <= row["accuracy"] <= 1 for row in [*fixed, *ranks, *both])
+    assert "study of adapters" in describe_folder(tmp_path / "study")
     again = Study(plan, tmp_path / "study", say=lambda text: None)
     again._train = lambda *args, **kwargs: pytest.fail("what was measured is measured again")  # type: ignore[method-assign]
     assert again.fixed("fixed", rank=4, targets=TARGETS) == fixed
