@@ -39,7 +39,10 @@ app = typer.Typer(
     help="Make Hugging Face language models elastic.",
 )
 
-_WITHIN_HELP = "Limit such as parameters=0.6: up to 1 a fraction of the parent's, above 1 absolute. May be repeated."
+_WITHIN_HELP = (
+    "Limit such as parameters=0.6 or macs=0.7 (at 128 tokens): up to 1 a fraction of the parent's, above 1 absolute. "
+    "May be repeated."
+)
 Within = Annotated[list[str], typer.Option(help=_WITHIN_HELP)]
 
 

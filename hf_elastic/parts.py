@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import Family, submodule
 from hf_elastic.layers import ElasticProjection, PartHolder, Region, Skip, SkippableModule, make_skippable
 from hf_elastic.space import Choice, Condition, Value
+
+Loadability = Literal["stock", "stock-padded", "remote-code"]
 
 SKIPS: Mapping[str, tuple[bool, bool]] = {
     "none": (True, True),
@@ -361,3 +363,23 @@ def check_wrappers(model: nn.Module) -> None:
                 f"{name} is a stock {type(module).__name__} on an elastic projection, whose sizes it cannot follow; "
                 "make the adapter with hf_elastic.ElasticLoraConfig (without ranks= it is one of fixed rank)"
             )
+
+
+def shapes_loadability(
+    shapes: tuple[LayerShape, ...], family: Family, *, hidden_size: int, parent: LayerShape
+) -> Loadability:
+    """Loadability of layer shapes (:meth:`Supernet.loadability`); layers skipped as a whole are dropped."""
+    kept = [shape for shape in shapes if not shape.skipped]
+    if not kept:
+        return "remote-code"  # a stock model without layers cannot keep the length of its cache
+    partial = any(not (shape.attention and shape.mlp) for shape in kept)
+    widths = {shape.intermediate_size for shape in kept}
+    heads = {shape.num_attention_heads for shape in kept}
+    holds = {
+        "any": True,
+        "parent": heads == {parent.num_attention_heads},
+        "divides_hidden": all(hidden_size % count == 0 for count in heads),
+    }[family.stock_heads]
+    if not partial and len(widths) == 1 and len(heads) == 1 and holds:
+        return "stock"
+    return "stock-padded" if family.pre_norm or not partial else "remote-code"

@@ -117,8 +117,11 @@ def describe_folder(folder: Path) -> str:
     if (folder / SPACE_FILE).is_file():
         return str(Supernet.from_pretrained(folder))
     parts = (
-        ("config.json", _describe_checkpoint), (ARCHITECTURE_FILE, _describe_export), (RESULT_FILE, _describe_run),
-    )  # fmt: skip
+        ("adapter_config.json", _describe_adapter),
+        ("config.json", _describe_checkpoint),
+        (ARCHITECTURE_FILE, _describe_export),
+        (RESULT_FILE, _describe_run),
+    )
     lines = [
         f"{child.name}\n{_read(_describe_export, child, ARCHITECTURE_FILE)}"
         for child in sorted(folder.iterdir())
@@ -132,6 +135,14 @@ def describe_folder(folder: Path) -> str:
             f"{folder} holds no config.json, {SPACE_FILE} or {RESULT_FILE}, so it is no checkpoint, supernet or run"
         )
     return "\n".join(lines)
+
+
+def _describe_adapter(folder: Path) -> str:
+    config = read_json(folder / "adapter_config.json")
+    ranks = config.get("ranks")
+    kind = f"elastic adapter, ranks {ranks} of {config['r']}" if ranks else f"adapter of rank {config['r']}"
+    loads = "hf_elastic.load_adapter (stock peft: the largest rank)" if ranks else "PeftModel.from_pretrained"
+    return f"{kind}, of {config.get('base_model_name_or_path') or 'a model in memory'}, loads by {loads}"
 
 
 def _read(describe: Callable[[Path], str], folder: Path, name: str) -> str:
@@ -197,7 +208,9 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _describe_export(folder: Path) -> str:
     record = read_json(folder / ARCHITECTURE_FILE)
     if "adapter_parameters" in record:
-        return f"  adapter        plain peft, {count(record['adapter_parameters'])} parameters, of {record['base']}"
+        labels = f", labels {', '.join(record['labels'][:8])}" if record.get("labels") else ""
+        size = count(record["adapter_parameters"])
+        return f"  adapter        plain peft, {size} parameters, of {record['base']}{labels}"
     layers = record["layers"]
     there = [layer for layer in layers if layer["attention"] or layer["mlp"]]
     widths = sorted({layer["intermediate_size"] for layer in there})

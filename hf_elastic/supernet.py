@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -14,14 +15,28 @@ from transformers import PreTrainedModel
 
 from hf_elastic import costs
 from hf_elastic.activation import Activation, adapter_names
-from hf_elastic.errors import ActivationError, ArchitectureError, CheckpointError, ExportError, UnsupportedModelError
+from hf_elastic.errors import (
+    ActivationError,
+    ArchitectureError,
+    CheckpointError,
+    ExportError,
+    SpaceError,
+    UnsupportedModelError,
+)
 from hf_elastic.families import FAMILIES, Family
 from hf_elastic.files import file_digest, read_json, whole_folder, write_json
 from hf_elastic.layers import PartHolder, Region, plain_children, without_wrappers
-from hf_elastic.parts import AdapterPart, ElasticPart, LayerPart, LayerShape, check_wrappers, join_choices
+from hf_elastic.parts import (
+    AdapterPart,
+    ElasticPart,
+    LayerPart,
+    LayerShape,
+    Loadability,
+    check_wrappers,
+    join_choices,
+    shapes_loadability,
+)
 from hf_elastic.space import Architecture, SearchSpace, Value
-
-Loadability = Literal["stock", "stock-padded", "remote-code"]
 
 SPACE_FILE = "search_space.json"
 ADAPTER_FOLDER = "adapter"
@@ -66,7 +81,13 @@ class Supernet:
         for part in parts:
             if isinstance(part, AdapterPart):
                 part.link(parts, self.base)
-        joined = SearchSpace(join_choices(part.choices for part in parts))
+        choices = join_choices(part.choices for part in parts)
+        if not choices:
+            raise SpaceError(
+                "the elastic parts of the model leave nothing to choose; give ElasticLoraConfig(ranks=[...]) with "
+                "ranks below r, or sizes below the model's own"
+            )
+        joined = SearchSpace(choices)
         known = "_hf_elastic_state" in self.base.__dict__
         self._state: Activation = self.base.__dict__.setdefault(
             "_hf_elastic_state", Activation(joined.largest(), joined)
@@ -94,11 +115,6 @@ class Supernet:
 
     def _joined(self) -> SearchSpace:
         return SearchSpace(join_choices(part.choices for part in self.parts))
-
-    @property
-    def base_space(self) -> SearchSpace | None:
-        """The architectures of the model without its adapters; ``None`` where only adapters are elastic."""
-        return SearchSpace(join_choices(part.choices for part in self.layer_parts)) if self.layer_parts else None
 
     @property
     def active(self) -> Architecture:
@@ -247,10 +263,11 @@ class Supernet:
         Raises:
             ExportError: they are.
         """
-        if any(part.merged or not self._holds(part) for part in self.adapter_parts):
+        gone = any(not self._holds(part) for part in self.adapter_parts)
+        if gone or any(part.merged for part in self.adapter_parts):
+            cure = "load the adapter again" if gone else "call unmerge_adapter() first"
             raise ExportError(
-                "the adapters were merged into the weights, where no subnet of them can be told apart; call "
-                "unmerge_adapter() first, or load the adapter again"
+                f"the adapters were merged into the weights, where no subnet of them can be told apart; {cure}"
             )
 
     def plain_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -391,6 +408,12 @@ class Supernet:
                 f"{folder / SPACE_FILE} was made for another space than its ElasticConfig gives; save it again"
             )
         parent = record.get("parent")
+        if (folder / ADAPTER_FOLDER).is_dir():
+            warnings.warn(
+                f"{folder} holds adapters, which are not loaded with their base; put them onto it: "
+                f"hf_elastic.load_adapter(supernet.model, {str(folder / ADAPTER_FOLDER)!r})",
+                stacklevel=2,
+            )
         if isinstance(parent, str) and _can_be_read(parent) and not (folder / "tokenizer_config.json").is_file():
             model.config._name_or_path = parent
         return supernet
@@ -473,23 +496,3 @@ def _load_model(folder: Path, model_class: type[PreTrainedModel], kwargs: dict[s
             "copy the folder again"
         )
     return model
-
-
-def shapes_loadability(
-    shapes: tuple[LayerShape, ...], family: Family, *, hidden_size: int, parent: LayerShape
-) -> Loadability:
-    """Loadability of layer shapes (:meth:`Supernet.loadability`); layers skipped as a whole are dropped."""
-    kept = [shape for shape in shapes if not shape.skipped]
-    if not kept:
-        return "remote-code"  # a stock model without layers cannot keep the length of its cache
-    partial = any(not (shape.attention and shape.mlp) for shape in kept)
-    widths = {shape.intermediate_size for shape in kept}
-    heads = {shape.num_attention_heads for shape in kept}
-    holds = {
-        "any": True,
-        "parent": heads == {parent.num_attention_heads},
-        "divides_hidden": all(hidden_size % count == 0 for count in heads),
-    }[family.stock_heads]
-    if not partial and len(widths) == 1 and len(heads) == 1 and holds:
-        return "stock"
-    return "stock-padded" if family.pre_norm or not partial else "remote-code"

@@ -41,6 +41,8 @@ def add_lora(
         UnsupportedModelError: a targeted module has no rank to choose, or the model has adapters already. The model is
             left as it was.
     """
+    if not isinstance(config, ElasticLoraConfig):
+        raise SpaceError(f"config is a {type(config).__name__}, expected ElasticLoraConfig(ranks=[...], ...)")
     if isinstance(model, PeftModel):
         raise UnsupportedModelError("the model has adapters already; use its add_adapter, then Supernet(model)")
     config.check(model)

@@ -56,9 +56,15 @@ def check_patterns(config: Patterns, modules: Sequence[str]) -> None:
 
 def check_matched(what: str, patterns: Iterable[str], modules: Sequence[str]) -> None:
     """Raises a :class:`SpaceError` unless every pattern matches a module."""
-    if lost := sorted(pattern for pattern in patterns if not any(matches(pattern, name) for name in modules)):
+    parts = [part for pattern in patterns for part in _alternatives(pattern)]
+    if lost := sorted(part for part in parts if not any(matches(part, name) for name in modules)):
         leaves = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
         raise SpaceError(f"{what} names {', '.join(map(repr, lost))}, but the adapted modules end in {leaves}")
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """What a pattern such as ``q_proj|k_proj`` offers, so that a typo in one of them is noticed."""
+    return pattern.split("|") if not re.search(r"[()\[\]\\]", pattern) else [pattern]
 
 
 def described_base(bases: Mapping[str, nn.Module], *, layers: Sequence[LayerPart]) -> dict[str, Any]:

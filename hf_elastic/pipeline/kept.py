@@ -77,8 +77,8 @@ def require_run(folder: Path) -> None:
         raise CheckpointError(f"{folder} is no run: it holds no {RESULT_FILE}; give the OUTPUT.run that compress made")
     if read_record(folder / RESULT_FILE)["options"].get("lora"):
         raise CheckpointError(
-            f"{folder} is a run of adapters, whose supernet is not kept as one: load its adapters by "
-            "hf_elastic.load_adapter, or compress with other limits to another output"
+            f"{folder} is a run of adapters, which is not searched again; hf_elastic.load_adapter loads its 'adapters' "
+            "onto the base in 'sorted' (Supernet.from_pretrained), else in 'parent', else onto the checkpoint itself"
         )
     if (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is what a run exported; give the folder of the run itself, OUTPUT.run")

@@ -95,6 +95,8 @@ class LoraRun:
         self.elastic_base = options.space is not None
         self.task: Task = resolve_task(options)
         self.folder = options.run_folder
+        if len(self.ranks) < 2 and not self.elastic_base:
+            raise SpaceError(f"lora={options.lora!r} names one rank, which leaves nothing to choose; name several")
         if options.recipe != CompressOptions.recipe:
             raise TrainingError(f"recipe={options.recipe!r} is not for adapters, which are trained; leave it out")
         if self.task.name == "embedding" and not self.elastic_base:
@@ -285,13 +287,20 @@ class LoraRun:
                 report = export(supernet, found, output, merge=True, source=self.options.model, overwrite=True)
                 self.record.note("export", loadability=report.loadability, snippet=report.snippet)
                 return
-            adapter = extract_adapter(supernet, found, base=self.given.model)
+            folder_of_base = Path(self.given.model).expanduser()
+            base = str(folder_of_base.resolve()) if folder_of_base.is_dir() else self.given.model
+            adapter = extract_adapter(supernet, found, base=base)
             with whole_folder(output, overwrite=True) as folder:
                 adapter.write(folder)
                 copy_companions(self.options.model, folder)
-                size = {"adapter_parameters": costs.adapter_parameters(supernet, found), "base": self.given.model}
-                write_json(folder / ARCHITECTURE_FILE, {"architecture": dict(found), "digest": found.digest, **size})
-            labels = f", num_labels={supernet.base.config.num_labels}" if self.fresh_head else ""
+                about = {"adapter_parameters": costs.adapter_parameters(supernet, found), "base": base}
+                if self.task.name == "classification":
+                    about["labels"] = list(supernet.base.config.id2label.values())
+                write_json(folder / ARCHITECTURE_FILE, {"architecture": dict(found), "digest": found.digest, **about})
+            names = {int(number): name for number, name in supernet.base.config.id2label.items()}
+            few = len(names) <= 8  # else they are to be read in architecture.json
+            labels = f", id2label={names}" if few else f", num_labels={len(names)}"
+            labels = labels if self.fresh_head else ""
             snippet = f"peft.{_PEFT_CLASSES[self.task.name]}.from_pretrained({str(output)!r}{labels})"
             self.record.note("export", loadability="stock", snippet=snippet)
 

@@ -179,11 +179,15 @@ def _check_trainable(supernet: Supernet) -> None:
     with supernet.activate(supernet.space.smallest()):
         regions = supernet.active_regions()
     trained = [name for name, parameter in supernet.model.named_parameters() if parameter.requires_grad]
-    if all(regions.get(name) == () for name in trained):
-        what = "the model is frozen" if not trained else "the smallest subnet skips all that is trained"
+    if not trained:
         raise TrainingError(
-            f"{what}, so nothing of a step could be learned; let skip= and num_hidden_layers= leave a layer with an "
-            "adapter, or train another module too (modules_to_save)"
+            "the model is frozen, no parameter requires a gradient; load adapters with is_trainable=True, or call "
+            "requires_grad_()"
+        )
+    if all(regions.get(name) == () for name in trained):
+        raise TrainingError(
+            "the smallest subnet skips all that is trained, so nothing of its step could be learned; let skip= and "
+            "num_hidden_layers= leave a layer with an adapter, or train another module too (modules_to_save)"
         )
 
 

@@ -7,13 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from lora_models import elastic, logits, stock
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from test_elastic_lora import state_of
 from tiny_models import tiny
 from torch import nn
 
-from hf_elastic import CheckpointError, ElasticConfig, ElasticLoraConfig, Supernet, load_adapter, make_elastic
+from hf_elastic import (
+    CheckpointError,
+    ElasticConfig,
+    ElasticLoraConfig,
+    SpaceError,
+    Supernet,
+    add_lora,
+    extract_adapter,
+    load_adapter,
+    make_elastic,
+)
+from hf_elastic.report import describe_folder
 
 WIDTHS = ElasticConfig(intermediate_size=[16])
 
@@ -115,3 +126,21 @@ def test_a_file_that_does_not_fit_leaves_everything_as_it_was(tmp_path: Path) ->
     assert first.training
     with pytest.raises(CheckpointError, match="'second' already"):
         load_adapter(first, tmp_path / "whole", adapter_name="second")
+
+
+def test_what_a_user_might_try_is_answered(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match="expected ElasticLoraConfig"):
+        add_lora(tiny("llama"), LoraConfig(r=4, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    with pytest.raises(SpaceError, match=r"ranks=\[...\]"):
+        add_lora(tiny("llama"), ElasticLoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(SpaceError, match="'k_porj'"):
+        add_lora(tiny("llama"), ElasticLoraConfig(r=4, ranks={"q_proj|k_porj": [2]}, target_modules=["q_proj"]))
+    model = tiny("llama")
+    make_elastic(model, WIDTHS)
+    elastic(model).save_pretrained(tmp_path / "both")
+    with pytest.warns(UserWarning, match=r"load_adapter\(supernet.model, .*both/adapter'\)"):
+        Supernet.from_pretrained(tmp_path / "both")
+    assert "elastic adapter, ranks [2, 4] of 8" in describe_folder(tmp_path / "both" / "adapter")
+    supernet = elastic(tiny("llama"))
+    extract_adapter(supernet, supernet.space.smallest()).save_pretrained(tmp_path / "plain")
+    assert "adapter of rank 2" in describe_folder(tmp_path / "plain")

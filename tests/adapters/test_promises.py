@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_elastic import ElasticLoraConfig
 from hf_elastic.testing import PROMISES, Case
 
-FAMILIES = ["llama", "bert", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "distilbert"))]
+FAMILIES = ["llama", "bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen3", "distilbert"))]
 
 
 def adapted(**settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
@@ -43,6 +43,7 @@ def test_ranks_with_an_elastic_base_keep_the_promise(family: str, check: Callabl
     check(Case(lambda: tiny(family), config, wrap=ALL, sampled=6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", PROMISES, ids=lambda check: check.__name__)
 def test_ranks_per_module_with_a_fixed_one_keep_the_promise(check: Callable[[Case], None]) -> None:
     wrap = adapted(
