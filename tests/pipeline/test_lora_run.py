@@ -45,7 +45,11 @@ def eight_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_run, "step_seconds", lambda *args, **kwargs: 60 / (8 * lora_run._OVERHEAD))
 
 
-@pytest.mark.parametrize("kind", ["classification", "fresh", "causal-lm", "gpt2", "masked-lm"])
+LATER = ("_searched", "_compared")
+SLOWER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal-lm", "gpt2", "masked-lm")]
+
+
+@pytest.mark.parametrize("kind", ["classification", "fresh", *SLOWER])
 def test_ranks_alone_give_a_plain_adapter(kind: str, checkpoint: Find, data: Find, tmp_path: Path) -> None:
     chosen = given(checkpoint, data, tmp_path / "out", kind, minutes=1.0)
     result = silent(chosen)
@@ -104,7 +108,7 @@ def test_with_a_space_the_merged_smaller_model_is_written(
     assert result.record["stages"]["export"]["loadability"] == "stock"
 
 
-@pytest.mark.parametrize("broken", ["_train", "_searched", "_exported", "_compared"])
+@pytest.mark.parametrize("broken", ["_train", "_exported", *(pytest.param(n, marks=pytest.mark.slow) for n in LATER)])
 def test_a_run_that_broke_off_goes_on_to_the_same_end(
     broken: str, checkpoint: Find, data: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
