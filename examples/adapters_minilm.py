@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def adapters(head: Sequence[str]) -> he.ElasticLoraConfig:
     )  # fmt: skip
 
 
-def mode_a(model: PreTrainedModel, head: list[str]) -> he.Supernet:
-    return he.add_lora(model, adapters(head), seed=0)
+def mode_a(study: Study, model: PreTrainedModel, head: list[str]) -> he.Supernet:
+    return he.add_lora(model, adapters(head), seed=study.plan.seed)
 
 
 def mode_b(study: Study, model: PreTrainedModel, head: list[str]) -> he.Supernet:
@@ -60,7 +61,7 @@ def mode_b(study: Study, model: PreTrainedModel, head: list[str]) -> he.Supernet
         num_attention_heads=[heads // 2, 2 * heads // 3, 5 * heads // 6],
     )
     study.sorted_(he.make_elastic(model, space))
-    return he.add_lora(model, adapters(head), seed=0)
+    return he.add_lora(model, adapters(head), seed=study.plan.seed)
 
 
 def one_seed(task: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,9 +74,9 @@ def one_seed(task: str, seed: int, arguments: argparse.Namespace) -> list[dict[s
     study = Study(plan, Path(arguments.output) / f"{task}-{seed}")
     rows = [*study.fixed("fixed-rank LoRA", rank=RANK, targets=TARGETS)]
     rows += study.fixed("fixed-rank LoRA at Mode A's budget", rank=round(BUDGET * RANK), targets=TARGETS)
-    rows += study.elastic("Mode A", mode_a, within={"adapter_parameters": BUDGET})
+    rows += study.elastic("Mode A", partial(mode_a, study), within={"adapter_parameters": BUDGET})
     rows += study.elastic(
-        "Mode B", lambda model, head: mode_b(study, model, head), within={"macs": MACS}, near=True, further=FURTHER
+        "Mode B", partial(mode_b, study), within={"macs": MACS}, near=True, further=FURTHER
     )  # fmt: skip
     return rows
 

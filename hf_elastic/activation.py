@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_elastic.errors import ActivationError
-from hf_elastic.parts import ElasticPart
+from hf_elastic.parts import AdapterPart, ElasticPart
 from hf_elastic.space import Architecture, SearchSpace
 
 
@@ -22,6 +22,7 @@ class Activation:
     def __init__(self, active: Architecture, space: SearchSpace) -> None:
         self.active, self.space = active, space
         self.parts: tuple[ElasticPart, ...] = ()
+        self.adapter_parts: tuple[AdapterPart, ...] = ()  # kept, since asking a part for its protocol takes long
         self.adapters: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._owner: threading.Thread | None = None

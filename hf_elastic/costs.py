@@ -56,9 +56,6 @@ def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
 
 def _plain_parameters(supernet: Supernet) -> Iterable[nn.Parameter]:
     """Parameters of the model without adapters, each once."""
-    if not supernet.adapter_parts:
-        parameters: Iterable[nn.Parameter] = supernet.base.parameters()
-        return parameters
     found = [p for _, module in supernet.plain_modules() for p in module.parameters(recurse=False)]
     return {id(parameter): parameter for parameter in found}.values()
 

@@ -336,6 +336,19 @@ def without_wrappers(root: nn.Module, inside: Mapping[int, nn.Module]) -> Iterat
 
 
 @contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Makes torch's random numbers on the CPU a function of ``seed`` inside the block, and restores their state.
+
+    For what draws from the state that all libraries share, such as new modules of transformers and peft. ``None``
+    leaves them as they are.
+    """
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts every module into evaluation mode inside the block, and gives each its own mode back at the end.
 

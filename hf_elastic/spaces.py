@@ -77,6 +77,7 @@ def lonas_bert(config: PreTrainedConfig) -> PublishedSpace:
     return PublishedSpace("LoNAS (LREC-COLING 2024); arXiv 2503.18646, table V", elastic, lora)
 
 
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 _LLAMA_NEURONS = 11008
 _LLAMA_WIDTHS = (9632, 8256, 6880, 5504)
 
@@ -90,7 +91,7 @@ def lonas_llama(config: PreTrainedConfig) -> PublishedSpace:
     Raises:
         SpaceError: the config is of no LLaMA family.
     """
-    _require(config, ("llama", "mistral", "qwen2", "qwen3"), name="lonas_llama")
+    _require(config, _LLAMAS, name="lonas_llama")
     widths = _scaled(_LLAMA_WIDTHS, whole=_LLAMA_NEURONS, to=config.intermediate_size)
     lora = ElasticLoraConfig(
         r=32, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM",
@@ -109,13 +110,9 @@ def shears_llama(config: PreTrainedConfig) -> PublishedSpace:
     Raises:
         SpaceError: the config is of no LLaMA family.
     """
-    _require(config, ("llama", "mistral", "qwen2", "qwen3"), name="shears_llama")
-    lora = ElasticLoraConfig(
-        r=32, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
-        ranks={"q_proj|k_proj|v_proj": [32, 24, 16], "up_proj": [32, 24, 16], "down_proj": [32, 24, 16]},
-    )  # fmt: skip
-    return PublishedSpace("Shears (arXiv 2404.10934)", None, lora)
+    _require(config, _LLAMAS, name="shears_llama")
+    modules = ("q_proj|k_proj|v_proj", "up_proj", "down_proj")
+    return _ranks_alone("Shears (arXiv 2404.10934)", {name: [32, 24, 16] for name in modules})
 
 
 def sqft_llama(config: PreTrainedConfig) -> PublishedSpace:
@@ -126,13 +123,17 @@ def sqft_llama(config: PreTrainedConfig) -> PublishedSpace:
     Raises:
         SpaceError: the config is of no LLaMA family.
     """
-    _require(config, ("llama", "mistral", "qwen2", "qwen3"), name="sqft_llama")
+    _require(config, _LLAMAS, name="sqft_llama")
+    return _ranks_alone("SQFT (arXiv 2410.03750)", {"q_proj|k_proj|v_proj": [32, 28, 24, 20, 16]})
+
+
+def _ranks_alone(source: str, ranks: dict[str, list[int]]) -> PublishedSpace:
+    """Adapters of rank 32 on attention, up and down, as Shears and SQFT have them."""
     lora = ElasticLoraConfig(
-        r=32, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM",
+        r=32, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM", ranks=ranks,
         target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
-        ranks={"q_proj|k_proj|v_proj": [32, 28, 24, 20, 16]},
     )  # fmt: skip
-    return PublishedSpace("SQFT (arXiv 2410.03750)", None, lora)
+    return PublishedSpace(source, None, lora)
 
 
 PUBLISHED: Mapping[str, Callable[[PreTrainedConfig], PublishedSpace]] = {

@@ -78,9 +78,9 @@ class Supernet:
                 "first, or get_peft_model(model, ElasticLoraConfig(...))"
             )
         check_wrappers(model)
-        for part in parts:
-            if isinstance(part, AdapterPart):
-                part.link(parts, self.base)
+        adapters = tuple(part for part in parts if isinstance(part, AdapterPart))
+        for part in adapters:
+            part.link(parts, self.base)
         choices = join_choices(part.choices for part in parts)
         if not choices:
             raise SpaceError(
@@ -94,7 +94,8 @@ class Supernet:
         )
         # A copied state knows no parts; those of the copied model are set as it says.
         changed = self._state.space != joined or (self._state.parts and self._state.parts != parts)
-        self._state.parts, self._state.adapters = parts, adapter_names(self.base)
+        self._state.parts, self._state.adapter_parts = parts, adapters
+        self._state.adapters = adapter_names(self.base)
         if not known or changed:  # new, or parts came or went since the last handle was made
             self._state.space = joined
             self._set(joined.largest())
@@ -195,8 +196,9 @@ class Supernet:
                 "an adapter is merged into the weights, where no other subnet can be made active; call "
                 "unmerge_adapter() first, and set_active() where a block was left meanwhile"
             )
+        gone = {id(part) for part in self.adapter_parts if not part.attached}
         for part in self.parts:
-            if not isinstance(part, AdapterPart) or part.attached:
+            if id(part) not in gone:
                 part.set(architecture)
         self._state.active = architecture
 
@@ -239,7 +241,7 @@ class Supernet:
     @property
     def adapter_parts(self) -> tuple[AdapterPart, ...]:
         """The parts that are adapters on a projection, in order."""
-        return tuple(part for part in self.parts if isinstance(part, AdapterPart))
+        return self._state.adapter_parts
 
     def _holds(self, part: AdapterPart) -> bool:
         """Whether an adapter is still in the model: ``merge_and_unload`` takes it out."""
@@ -272,7 +274,8 @@ class Supernet:
 
     def plain_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules of the transformers model with their names, as if no adapter were there."""
-        yield from plain_children(self.base, self._inside(), prefix="")
+        whole = plain_children(self.base, self._inside(), prefix="")
+        return whole if self.adapter_parts else self.base.named_modules()
 
     def _inside(self) -> dict[int, nn.Module]:
         """What stands inside each adapter, by ``id`` of the adapter."""
@@ -281,8 +284,7 @@ class Supernet:
     @contextmanager
     def plain(self) -> Iterator[Any]:
         """Takes the adapters out of the transformers model inside the block and yields it; no weight changes."""
-        inside = self._inside()
-        with without_wrappers(self.base, inside):
+        with without_wrappers(self.base, self._inside()):
             yield self.base
 
     @property

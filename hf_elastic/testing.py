@@ -10,7 +10,6 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from hf_elastic.conversion import make_elastic
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import ActivationError
 from hf_elastic.families import Family, family_of
-from hf_elastic.layers import Region
+from hf_elastic.layers import Region, seeded
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.training import FixedSubnet, RandomSubnet, SubnetSamplingCallback
@@ -92,14 +91,6 @@ class Case:
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         return {"input_ids": ids, "attention_mask": mask}
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Makes torch's random numbers on the CPU a function of ``seed`` inside the block, and restores their state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def check_family(case: Case) -> None:

@@ -18,6 +18,7 @@ from hf_elastic.errors import SpaceError
 
 Share = Literal["layer", "module"]
 
+
 @dataclass
 class ElasticLoraConfig(LoraConfig):
     r"""LoRA whose ranks are choices: the first :math:`r'` rows of ``A`` and columns of ``B`` are active.
@@ -96,8 +97,8 @@ class ElasticLoraConfig(LoraConfig):
     def check(self, model: nn.Module) -> None:
         """Checks the names of modules against a model without changing it, before ``get_peft_model``.
 
-        ``Supernet(peft_model)`` checks the patterns too; targets that match nothing at all peft itself refuses, some
-        that do it ignores.
+        ``Supernet(peft_model)`` checks the patterns too. Of targets peft refuses those that all match nothing, with an
+        error of its own, and ignores single ones.
 
         Raises:
             SpaceError: a target or a pattern matches no module.

@@ -181,12 +181,8 @@ def _write_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[s
     config.r = max(ranks.values())
     first = next(name for name in ranks if ranks[name] == config.r)
     config.lora_alpha = alphas[first]  # type: ignore[assignment]  # peft takes any number
-    config.rank_pattern = {_exactly(name): rank for name, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
-
-
-def _exactly(name: str) -> str:
-    return re.escape(name)
+    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {re.escape(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 def _whole(number: float) -> Any:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_elastic.adapters.configuration import ElasticLoraConfig
 from hf_elastic.adapters.recognition import check_base
 from hf_elastic.errors import CheckpointError, ElasticError, SpaceError, UnsupportedModelError
-from hf_elastic.layers import PartHolder
+from hf_elastic.layers import PartHolder, seeded
 from hf_elastic.parts import LayerPart
 from hf_elastic.supernet import Supernet
 
@@ -46,9 +45,7 @@ def add_lora(
     if isinstance(model, PeftModel):
         raise UnsupportedModelError("the model has adapters already; use its add_adapter, then Supernet(model)")
     config.check(model)
-    with _left_as_it_was(model), torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:  # peft draws from the state that all libraries share
-            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    with _left_as_it_was(model), seeded(seed):
         try:
             return Supernet(get_peft_model(model, config, adapter_name))
         except (ValueError, TypeError) as error:
@@ -95,8 +92,7 @@ def fixed_lora(
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=list(targets), modules_to_save=list(head) or None,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    with seeded(seed):
         adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
     return adapted
 

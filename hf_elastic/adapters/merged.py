@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.errors import TrainingError
+from hf_elastic.layers import seeded
 
 Lora = LoraConfig | int
 """A rank, for adapters on every linear layer but the output head, or peft's own configuration."""
@@ -75,8 +75,7 @@ def _config(lora: Lora, model: PreTrainedModel) -> LoraConfig:
 
 
 def _wrapped(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:
-    with torch.random.fork_rng(devices=[]):  # peft draws from the state that all libraries share
-        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    with seeded(seed):
         try:
             wrapped = get_peft_model(model, config)
         except (ValueError, TypeError) as error:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from hf_elastic import costs, objectives
 from hf_elastic.adapters import ElasticLoraConfig, SubnetStatistics, add_lora, extract_adapter, load_adapter
@@ -25,11 +24,19 @@ from hf_elastic.errors import CheckpointError, DataError, SpaceError, TrainingEr
 from hf_elastic.files import only_worker, remove_half_written, whole_folder, write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.comparison import recorded
-from hf_elastic.pipeline.kept import SORTED
+from hf_elastic.pipeline.kept import SORTED, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
 from hf_elastic.pipeline.options import CompressOptions
-from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, one_line, read_config, resolve_task
-from hf_elastic.pipeline.texts import digest, read_rows
+from hf_elastic.pipeline.tasks import (
+    Task,
+    TaskData,
+    load_model,
+    load_tokenizer,
+    load_with_classifier,
+    read_config,
+    resolve_task,
+)
+from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import arguments_of, device_of, random_batches, step_seconds
 from hf_elastic.report import adapter_table
 from hf_elastic.search import search_subnets
@@ -106,8 +113,7 @@ class LoraRun:
             )
         self.rows = read_rows(options.data, text_column=options.text_column)
         self.fresh_head = self._needs_head()
-        text = digest(self.rows, (options.text_column, *((options.label_column,) if self.fresh_head else ())))
-        self._identity = {**options.to_dict(), "text": text}
+        self._identity = {**options.to_dict(), "text": text_digest(self.rows, self.task, options)}
 
     def _needs_head(self) -> bool:
         """Whether the checkpoint lacks the classifier that the task needs."""
@@ -132,17 +138,22 @@ class LoraRun:
 
     def _draft(self) -> Supernet:
         """The supernet as it would be made, of which the limits leave something."""
-        settings = {"num_labels": len({str(row.get(self.given.label_column)) for row in self.rows})}
-        model = (
-            AutoModelForSequenceClassification.from_pretrained(self.given.model, dtype=torch.float32, **settings)
-            if self.fresh_head
-            else load_model(self.task, self.given)
-        )
+        if self.fresh_head:
+            model, head = load_with_classifier(self.given.model, self._labels(), seed=self.given.seed)
+        else:
+            model, head = load_model(self.task, self.given), None
         if self.given.space is not None:
             make_elastic(model, self.given.space)
-        supernet = add_lora(model, self._config(None), seed=self.given.seed)
+        supernet = add_lora(model, self._config(head), seed=self.given.seed)
         feasibility(supernet, dict(self.given.within or {}))
         return supernet
+
+    def _labels(self) -> list[str]:
+        """Names of the classes in the data."""
+        column = self.given.label_column
+        if missing := next((row for row in self.rows if column not in row), None):
+            raise DataError(f"classification needs a column {column!r}, a row has only {sorted(missing)}")
+        return sorted({str(row[column]) for row in self.rows})
 
     def _config(self, head: list[str] | None) -> ElasticLoraConfig:
         return ElasticLoraConfig(
@@ -174,28 +185,13 @@ class LoraRun:
 
     def _make_parent(self) -> None:
         """Gives the checkpoint a classifier for the labels of the data."""
-        column = self.given.label_column
-        if missing := next((row for row in self.rows if column not in row), None):
-            raise DataError(f"classification needs a column {column!r}, a row has only {sorted(missing)}")
-        names = sorted({str(row[column]) for row in self.rows})
-        labels = {name: number for number, name in enumerate(names)}
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(torch.Generator().manual_seed(self.given.seed).get_state())
-            try:
-                loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                    self.given.model, dtype=torch.float32, output_loading_info=True, num_labels=len(names),
-                    label2id=labels, id2label={number: name for name, number in labels.items()},
-                )  # fmt: skip
-            except Exception as error:  # transformers raises whatever its parts raise
-                raise CheckpointError(f"cannot load {self.given.model!r}: {one_line(error)}") from error
-        model, report = loaded
-        head = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+        model, head = load_with_classifier(self.given.model, self._labels(), seed=self.given.seed)
         tokenizer = load_tokenizer(self.given)
         model.config.pad_token_id = model.config.pad_token_id or tokenizer.pad_token_id
         with whole_folder(self.folder / PARENT, overwrite=True) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        self.record.note("parent", head=head, labels=len(names))
+        self.record.note("parent", head=head, labels=len(self._labels()))
 
     def _sorted(self) -> Supernet:
         assert self.options.space is not None

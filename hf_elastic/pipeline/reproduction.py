@@ -121,15 +121,15 @@ def reproduce(
     plan = replace(plan, **{key: value for key, value in changes.items() if value is not None})
     study = Study(plan, Path(output), say=say)
     rows = study.fixed("LoRA", rank=paper.rank, targets=paper.targets)
-    rows = [*rows, *study.elastic("LoNAS", _maker(paper), within={"macs": paper.macs})]
+    rows = [*rows, *study.elastic("LoNAS", _maker(paper, seed=plan.seed), within={"macs": paper.macs})]
     return "\n".join([_table(paper, rows), "", *_differences(paper, study)])
 
 
-def _maker(paper: Published) -> Callable[[PreTrainedModel, list[str]], Supernet]:
+def _maker(paper: Published, *, seed: int) -> Callable[[PreTrainedModel, list[str]], Supernet]:
     def make(model: PreTrainedModel, head: list[str]) -> Supernet:
         space = spaces.PUBLISHED[paper.space](model.config)
         space.lora.modules_to_save = head
-        return space.make(model, seed=0)
+        return space.make(model, seed=seed)
 
     return make
 

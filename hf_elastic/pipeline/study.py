@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -28,7 +27,7 @@ from hf_elastic.files import only_worker
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.layers import evaluating
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
-from hf_elastic.pipeline.tasks import one_line
+from hf_elastic.pipeline.tasks import load_with_classifier, one_line
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.search import search_subnets
 from hf_elastic.space import Architecture
@@ -123,19 +122,7 @@ class Study:
 
     def parent(self) -> tuple[PreTrainedModel, list[str]]:
         """The parent with a new classifier, and the modules trained as a whole: what is new, and its pooler."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(torch.Generator().manual_seed(self.plan.seed).get_state())
-            try:
-                loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                    self.plan.model, num_labels=len(self.labels), dtype=torch.float32, output_loading_info=True
-                )
-            except Exception as error:  # transformers raises whatever its parts raise
-                raise CheckpointError(f"cannot load {self.plan.model!r}: {one_line(error)}") from error
-        model, report = loaded
-        new = {key.rpartition(".")[0] for key in report["missing_keys"]}
-        # A sentence encoder's pooler was never trained for what stands behind it here.
-        poolers = {name for name, _ in model.named_modules() if name.endswith("pooler")}
-        return model, sorted({name for name in new if not name.startswith(tuple(poolers))} | poolers)
+        return load_with_classifier(self.plan.model, self.labels, seed=self.plan.seed)
 
     def fixed(self, name: str, *, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
         """Trains stock LoRA of one rank and returns its one row."""

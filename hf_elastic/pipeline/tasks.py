@@ -29,6 +29,7 @@ from hf_elastic.distillation import Pooling
 from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
 from hf_elastic.families import FAMILIES
 from hf_elastic.files import read_json
+from hf_elastic.layers import seeded
 from hf_elastic.pipeline.options import CompressOptions, TaskName
 from hf_elastic.pipeline.texts import Row, shuffled, split_sentences
 from hf_elastic.search import Objective
@@ -394,3 +395,31 @@ def load_model(task: Task, options: CompressOptions, *, folder: Path | None = No
     if task.name == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(options).pad_token_id  # else it takes one row at a time
     return model.eval()
+
+
+def load_with_classifier(model: str, labels: Sequence[str], *, seed: int) -> tuple[PreTrainedModel, list[str]]:
+    """Loads a checkpoint with a new classifier, and names what is to be trained as a whole.
+
+    That is what is new, and the pooler: a sentence encoder's was never trained for what stands behind it here.
+
+    Args:
+        model: folder or Hub name.
+        labels: names of the classes.
+        seed: of the classifier's first weights.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+    """
+    numbers = {name: number for number, name in enumerate(labels)}
+    with seeded(seed):
+        try:
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                model, dtype=torch.float32, output_loading_info=True, num_labels=len(labels), label2id=numbers,
+                id2label={number: name for name, number in numbers.items()},
+            )  # fmt: skip
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise CheckpointError(f"cannot load {model!r}: {one_line(error)}") from error
+    made, report = loaded
+    poolers = {name for name, _ in made.named_modules() if name.endswith("pooler")}
+    new = {key.rpartition(".")[0] for key in report["missing_keys"]}
+    return made, sorted({name for name in new if not name.startswith(tuple(poolers))} | poolers)
