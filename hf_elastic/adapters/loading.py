@@ -97,6 +97,12 @@ def fixed_lora(
     return adapted
 
 
+def load_fixed_lora(model: PreTrainedModel, directory: str | Path) -> PeftModel:
+    """Puts stock LoRA that was saved onto its base, in evaluation mode: to be a teacher, or to be compared with."""
+    adapted: PeftModel = PeftModel.from_pretrained(model, str(directory))  # type: ignore[assignment]
+    return adapted.eval()
+
+
 def load_adapter(
     model: nn.Module, directory: str | Path, *, adapter_name: str = "default", is_trainable: bool = False
 ) -> Supernet:

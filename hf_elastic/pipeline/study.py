@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +21,10 @@ from transformers import (
 )
 
 from hf_elastic import costs, objectives
-from hf_elastic.adapters import SubnetStatistics, fixed_lora
+from hf_elastic.adapters import SubnetStatistics, fixed_lora, load_fixed_lora
 from hf_elastic.checkpoint.run_record import RunRecord
 from hf_elastic.errors import CheckpointError, DataError
-from hf_elastic.files import only_worker
+from hf_elastic.files import only_worker, whole_folder
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.layers import evaluating
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
@@ -32,7 +33,7 @@ from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.search import search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
-from hf_elastic.training import ElasticTrainer, FixedSubnet, RandomSubnet, SamplingRule
+from hf_elastic.training import Distillation, ElasticTrainer, FixedSubnet, RandomSubnet, SamplingRule
 
 Batch = dict[str, torch.Tensor]
 Make = Callable[[PreTrainedModel, list[str]], Supernet]
@@ -125,19 +126,41 @@ class Study:
         return load_with_classifier(self.plan.model, self.labels, seed=self.plan.seed)
 
     def fixed(self, name: str, *, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
-        """Trains stock LoRA of one rank and returns its one row."""
-        return self._measured(name, lambda: self._fixed(rank, targets))
+        """Trains stock LoRA of one rank, keeps it in the folder, and returns its one row."""
+        return self._measured(name, lambda: self._fixed(name, rank, targets))
 
-    def _fixed(self, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
+    def _fixed(self, name: str, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
         model, head = self.parent()
         adapted = fixed_lora(model, rank=rank, targets=targets, head=head, seed=self.plan.seed)
         seconds = self._train(adapted, None, None)
+        with whole_folder(self._adapters(name), overwrite=True) as folder:
+            adapted.save_pretrained(str(folder))
         trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
         return [{"subnet": f"rank {rank}", "accuracy": self._accuracy(adapted), "adapter_parameters": trained,
                  "macs_share": 1.0, "train_seconds": seconds}]  # fmt: skip
 
+    def _adapters(self, name: str) -> Path:
+        return self.folder / "adapters" / re.sub(r"\W+", "-", name)
+
+    def trained(self, name: str) -> nn.Module:
+        """What :meth:`fixed` trained under this name.
+
+        Raises:
+            CheckpointError: nothing was.
+        """
+        if not self._adapters(name).is_dir():
+            raise CheckpointError(f"{self.folder} keeps no adapters of {name!r}; train them with fixed() first")
+        return load_fixed_lora(self.parent()[0], self._adapters(name))
+
     def elastic(
-        self, name: str, make: Make, *, within: Mapping[str, float], near: bool = False, further: float = 0.0
+        self,
+        name: str,
+        make: Make,
+        *,
+        within: Mapping[str, float],
+        near: bool = False,
+        teacher: str | None = None,
+        further: float = 0.0,
     ) -> list[dict[str, Any]]:
         """Trains elastic adapters, searches them, and returns the rows of the largest, found, middle and other subnets.
 
@@ -146,18 +169,30 @@ class Study:
             make: makes the parent elastic.
             within: limits of the search; the first names its second objective.
             near: whether training draws subnets near the limits only, rather than from the whole space.
+            teacher: name of what :meth:`fixed` trained; its logits are learned from, besides the labels.
             further: how long the found subnet alone is trained afterwards, as a share of the steps.
-        """
-        return self._measured(name, lambda: self._elastic(make, dict(within), near=near, further=further))
 
-    def _elastic(self, make: Make, within: dict[str, float], *, near: bool, further: float) -> list[dict[str, Any]]:
+        Raises:
+            CheckpointError: the teacher was not trained.
+            ElasticError: what :func:`~hf_elastic.search_subnets` and training raise.
+        """
+
+        def measure() -> list[dict[str, Any]]:
+            distill = Distillation(teacher=self.trained(teacher)) if teacher else None
+            return self._elastic(make, dict(within), near=near, distill=distill, further=further)
+
+        return self._measured(name, measure)
+
+    def _elastic(
+        self, make: Make, within: dict[str, float], *, near: bool, distill: Distillation | None, further: float
+    ) -> list[dict[str, Any]]:
         supernet = make(*self.parent())
         limits = feasibility(supernet, within)
         rule: SamplingRule = RandomSubnet(self.plan.seed)
         if near:
             rule = AmongSubnets(near_limit(supernet, limits, seed=self.plan.seed), self.plan.seed)
         statistics = SubnetStatistics(supernet)
-        seconds = self._train(supernet.model, supernet, rule, statistics)
+        seconds = self._train(supernet.model, supernet, rule, statistics, distill=distill)
         began = time.perf_counter()
         goals = [objectives.accuracy(supernet, self.validation), objectives.related_costs(supernet)[next(iter(within))]]
         result = search_subnets(
@@ -178,7 +213,7 @@ class Study:
             rows.append({**row, "train_seconds": seconds})
         rows[1] |= {"evaluations": len(result.evaluations), "search_seconds": spent, "space": str(space.size)}
         if further:
-            more = self._train(supernet.model, supernet, FixedSubnet(found), share=further)
+            more = self._train(supernet.model, supernet, FixedSubnet(found), share=further, distill=distill)
             with supernet.activate(found):
                 row = {"subnet": "found, trained further", "accuracy": self._accuracy(supernet.model)}
             rows.append({**row, **self._costs(supernet, found), "train_seconds": seconds + more})
@@ -210,6 +245,7 @@ class Study:
         rule: SamplingRule | None,
         *callbacks: Any,
         share: float = 1.0,
+        distill: Distillation | None = None,
     ) -> float:
         """Trains for a share of the plan's steps; returns the seconds that it took."""
         plan = self.plan
@@ -226,7 +262,7 @@ class Study:
         trainer: Any = (
             Trainer(model=model, **common)
             if supernet is None or rule is None
-            else ElasticTrainer(supernet=supernet, sampling=rule, **common)
+            else ElasticTrainer(supernet=supernet, sampling=rule, distill=distill or False, **common)
         )
         began = time.perf_counter()
         trainer.train()

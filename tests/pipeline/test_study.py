@@ -52,7 +52,7 @@ def test_all_ways_are_trained_on_the_same_rows_and_kept(plan: Plan, tmp_path: Pa
     study = Study(plan, tmp_path / "study", say=lambda text: None)
     fixed = study.fixed("fixed", rank=4, targets=TARGETS)
     ranks = study.elastic("A", lambda m, head: add_lora(m, lora(head), seed=0), within={"adapter_parameters": 0.75})
-    both = study.elastic("B", mode_b, within={"macs": 0.85}, near=True, further=0.5)
+    both = study.elastic("B", mode_b, within={"macs": 0.85}, near=True, teacher="fixed", further=0.5)
     assert fixed[0]["adapter_parameters"] == ranks[0]["adapter_parameters"]
     assert [row["subnet"] for row in ranks] == [
         "largest", "found", "midpoint", "smallest", "most frequent", "lowest loss", "most active",
@@ -66,6 +66,21 @@ def test_all_ways_are_trained_on_the_same_rows_and_kept(plan: Plan, tmp_path: Pa
     assert again.fixed("fixed", rank=4, targets=TARGETS) == fixed
     with pytest.raises(CheckpointError, match="steps"):
         Study(Plan(**{**vars(plan), "steps": 7}), tmp_path / "study")
+
+
+def test_a_teacher_is_what_was_trained_and_is_learned_from(plan: Plan, tmp_path: Path) -> None:
+    study = Study(plan, tmp_path / "study", say=lambda text: None)
+    with pytest.raises(CheckpointError, match="keeps no adapters of 'fixed'"):
+        study.elastic("B", mode_b, within={"macs": 0.85}, teacher="fixed")
+    accuracy = study.fixed("fixed", rank=4, targets=TARGETS)[0]["accuracy"]
+    teacher = study.trained("fixed")
+    assert study._accuracy(teacher) == accuracy and not teacher.training
+    assert any(p.abs().sum() > 0 for name, p in teacher.named_parameters() if ".lora_B." in name)
+    seen: list[Any] = []
+    inner = study._train
+    study._train = lambda *given, **more: seen.append(more["distill"]) or inner(*given, **more)  # type: ignore[method-assign, func-returns-value]
+    study.elastic("B", mode_b, within={"macs": 0.85}, teacher="fixed", further=0.5)
+    assert len(seen) == 2 and all(isinstance(plan.teacher, torch.nn.Module) for plan in seen)
 
 
 def test_ways_begin_with_the_same_weights(plan: Plan, tmp_path: Path) -> None:
