@@ -65,7 +65,8 @@ def adapter_table(rows: Sequence[Row], *, quality: Sequence[str]) -> str:
     lines = [["", *(headers[name] for name in names), *quality]]
     for row in rows:
         shares = [f"{count(row[name])} ({row[name] / largest[name]:.0%})" for name in names]
-        lines.append([str(row["name"]), *shares, *("-" if row[n] is None else f"{row[n]:.4f}" for n in quality)])
+        name = f"{row['name']} (over the limit)" if row.get("over_limit") else str(row["name"])
+        lines.append([name, *shares, *("-" if row[n] is None else f"{row[n]:.4f}" for n in quality)])
     return aligned(lines)
 
 

@@ -318,6 +318,7 @@ class LoraRun:
         points |= {n: space.canonical(p) for n, p in self.record.numbers("train").get("selected", {}).items()}
         points["smallest"] = space.smallest()
         measures = self.task.measures(supernet, self.data.validation)
+        limits = feasibility(supernet, dict(self.options.within or {}))
         rows: list[dict[str, Any]] = []
         if not self.fresh_head:
             with supernet.model.disable_adapter():
@@ -327,7 +328,8 @@ class LoraRun:
         for name, point in points.items():
             row = {"name": name, "adapter_parameters": costs.adapter_parameters(supernet, point)}
             values = recorded(objectives.evaluated(measures, point))
-            rows.append({**row, **self._base_costs(supernet, point), **values, "architecture": dict(point)})
+            over = {} if limits.allows(point) else {"over_limit": True}
+            rows.append({**row, **over, **self._base_costs(supernet, point), **values, "architecture": dict(point)})
         return rows
 
     @staticmethod

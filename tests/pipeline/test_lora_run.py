@@ -57,6 +57,10 @@ def test_ranks_alone_give_a_plain_adapter(kind: str, checkpoint: Find, data: Fin
     assert names == [*parent, "largest", "found", "midpoint", "most frequent", "lowest loss", "smallest"]
     by_name = {row["name"]: row for row in result.rows}
     assert by_name["found"]["adapter_parameters"] <= 0.75 * by_name["largest"]["adapter_parameters"]
+    most = 0.75 * by_name["largest"]["adapter_parameters"]
+    over = {row["name"] for row in result.rows if row["adapter_parameters"] > most}
+    assert {"largest"} <= over == {name for name, row in by_name.items() if row.get("over_limit")}
+    assert all((f"{name} (over the limit)" in result.table) == (name in over) for name in names)
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert written["peft_type"] == "LORA" and "ranks" not in written
     assert (tmp_path / "out" / "tokenizer.json").is_file()
