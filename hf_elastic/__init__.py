@@ -28,11 +28,17 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.checkpoint import ExportReport as ExportReport
     from hf_elastic.checkpoint import export as export
     from hf_elastic.checkpoint import extract as extract
+    from hf_elastic.compression import QuantizationReport as QuantizationReport
+    from hf_elastic.compression import SparsityReport as SparsityReport
+    from hf_elastic.compression import quantize_ as quantize_
+    from hf_elastic.compression import sparsify_ as sparsify_
+    from hf_elastic.compression import sparsity_of as sparsity_of
     from hf_elastic.conversion import make_elastic as make_elastic
     from hf_elastic.declaration import ElasticConfig as ElasticConfig
     from hf_elastic.errors import ActivationError as ActivationError
     from hf_elastic.errors import ArchitectureError as ArchitectureError
     from hf_elastic.errors import CheckpointError as CheckpointError
+    from hf_elastic.errors import CompressionError as CompressionError
     from hf_elastic.errors import DataError as DataError
     from hf_elastic.errors import ElasticError as ElasticError
     from hf_elastic.errors import ExportError as ExportError
@@ -89,6 +95,7 @@ _HOMES = {
         "ActivationError",
         "ArchitectureError",
         "CheckpointError",
+        "CompressionError",
         "DataError",
         "ElasticError",
         "ExportError",
@@ -126,6 +133,7 @@ _HOMES = {
         "extract_adapter",
         "load_adapter",
     ),
+    "compression": ("QuantizationReport", "SparsityReport", "quantize_", "sparsify_", "sparsity_of"),
     "checkpoint": ("ExportReport", "export", "extract"),
     "repair.recovery": ("RecoverReport", "recover"),
     "repair.refitting": ("RefitReport", "refit", "refitted"),

@@ -8,6 +8,7 @@
     ├── InfeasibleError     (ValueError)    limits that nothing satisfies
     ├── SearchError         (RuntimeError)  a search that cannot go on
     │   └── StorageError                    a storage that is foreign, corrupt or unreachable
+    ├── CompressionError    (ValueError)    a sparsity or a quantisation that cannot be, or would be lost
     ├── TrainingError       (RuntimeError)  a Trainer set up so that promises would break
     ├── DataError           (ValueError)    text or labels we cannot read
     └── CheckpointError     (OSError)       a folder or file that cannot be read or written
@@ -49,6 +50,10 @@ class SearchError(ElasticError, RuntimeError):
 
 class StorageError(SearchError):
     """A search storage is foreign, corrupt or unreachable."""
+
+
+class CompressionError(ElasticError, ValueError):
+    """A sparsity or a quantisation cannot be, or an operation would lose it."""
 
 
 class TrainingError(ElasticError, RuntimeError):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.errors import UnsupportedModelError
+from hf_elastic.quantgrid import SCHEME
 
 Region = tuple[tuple[slice, ...], ...]
 """Active part of a parameter: disjoint index boxes; ``()`` means that nothing of it is active."""
@@ -155,6 +156,11 @@ def check_linear(module: nn.Module, *, name: str, fused: int = 1) -> None:
         UnsupportedModelError: the module is of another class (quantised, wrapped by an adapter, already
             elastic), its weight is computed (pruned, parametrised), or its ``forward`` is its own.
     """
+    if SCHEME in vars(module):
+        raise UnsupportedModelError(
+            f"{name} is quantised: a cut through a group of inputs has no scale; make the float model elastic, extract "
+            "a subnet, and quantise that"
+        )
     check_forward(module, name=name)
     kind = type(module)
     if kind is not Conv1D and (kind is not nn.Linear or fused != 1):

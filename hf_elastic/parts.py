@@ -59,12 +59,16 @@ class AdapterPart(ElasticPart, Protocol):
         wrapper: the module that stands in the model.
         base: the projection inside.
         layer: the elastic layer that it stands in, if there is one.
+        sparse: whether merging keeps the zeros of the base.
+        quantization_aware: whether merging keeps the base on its grid of integers.
     """
 
     adapter: str
     wrapper: nn.Module
     base: nn.Module
     layer: LayerPart | None
+    sparse: bool
+    quantization_aware: bool
 
     def link(self, parts: Sequence[ElasticPart], model: nn.Module) -> None:
         """Is told all parts of the model whenever a handle is made, before its choices are asked for."""
@@ -77,8 +81,12 @@ class AdapterPart(ElasticPart, Protocol):
     def merged(self) -> bool:
         """Whether the adapter is in the base's weights now, where no rank can be chosen."""
 
-    def delta(self) -> dict[str, Tensor]:
-        """What merging adds to the parameters of the base, of their full shapes, as the part is set now."""
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the base's parameters that merging changes."""
+
+    def merged_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the base with the part merged as it is set now; of their full shapes, by name."""
 
     def parameters(self, architecture: Mapping[str, Value]) -> int:
         """Parameters of the adapter here in an architecture."""

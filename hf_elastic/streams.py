@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_elastic.errors import DataError
-from hf_elastic.families import layers_of
+from hf_elastic.families import Family, family_of, layers_of
 from hf_elastic.layers import ElasticLinear, ElasticProjection
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.supernet import Supernet
@@ -86,17 +87,22 @@ def _without_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, tuple[
 
 
 class LayerRunner:
-    """Runs single layers of a supernet's model, and what is before and behind them.
+    """Runs single layers of a model, and what is before and behind them.
 
     Args:
-        supernet: in evaluation mode; what is active in a layer when it runs is what is computed.
+        model: a supernet, or a plain model, in evaluation mode; what is active in a layer when it runs is what is
+            computed.
+        family: row of a plain model; by default that of its type.
     """
 
-    def __init__(self, supernet: Supernet) -> None:
-        supernet.require_plain("running single layers (refit, quality tables)")
-        self.supernet, self.model = supernet, supernet.model
-        self.layers = layers_of(supernet.model, supernet.family)
-        self._options = {"use_cache": False} if supernet.family.causal else {}
+    def __init__(self, model: Supernet | PreTrainedModel, *, family: Family | None = None) -> None:
+        if isinstance(model, Supernet):
+            model.require_plain("running single layers (refit, quality tables)")
+            family = model.family
+        plain: PreTrainedModel = model.model if isinstance(model, Supernet) else model
+        row = family_of(plain, family)
+        self.model, self.layers = plain, layers_of(plain, row)
+        self._options = {"use_cache": False} if row.causal else {}
 
     def calls(self, batch: Batch) -> LayerCalls:
         """Finds out how the model calls its layers on a batch.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_elastic.adapters import extract_adapter
-from hf_elastic.adapters.elastic_lora import LoraPart
+from hf_elastic.adapters.lora_part import LoraPart
 from hf_elastic.checkpoint import extract
 from hf_elastic.conversion import make_elastic
 from hf_elastic.declaration import ElasticConfig

@@ -26,7 +26,7 @@ LAYERS = (
     {"architecture", "counting"},
     {"space"},
     {"search"},
-    {"layers", "quantgrid", "distillation", "least_squares", "models"},
+    {"layers", "quantgrid", "packed_format", "distillation", "least_squares", "models"},
     {
         "families", "parts", "activation", "supernet", "declaration", "conversion", "importance", "costs", "streams",
         "fingerprints",

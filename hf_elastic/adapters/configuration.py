@@ -17,6 +17,7 @@ from hf_elastic.adapters.recognition import check_matched, check_patterns, check
 from hf_elastic.errors import SpaceError
 
 Share = Literal["layer", "module"]
+_NOT_PLAIN = "is part of the weight: load it with hf_elastic.load_adapter, or export the merged model"
 
 
 @dataclass
@@ -36,6 +37,10 @@ class ElasticLoraConfig(LoraConfig):
         ranks: which ranks a module may have beside ``r``, which is always among them: a list for every targeted
             module, or a dict ``{pattern: list}`` whose patterns match names of modules as those of ``rank_pattern``
             do; modules that no pattern matches keep ``r``. Without ``ranks`` no rank is a choice.
+        sparse: SparsePEFT: training sees ``s (B A) ⊙ 1[W ≠ 0]`` and merging keeps every zero of the base.
+        quantization_aware: QA-SparsePEFT (with ``sparse``, or on a dense base without): training sees
+            the sum rounded to the grid of the base, which :func:`hf_elastic.quantize_` or a compressed-tensors
+            checkpoint gave it, and merging writes these integers. Gradients pass the rounding as if it were not there.
         share: ``"layer"``: modules of one layer that follow the same entry of ``ranks`` share one choice, such as
             ``layers.3.r``. ``"module"``: each has its own, such as ``layers.3.self_attn.q_proj.r``.
         trained_on: written by ``Supernet``: what the adapters were trained on, to be checked when they are loaded.
@@ -48,6 +53,8 @@ class ElasticLoraConfig(LoraConfig):
     ranks: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Ranks to choose from.", "is_lora_variant": True}
     )
+    sparse: bool = field(default=False, metadata={"help": "Mask the product by the zeros of the base."})
+    quantization_aware: bool = field(default=False, metadata={"help": "Round the sum to the base's integers."})
     share: Share = field(default="layer", metadata={"help": "Which modules share one choice of rank."})
     trained_on: dict[str, Any] | None = field(default=None, metadata={"help": "What the adapters were trained on."})
 
@@ -64,7 +71,20 @@ class ElasticLoraConfig(LoraConfig):
     def from_peft_type(cls, **kwargs: Any) -> ElasticLoraConfig:
         """Makes the configuration from the fields of a saved one; those of other peft versions are left out."""
         known = {entry.name for entry in fields(cls) if entry.init}
+        if kwargs.get("init_lora_weights") == _NOT_PLAIN:
+            kwargs["init_lora_weights"] = True
         return cls(**{name: value for name, value in kwargs.items() if name in known})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Saves as peft does; plain peft refuses what it would compute differently: it knows no such initialisation."""
+        if not (self.sparse or self.quantization_aware):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        stated, self.init_lora_weights = self.init_lora_weights, _NOT_PLAIN  # type: ignore[assignment]
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.init_lora_weights = stated
 
     def plain(self) -> LoraConfig:
         """The same configuration without choices, of peft's own class."""

@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_elastic.adapters.elastic_lora import LoraPart, RankedConfig
+from hf_elastic.adapters.lora_part import LoraPart, RankedConfig
 from hf_elastic.errors import ExportError, UnsupportedModelError
 from hf_elastic.files import whole_folder
 from hf_elastic.layers import take_region
@@ -92,6 +92,12 @@ def extract_adapter(
         weights = _active_weights(supernet, adapter_name)
     renamed = _Renumbering(supernet, point)
     weights = {new: weights[name] for name in weights if (new := renamed(name)) is not None}
+    if part := next((part for part in parts if part.in_weight), None):
+        kind = "quantization_aware" if part.quantization_aware else "sparse"
+        raise ExportError(
+            f"the adapter {adapter_name!r} was trained with {kind}=True: it is part of the weight, which no plain LoRA "
+            "computes; use export(..., merge=True)"
+        )
     found = {
         name: part for part in parts if part.rank(point) and (name := renamed(part.module_name, root=True)) is not None
     }

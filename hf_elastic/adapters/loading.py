@@ -14,15 +14,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.adapters.configuration import ElasticLoraConfig
-from hf_elastic.adapters.recognition import check_base
-from hf_elastic.errors import CheckpointError, ElasticError, SpaceError, UnsupportedModelError
+from hf_elastic.adapters.lora_part import LoraPart
+from hf_elastic.adapters.recognition import FLOAT_BASE, check_base, described_base
+from hf_elastic.errors import CheckpointError, CompressionError, ElasticError, SpaceError, UnsupportedModelError
 from hf_elastic.layers import PartHolder, seeded
+from hf_elastic.packed_format import unpack_
 from hf_elastic.parts import LayerPart
 from hf_elastic.supernet import Supernet
 
 
 def add_lora(
-    model: nn.Module, config: ElasticLoraConfig, *, adapter_name: str = "default", seed: int | None = None
+    model: nn.Module,
+    config: ElasticLoraConfig,
+    *,
+    adapter_name: str = "default",
+    seed: int | None = None,
+    float_base: nn.Module | None = None,
 ) -> Supernet:
     """Puts new elastic adapters onto a model: ``Supernet(get_peft_model(model, config))``, checked beforehand.
 
@@ -31,12 +38,16 @@ def add_lora(
         config: of the adapters.
         adapter_name: what they are called.
         seed: of their first weights; by default they are drawn from torch's own state, as peft does.
+        float_base: with ``quantization_aware``: the model before it was quantised, whose weights the products are
+            added to before rounding, as in the official recipes; they are shared with it, and their zeros are the mask.
+            By default the values of the integers.
 
     Returns:
         A handle on the ``PeftModel``.
 
     Raises:
         SpaceError: a target or a pattern matches no module.
+        CompressionError: ``sparse=True`` on a base without zeros, or a ``float_base`` that does not fit.
         UnsupportedModelError: a targeted module has no rank to choose, or the model has adapters already. The model is
             left as it was.
     """
@@ -44,14 +55,51 @@ def add_lora(
         raise SpaceError(f"config is a {type(config).__name__}, expected ElasticLoraConfig(ranks=[...], ...)")
     if isinstance(model, PeftModel):
         raise UnsupportedModelError("the model has adapters already; use its add_adapter, then Supernet(model)")
+    if isinstance(model, PreTrainedModel):
+        unpack_(model)
     config.check(model)
     with _left_as_it_was(model), seeded(seed):
         try:
-            return Supernet(get_peft_model(model, config, adapter_name))
+            supernet = Supernet(get_peft_model(model, config, adapter_name))
+            _check_zeros(supernet, config)
+            if float_base is not None:
+                _start_from(supernet, float_base, adapter_name=adapter_name)
+            return supernet
         except (ValueError, TypeError) as error:
             if isinstance(error, ElasticError):
                 raise
             raise SpaceError(f"peft cannot adapt {type(model).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _parts(supernet: Supernet, adapter_name: str) -> list[LoraPart]:
+    found = [part for part in supernet.adapter_parts if isinstance(part, LoraPart)]
+    return [part for part in found if part.adapter == adapter_name]
+
+
+def _check_zeros(supernet: Supernet, config: ElasticLoraConfig) -> None:
+    bases = [part.base.get_parameter("weight") for part in supernet.adapter_parts if part.sparse]
+    if config.sparse and not any(bool((weight == 0).any()) for weight in bases):
+        raise CompressionError(
+            "sparse=True, but none of the targeted weights is zero; call hf_elastic.sparsify_(model, ...) before the "
+            "adapters, or leave sparse out"
+        )
+
+
+def _start_from(supernet: Supernet, float_base: nn.Module, *, adapter_name: str) -> None:
+    """Lets adapters start from the weights that their base was rounded from, and notes or checks which they were."""
+    modules, parts = dict(float_base.named_modules()), _parts(supernet, adapter_name)
+    noted: dict[str, Any] = supernet.base.peft_config[adapter_name].trained_on
+    bases = {part.module_name: modules[part.module_name] for part in parts if part.module_name in modules}
+    if FLOAT_BASE in noted:
+        check_base({"weights": noted[FLOAT_BASE], "space": None}, bases, layers=())
+    for part in parts:
+        module = modules.get(part.module_name)
+        if not part.quantization_aware:
+            raise CompressionError("float_base is for quantization_aware=True; leave it out")
+        if not isinstance(module, nn.Linear) or module.weight.shape != part.base.get_parameter("weight").shape:
+            raise CompressionError(f"float_base has no linear layer {part.module_name} of the shape of the base's")
+        part.start = module.weight.detach()
+    noted[FLOAT_BASE] = described_base(bases, layers=())["weights"]
 
 
 _NOTED = ("peft_config", "_hf_elastic_state")
@@ -104,7 +152,12 @@ def load_fixed_lora(model: PreTrainedModel, directory: str | Path) -> PeftModel:
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, *, adapter_name: str = "default", is_trainable: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    float_base: nn.Module | None = None,
 ) -> Supernet:
     """Puts elastic adapters that ``PeftModel.save_pretrained`` wrote onto their base, ranks to choose included.
 
@@ -116,6 +169,7 @@ def load_adapter(
         directory: folder or Hub name.
         adapter_name: what it is called in the model.
         is_trainable: whether it will be trained further.
+        float_base: as for :func:`add_lora`, where the adapter was trained with one.
 
     Returns:
         A handle on the ``PeftModel``.
@@ -130,11 +184,17 @@ def load_adapter(
     config = _read_config(str(directory))
     config.inference_mode = not is_trainable
     base: Any = model if existing is None else existing.get_base_model()
+    if isinstance(base, PreTrainedModel):
+        unpack_(base)
     try:
         weights = load_peft_weights(str(directory), device="cpu")
     except Exception as error:  # peft and safetensors raise whatever their parts raise
         raise CheckpointError(f"cannot read the adapter in {directory}: {' '.join(str(error).split())}") from error
     _check_shapes(base, weights, where=str(directory))
+    if FLOAT_BASE in (config.trained_on or {}) and float_base is None:
+        raise CheckpointError(f"the adapter in {directory} was trained with float_base=; pass that model again")
+    if float_base is not None and FLOAT_BASE not in (config.trained_on or {}):
+        raise CheckpointError(f"the adapter in {directory} was trained without float_base=; leave it out")
     if config.trained_on is not None:
         check_base(config.trained_on, _adaptable(base), layers=_elastic_layers(base))
     with _left_as_it_was(base):
@@ -144,6 +204,8 @@ def load_adapter(
                 existing.add_adapter(adapter_name, config)
             _fill(adapted, weights, adapter_name=adapter_name, where=str(directory))
             supernet = Supernet(adapted)
+            if float_base is not None:
+                _start_from(supernet, float_base, adapter_name=adapter_name)
         except BaseException:
             if existing is not None and adapter_name in existing.peft_config:
                 existing.delete_adapter(adapter_name)

@@ -12,10 +12,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from hf_elastic.errors import CheckpointError, SpaceError, UnsupportedModelError
+from hf_elastic.packed_format import is_packed
 from hf_elastic.parts import LayerPart, join_choices
+from hf_elastic.quantgrid import grid_of
 from hf_elastic.space import SearchSpace
 
 _MODULES, _ENTRIES = 8, 16
+FLOAT_BASE = "float_base"  # what is noted of the weights that the base was rounded from
 _TOLERANCE = 0.01  # rounding a weight to bf16 moves it by at most .004
 
 
@@ -109,6 +112,31 @@ def _sample(weight: Tensor) -> list[float]:
     flat = weight.detach().flatten()
     entries = flat[:: max(1, len(flat) // _ENTRIES)][:_ENTRIES].float()
     return [float(f"{value:.5g}") for value in entries.tolist()]
+
+
+def check_weight(base: nn.Module, *, name: str, sparse: bool, quantization_aware: bool) -> None:
+    """Refuses a base that an adapter cannot be part of the weight of.
+
+    Raises:
+        UnsupportedModelError: it is packed, has no float weight, or no grid; the message says what to do.
+    """
+    if is_packed(base):
+        raise UnsupportedModelError(
+            f"{name} was loaded packed from a compressed-tensors checkpoint; call hf_elastic.unpack_(model) first, or "
+            "use hf_elastic.add_lora, which does"
+        )
+    weight = dict(base.named_parameters(recurse=False)).get("weight")
+    if (sparse or quantization_aware) and (weight is None or not weight.is_floating_point()):
+        raise UnsupportedModelError(
+            f"{name} is a {type(base).__name__}, whose weight is not there as floats: sparse=True and "
+            "quantization_aware=True need a float base, or one that hf_elastic.quantize_ made; adapters kept apart "
+            "need neither"
+        )
+    if quantization_aware and grid_of(base, name=name) is None:
+        raise UnsupportedModelError(
+            f"{name} has no grid of integers to round to; call hf_elastic.quantize_(model, ...) before the adapters, "
+            "or load a compressed-tensors checkpoint"
+        )
 
 
 def check_variants(config: LoraConfig) -> None:

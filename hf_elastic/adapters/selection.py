@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_elastic.adapters.elastic_lora import LoraPart
+from hf_elastic.adapters.lora_part import LoraPart
 from hf_elastic.errors import DataError, TrainingError
 from hf_elastic.files import read_json, write_json
 from hf_elastic.space import Architecture, Value

@@ -11,7 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from hf_elastic import costs
 from hf_elastic.checkpoint.companions import MODULES, TOKENIZER_FILES, copy_companions
@@ -20,6 +22,7 @@ from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
 from hf_elastic.layers import evaluating
 from hf_elastic.models import source_files
+from hf_elastic.packed_format import integer_bits, quantised_layers, write_packed
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Loadability, Supernet, save_generation_config
 
@@ -49,6 +52,8 @@ class ExportReport:
             ids.
         macs: of one forward over ``macs_seq_len`` tokens; ``None`` in a report that was put together from records.
         macs_seq_len: tokens at which MACs are stated everywhere, also beyond the positions of the model.
+        sparsity: share of zeros in the linear layers, the output head left out.
+        bits: of the integers that the linear layers inside the blocks are stored as; ``None``: as floats.
     """
 
     directory: Path
@@ -59,10 +64,14 @@ class ExportReport:
     max_difference: float
     macs: int | None = None
     macs_seq_len: int = costs.LATENCY_TOKENS
+    sparsity: float = 0.0
+    bits: int | None = None
 
     def __str__(self) -> str:
         indented = self.snippet.replace("\n", "\n  ")
-        return f"{self.directory}: {self.note}\n  {indented}"
+        kept = f"; {self.bits}-bit integers" if self.bits else ""
+        kept += f"; {self.sparsity:.1%} of the linear layers' weights are zero" if self.sparsity >= 0.005 else ""
+        return f"{self.directory}: {self.note}{kept}\n  {indented}"
 
 
 def export(
@@ -76,6 +85,7 @@ def export(
     overwrite: bool = False,
     model: PreTrainedModel | None = None,
     merge: bool | None = None,
+    allow_dense: bool = False,
 ) -> ExportReport:
     """Writes a subnet to a folder that ``from_pretrained`` loads.
 
@@ -93,7 +103,8 @@ def export(
         overwrite: whether a non-empty folder may be replaced.
         model: written instead of the supernet's own weights: a model of this architecture in this form that was made
             better, as :func:`hf_elastic.refit` and :func:`hf_elastic.recover` return it.
-        merge: what becomes of adapters, see :func:`hf_elastic.extract`.
+        merge, allow_dense: what becomes of adapters, see :func:`hf_elastic.extract`. A model of integers is written in
+            the format of compressed-tensors, which stock transformers loads where that package is installed.
 
     Raises:
         ArchitectureError: the architecture is not a point of the space.
@@ -109,7 +120,7 @@ def export(
     parent = str(source or supernet.base.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
         save_generation_config(supernet.base, folder)
-        extracted = extract(supernet, point, loadability=form, merge=merge)
+        extracted = extract(supernet, point, loadability=form, merge=merge, allow_dense=allow_dense)
         difference = _check_parity(supernet, point, extracted, merged=bool(merge))
         written = extracted if model is None else _like(extracted, model)
         _save_model(written, folder, form)
@@ -120,7 +131,9 @@ def export(
     note = NOTES[form] if has_tokenizer else f"{NOTES[form]}; {_no_tokenizer(parent)}"
     snippet = _snippet(written, path, form, tokenizer=has_tokenizer, sentences=MODULES in names)
     macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS) if supernet.layer_parts else None
-    return ExportReport(path, form, note, snippet, names, difference, macs)
+    return ExportReport(
+        path, form, note, snippet, names, difference, macs, sparsity=zero_share(written), bits=integer_bits(written)
+    )
 
 
 def _has_tokenizer(names: tuple[str, ...]) -> bool:
@@ -155,8 +168,19 @@ def _like(extracted: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel
     return model
 
 
+def zero_share(model: PreTrainedModel) -> float:
+    """Share of zeros in the weights of linear layers, the output head left out."""
+    head = model.get_output_embeddings()
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    count = sum(weight.numel() for weight in weights)
+    return sum(int((weight == 0).sum()) for weight in weights) / count if count else 0.0
+
+
 def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None:
-    model.save_pretrained(folder)
+    if quantised_layers(model):
+        write_packed(model, folder)
+    else:
+        model.save_pretrained(folder)
     if form == "remote-code":
         for file in source_files(model.config.model_type):
             shutil.copyfile(file, folder / file.name)

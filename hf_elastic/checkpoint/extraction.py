@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_elastic.checkpoint.merging import base_weights, check_merge
 from hf_elastic.checkpoint.static_form import static_class, static_config, static_state_dict
 from hf_elastic.errors import ExportError
 from hf_elastic.layers import Region, take_region
+from hf_elastic.packed_format import attach_grid, quantised_layers
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.quantgrid import SCALE, ZERO, grid_of
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import shaped
 from hf_elastic.supernet import Loadability, Supernet, shapes_loadability
@@ -29,6 +31,7 @@ def extract(
     *,
     loadability: Loadability | None = None,
     merge: bool | None = None,
+    allow_dense: bool = False,
 ) -> PreTrainedModel:
     """Copies a subnet into a model of its own, compact: nothing of it is larger than the subnet.
 
@@ -43,7 +46,9 @@ def extract(
             class (``remote-code``); ``stock-padded`` gives the stock class, padded with zeros.
         merge: what becomes of adapters, to be said where the model has such: ``True``: those in use are merged into
             the weights, ``W + s B A`` of the active rank; ``False``: they are left out
-            (:func:`hf_elastic.extract_adapter` gives them).
+            (:func:`hf_elastic.extract_adapter` gives them). SparsePEFT's keep every zero of the base and
+            QA-SparsePEFT's its grid of integers, which the result carries on.
+        allow_dense: whether adapters that were trained without ``sparse=True`` may fill the zeros of a sparse base.
 
     Returns:
         A stock model, or an ``elastic_bert`` / ``elastic_llama`` / ``elastic_gpt2`` one.
@@ -57,75 +62,18 @@ def extract(
     natural = supernet.loadability(point)
     form = loadability or ("stock" if natural == "stock" else "remote-code")
     _check_form(supernet, form, natural)
-    _check_merge(supernet, merge, form=form)
+    check_merge(supernet, merge, form=form, allow_dense=allow_dense)
     with supernet.plain() as parent:
         if not supernet.layer_parts:
             with supernet.activate(point):
-                weights = {name: tensor.clone() for name, tensor in _weights(supernet, merge=bool(merge)).items()}
-            return _build(type(parent), copy.deepcopy(parent.config), state=weights, parent=parent)
+                weights = {name: tensor.clone() for name, tensor in base_weights(supernet, merge=bool(merge)).items()}
+            return _with_grids(type(parent), copy.deepcopy(parent.config), state=weights, parent=parent)
         cut = _Cut.of(supernet, point, merge=bool(merge))
         if form == "remote-code":
             return _static_model(supernet, cut, cut.state_dict(None))
         target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
         state = cut.state_dict(target if form == "stock-padded" else None)
         return _build(type(parent), _stock_config(supernet, cut, target), state=state, parent=parent)
-
-
-def _check_merge(supernet: Supernet, merge: bool | None, *, form: str) -> None:
-    """Refuses an extraction that would do something else with adapters than is meant.
-
-    Raises:
-        ExportError: it would.
-    """
-    parts = supernet.adapter_parts
-    if not parts:
-        if merge:
-            raise ExportError("merge=True, but the model has no adapters; leave it out")
-        return
-    if merge is None:
-        raise ExportError(
-            "the model has adapters: say merge=True (into the weights) or merge=False (the base alone; "
-            "extract_adapter gives the adapter)"
-        )
-    supernet.require_unmerged()
-    packed = [part.base for part in parts if not part.base.get_parameter("weight").is_floating_point()]
-    if packed:
-        raise ExportError(
-            f"the base is quantised ({type(packed[0]).__name__}): it cannot be copied so, and merging would round the "
-            "sum again; use extract_adapter, or merge into the float model that it was made from"
-        )
-    if not merge and form == "stock-padded":
-        raise ExportError(
-            "an adapter does not fit a base that is padded with zeros; write the base with loadability='remote-code', "
-            "or merge=True"
-        )
-
-
-def _check_target(base: nn.Module, name: str, *, path: str, shared: Mapping[int, int]) -> None:
-    """Refuses to merge into a parameter that is not there, or that another module has too."""
-    parameter = dict(base.named_parameters(recurse=False)).get(name)
-    if parameter is None:
-        raise ExportError(f"{path} has no {name} to merge the adapter's into (lora_bias=True); use extract_adapter")
-    if shared[id(parameter)] > 1:
-        raise ExportError(
-            f"{path} shares its {name} with another module (tied embeddings), which merging would change too; use "
-            "extract_adapter, or leave it out of target_modules"
-        )
-
-
-def _weights(supernet: Supernet, *, merge: bool) -> dict[str, Tensor]:
-    """Weights of the model without adapters, or with those in use merged, as far as they are active."""
-    weights = dict(supernet.base.state_dict())
-    if merge:
-        names = {id(module): name for name, module in supernet.base.named_modules()}
-        shared = Counter(id(p) for _, p in supernet.base.named_parameters(remove_duplicate=False))
-        for part in supernet.adapter_parts:
-            path = names[id(part.base)]
-            for name, delta in part.delta().items() if part.in_use else ():
-                key = f"{path}.{name}"
-                _check_target(part.base, name, path=path, shared=shared)
-                weights[key] = weights[key] + delta.to(weights[key].dtype)
-    return weights
 
 
 def extract_shapes(
@@ -188,7 +136,7 @@ class _Cut:
     @classmethod
     def of(cls, supernet: Supernet, architecture: Architecture, *, merge: bool = False) -> _Cut:
         with supernet.activate(architecture):
-            return cls.active(supernet, supernet.layer_shapes(architecture), _weights(supernet, merge=merge))
+            return cls.active(supernet, supernet.layer_shapes(architecture), base_weights(supernet, merge=merge))
 
     @classmethod
     def active(cls, supernet: Supernet, shapes: Sequence[LayerShape], weights: Mapping[str, Tensor]) -> _Cut:
@@ -333,6 +281,27 @@ def _build(
     if parent.can_generate() and model.can_generate():
         model.generation_config = copy.deepcopy(parent.generation_config)
     return _moved(model, next(iter(state.values())).device).eval()
+
+
+def _with_grids(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    state: dict[str, Tensor],
+    parent: PreTrainedModel,
+) -> PreTrainedModel:
+    """As :func:`_build`, of a parent whose layers may carry grids of integers; those of the model are the same."""
+    layers = quantised_layers(parent)
+    for name in layers:
+        for key in (SCALE, ZERO):
+            state.pop(f"{name}.{key}", None)
+    model = _build(model_class, config, state=state, parent=parent)
+    for name, layer in layers.items():
+        grid, module = grid_of(layer, name=name), model.get_submodule(name)
+        assert grid is not None and isinstance(module, nn.Linear)
+        attach_grid(module, grid)
+        module.requires_grad_(False)
+    return model
 
 
 def _shares_what_config_ties(model: PreTrainedModel) -> bool:

@@ -32,7 +32,8 @@ from hf_elastic import (
     set_layer_order,
     sort_by_importance_,
 )
-from hf_elastic.adapters.elastic_lora import ElasticLoraLayer, choice_name, split_name
+from hf_elastic.adapters.elastic_lora import ElasticLoraLayer
+from hf_elastic.adapters.lora_part import choice_name, split_name
 from hf_elastic.adapters.recognition import check_variants
 
 FAMILIES = ["llama", "bert", "gpt2"]

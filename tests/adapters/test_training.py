@@ -33,7 +33,7 @@ from hf_elastic import (
     objectives,
     search_subnets,
 )
-from hf_elastic.adapters.elastic_lora import LoraPart
+from hf_elastic.adapters.lora_part import LoraPart
 
 ROWS = 24
 

@@ -1,0 +1,192 @@
+"""compressed-tensors, the file format of integer weights: the only code that imports it.
+
+In memory a quantised layer is an ordinary ``nn.Linear``: its weight holds the values on its grid, beside it stand
+scales and zero-points, and its forward is the stock one. Only files are packed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_elastic.errors import ExportError, UnsupportedModelError
+from hf_elastic.quantgrid import SCALE, SCHEME, ZERO, Grid, grid_of
+
+_STATUS = "quantization_status"
+
+
+def attach_grid(module: nn.Linear, grid: Grid) -> None:
+    """Lets a linear layer carry the grid that its weight lies on, as compressed-tensors notes it.
+
+    Symmetric grids are written packed (``pack-quantized``). Asymmetric ones are written as 8-bit integers
+    (``int-quantized``): stock transformers does not load packed zero-points.
+    """
+    groups = grid.scale.shape[1]
+    grouped = {"strategy": "group", "group_size": module.in_features // groups}
+    args = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **grouped)  # type: ignore[arg-type]
+    form = "pack-quantized" if grid.symmetric else "int-quantized"
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=form)  # type: ignore[arg-type]
+    module.register_parameter(SCALE, nn.Parameter(grid.scale, requires_grad=False))
+    if not grid.symmetric:
+        module.register_parameter(ZERO, nn.Parameter(grid.zero, requires_grad=False))
+    module.__dict__.update({SCHEME: scheme, _STATUS: QuantizationStatus.FROZEN})
+
+
+def detach_grid(module: nn.Module) -> None:
+    """Makes a quantised layer an ordinary float one of the same values."""
+    for name in (SCALE, ZERO, "weight_shape"):
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+    for name in (SCHEME, _STATUS, "forward"):
+        vars(module).pop(name, None)
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that carry a grid, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_quantised(module)
+    }
+
+
+def integer_bits(model: nn.Module) -> int | None:
+    """Bits of the integers that layers carry, the most where they differ; ``None`` where there are none."""
+    found = [int(vars(module)[SCHEME].weights.num_bits) for module in quantised_layers(model).values()]
+    return max(found, default=None)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer carries a grid, packed or not."""
+    return SCHEME in vars(module)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a layer was loaded from a compressed-tensors checkpoint and its weight is still packed."""
+    return is_quantised(module) and vars(module).get(_STATUS) == QuantizationStatus.COMPRESSED
+
+
+def unpack_(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes a model loaded from a compressed-tensors checkpoint one that :func:`hf_elastic.quantize_` could have left.
+
+    Stock transformers keeps its weights packed until the first forward and computes with other forwards; here they are
+    unpacked now, the forwards are the stock ones, and the grids stay. A model that is no such one is left as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: the checkpoint quantises activations too.
+    """
+    layers = quantised_layers(model)
+    schemes: list[Any] = [vars(module)[SCHEME] for module in layers.values()]
+    if any(scheme.input_activations is not None or scheme.output_activations is not None for scheme in schemes):
+        raise UnsupportedModelError(
+            "the checkpoint quantises activations, which adapters cannot be merged under; take one of weights only"
+        )
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if any(map(is_packed, layers.values())):
+        compressor = ModelCompressor(quantization_config=QuantizationConfig.from_pretrained(model))
+        with torch.no_grad():
+            compressor.decompress_model(model)
+    for module in layers.values():
+        vars(module).pop("forward", None)
+        module._parameters.pop("weight_shape", None)
+        module._buffers.pop("weight_shape", None)
+        vars(module)[_STATUS] = QuantizationStatus.FROZEN
+        module.requires_grad_(False)
+    if layers and quantizer is not None:
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
+        vars(model.config).pop("quantization_config", None)
+    return model
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` as it stands in a compressed-tensors checkpoint.
+
+    Raises:
+        ExportError: the weight of a layer is not on its grid, so that the file would hold another model.
+    """
+    state = dict(model.state_dict())
+    for name, module in quantised_layers(model).items():
+        prefix = f"{name}." if name else ""
+        grid = grid_of(module, name=name)
+        scheme = vars(module)[SCHEME]
+        if grid is None:
+            raise ExportError(f"{name} is quantised to no integers of 2 to 8 bits, which is all that is written here")
+        if not torch.equal(grid.nearest(module.weight), module.weight.to(grid.scale.dtype)):
+            raise ExportError(
+                f"the weight of {name} is not on its grid any more: it was changed after quantize_, or an adapter that "
+                "was not trained with quantization_aware=True was merged into it"
+            )
+        known = ("weight", SCALE, ZERO)
+        local = {key: state.pop(prefix + key) for key in known if prefix + key in state}
+        local.setdefault(ZERO, grid.zero)
+        compressor: Any = BaseCompressor.get_value_from_registry(_format(scheme))
+        packed = compressor.compress(local, scheme)
+        state.update({prefix + key: tensor.contiguous() for key, tensor in packed.items()})
+    return state
+
+
+def write_packed(model: PreTrainedModel, folder: Path) -> None:
+    """Writes a checkpoint whose quantised layers are packed; the model stays as it is.
+
+    Raises:
+        ExportError: see :func:`packed_state`.
+    """
+    model.save_pretrained(folder, state_dict=packed_state(model))
+    config = _stated(model)
+    ModelCompressor(quantization_config=config).update_config(str(folder))
+
+
+def _format(scheme: Any) -> str:
+    return str(getattr(scheme.format, "value", scheme.format))
+
+
+def _stated(model: PreTrainedModel) -> QuantizationConfig:
+    """What ``config.json`` says: the layers of each scheme, by patterns that also match below another head."""
+    layers, linears = quantised_layers(model), [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    alike: dict[str, list[str]] = {}
+    for name, module in layers.items():
+        alike.setdefault(vars(module)[SCHEME].model_dump_json(exclude={"targets"}), []).append(name)
+    prefix = re.escape(f"{model.base_model_prefix}.")
+    groups, forms = {}, set()
+    for number, names in enumerate(alike.values()):
+        scheme = vars(layers[names[0]])[SCHEME]
+        forms.add(_format(scheme))
+        targets = list(dict.fromkeys(_pattern(name, names, linears).removeprefix(prefix) for name in names))
+        found = [f"re:(.*\\.)?{target}$" for target in targets]
+        groups[f"group_{number}"] = scheme.model_copy(update={"targets": found})
+    form = forms.pop() if len(forms) == 1 else "mixed-precision"
+    return QuantizationConfig(
+        config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def _pattern(name: str, names: list[str], linears: list[str]) -> str:
+    """A pattern for the layers of this name at any depth, where all such are meant, and else for this one."""
+    anywhere = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+    return anywhere if all(other in names for other in linears if re.fullmatch(anywhere, other)) else re.escape(name)
+
+
+def stated_quantisation(folder: Path) -> dict[str, Any] | None:
+    """What ``config.json`` of a folder says about quantisation."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    return found
