@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.checkpoint import ExportReport as ExportReport
     from hf_elastic.checkpoint import export as export
     from hf_elastic.checkpoint import extract as extract
+    from hf_elastic.checkpoint import save_quantized as save_quantized
     from hf_elastic.compression import QuantizationReport as QuantizationReport
     from hf_elastic.compression import SparsityReport as SparsityReport
     from hf_elastic.compression import quantize_ as quantize_
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.importance import set_layer_order as set_layer_order
     from hf_elastic.importance import sort_by_importance_ as sort_by_importance_
     from hf_elastic.layers import Skip as Skip
+    from hf_elastic.packed_format import unpack_ as unpack_
     from hf_elastic.pipeline import CompressOptions as CompressOptions
     from hf_elastic.pipeline import CompressResult as CompressResult
     from hf_elastic.pipeline import compress as compress
@@ -102,7 +104,8 @@ _HOMES = {
         "InfeasibleError",
         "SearchError",
         "SpaceError",
-        "StorageError",
+        "SparsityReport",
+    "StorageError",
         "TrainingError",
         "UnsupportedModelError",
     ),
@@ -120,7 +123,8 @@ _HOMES = {
         "ElasticTrainerMixin",
         "FixedSubnet",
         "ProgressiveShrinking",
-        "RandomSubnet",
+        "QuantizationReport",
+    "RandomSubnet",
         "SandwichRule",
         "SubnetSamplingCallback",
         "last_complete_checkpoint",
@@ -134,7 +138,8 @@ _HOMES = {
         "load_adapter",
     ),
     "compression": ("QuantizationReport", "SparsityReport", "quantize_", "sparsify_", "sparsity_of"),
-    "checkpoint": ("ExportReport", "export", "extract"),
+    "checkpoint": ("ExportReport", "export", "extract", "save_quantized"),
+    "packed_format": ("unpack_",),
     "repair.recovery": ("RecoverReport", "recover"),
     "repair.refitting": ("RefitReport", "refit", "refitted"),
     "repair.teacher_cache": ("TeacherCache", "cache_teacher"),
@@ -156,6 +161,7 @@ __all__ = [
     "Choice",
     "CompressOptions",
     "CompressResult",
+    "CompressionError",
     "Condition",
     "DataError",
     "Distillation",
@@ -205,12 +211,17 @@ __all__ = [
     "make_elastic",
     "measure_latency_table",
     "measure_quality_table",
+    "quantize_",
     "recover",
     "refit",
     "refitted",
+    "save_quantized",
     "search_subnets",
     "set_layer_order",
     "sort_by_importance_",
+    "sparsify_",
+    "sparsity_of",
+    "unpack_",
     "costs",
     "distillation",
     "objectives",

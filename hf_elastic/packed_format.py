@@ -1,7 +1,8 @@
 """compressed-tensors, the file format of integer weights: the only code that imports it.
 
 In memory a quantised layer is an ordinary ``nn.Linear``: its weight holds the values on its grid, beside it stand
-scales and zero-points, and its forward is the stock one. Only files are packed.
+scales and zero-points, and its forward is the stock one. Only files are packed. (compressed-tensors is imported when
+something is quantised, written or unpacked: models without integers do not need it.)
 """
 
 from __future__ import annotations
@@ -12,13 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +20,7 @@ from hf_elastic.errors import ExportError, UnsupportedModelError
 from hf_elastic.quantgrid import SCALE, SCHEME, ZERO, Grid, grid_of
 
 _STATUS = "quantization_status"
+_PACKED, _FROZEN = "compressed", "frozen"  # of compressed-tensors' QuantizationStatus, an enumeration of strings
 
 
 def attach_grid(module: nn.Linear, grid: Grid) -> None:
@@ -34,6 +29,8 @@ def attach_grid(module: nn.Linear, grid: Grid) -> None:
     Symmetric grids are written packed (``pack-quantized``). Asymmetric ones are written as 8-bit integers
     (``int-quantized``): stock transformers does not load packed zero-points.
     """
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
+
     groups = grid.scale.shape[1]
     grouped = {"strategy": "group", "group_size": module.in_features // groups}
     args = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **grouped)  # type: ignore[arg-type]
@@ -42,7 +39,7 @@ def attach_grid(module: nn.Linear, grid: Grid) -> None:
     module.register_parameter(SCALE, nn.Parameter(grid.scale, requires_grad=False))
     if not grid.symmetric:
         module.register_parameter(ZERO, nn.Parameter(grid.zero, requires_grad=False))
-    module.__dict__.update({SCHEME: scheme, _STATUS: QuantizationStatus.FROZEN})
+    module.__dict__.update({SCHEME: scheme, _STATUS: QuantizationStatus(_FROZEN)})
 
 
 def detach_grid(module: nn.Module) -> None:
@@ -76,7 +73,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a layer was loaded from a compressed-tensors checkpoint and its weight is still packed."""
-    return is_quantised(module) and vars(module).get(_STATUS) == QuantizationStatus.COMPRESSED
+    return is_quantised(module) and vars(module).get(_STATUS) == _PACKED
 
 
 def unpack_(model: PreTrainedModel) -> PreTrainedModel:
@@ -92,6 +89,11 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModelError: the checkpoint quantises activations too.
     """
     layers = quantised_layers(model)
+    if not layers:
+        return model
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
     schemes: list[Any] = [vars(module)[SCHEME] for module in layers.values()]
     if any(scheme.input_activations is not None or scheme.output_activations is not None for scheme in schemes):
         raise UnsupportedModelError(
@@ -106,9 +108,9 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
         vars(module).pop("forward", None)
         module._parameters.pop("weight_shape", None)
         module._buffers.pop("weight_shape", None)
-        vars(module)[_STATUS] = QuantizationStatus.FROZEN
+        vars(module)[_STATUS] = QuantizationStatus(_FROZEN)
         module.requires_grad_(False)
-    if layers and quantizer is not None:
+    if quantizer is not None:
         model.hf_quantizer = None  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]
         vars(model.config).pop("quantization_config", None)
@@ -121,6 +123,8 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ExportError: the weight of a layer is not on its grid, so that the file would hold another model.
     """
+    from compressed_tensors.compressors import BaseCompressor
+
     state = dict(model.state_dict())
     for name, module in quantised_layers(model).items():
         prefix = f"{name}." if name else ""
@@ -148,17 +152,20 @@ def write_packed(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ExportError: see :func:`packed_state`.
     """
+    from compressed_tensors.compressors import ModelCompressor
+
     model.save_pretrained(folder, state_dict=packed_state(model))
-    config = _stated(model)
-    ModelCompressor(quantization_config=config).update_config(str(folder))
+    ModelCompressor(quantization_config=_stated(model)).update_config(str(folder))
 
 
 def _format(scheme: Any) -> str:
     return str(getattr(scheme.format, "value", scheme.format))
 
 
-def _stated(model: PreTrainedModel) -> QuantizationConfig:
+def _stated(model: PreTrainedModel) -> Any:
     """What ``config.json`` says: the layers of each scheme, by patterns that also match below another head."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
     layers, linears = quantised_layers(model), [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     alike: dict[str, list[str]] = {}
     for name, module in layers.items():
@@ -173,8 +180,8 @@ def _stated(model: PreTrainedModel) -> QuantizationConfig:
         groups[f"group_{number}"] = scheme.model_copy(update={"targets": found})
     form = forms.pop() if len(forms) == 1 else "mixed-precision"
     return QuantizationConfig(
-        config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED,
-    )  # type: ignore[arg-type]  # fmt: skip
+        config_groups=groups, format=form, quantization_status=QuantizationStatus(_PACKED),
+    )  # fmt: skip
 
 
 def _pattern(name: str, names: list[str], linears: list[str]) -> str:

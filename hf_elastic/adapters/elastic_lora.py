@@ -25,6 +25,7 @@ from hf_elastic.adapters.lora_part import LoraPart, RankedConfig, choice_name, m
 from hf_elastic.adapters.recognition import check_variants, check_weight
 from hf_elastic.errors import ElasticError, UnsupportedModelError
 from hf_elastic.layers import ElasticProjection, PartHolder, as_elastic_linear, rebuild, with_mixin
+from hf_elastic.quantgrid import grid_of
 
 
 class ElasticLoraLayer(PartHolder):
@@ -140,10 +141,10 @@ class ElasticLoraLayer(PartHolder):
 
 
 def weight_kind(config: RankedConfig | None, base: nn.Module, *, name: str) -> dict[str, bool]:
-    """Whether an adapter keeps the zeros of its base, and its grid; checked against the base."""
-    kind = {key: bool(config and getattr(config, key)) for key in ("sparse", "quantization_aware")}
-    check_weight(base, name=name, **kind)
-    return kind
+    """Whether an adapter keeps the zeros of its base, and its grid, which a head beside quantised layers has not."""
+    sparse, aware = config is not None and config.sparse, config is not None and config.quantization_aware
+    check_weight(base, name=name, in_weight=sparse or aware)
+    return {"sparse": sparse, "quantization_aware": aware and grid_of(base, name=name) is not None}
 
 
 class LayerFactory:

@@ -61,7 +61,6 @@ def add_lora(
     with _left_as_it_was(model), seeded(seed):
         try:
             supernet = Supernet(get_peft_model(model, config, adapter_name))
-            _check_zeros(supernet, config)
             if float_base is not None:
                 _start_from(supernet, float_base, adapter_name=adapter_name)
             return supernet
@@ -76,26 +75,18 @@ def _parts(supernet: Supernet, adapter_name: str) -> list[LoraPart]:
     return [part for part in found if part.adapter == adapter_name]
 
 
-def _check_zeros(supernet: Supernet, config: ElasticLoraConfig) -> None:
-    bases = [part.base.get_parameter("weight") for part in supernet.adapter_parts if part.sparse]
-    if config.sparse and not any(bool((weight == 0).any()) for weight in bases):
-        raise CompressionError(
-            "sparse=True, but none of the targeted weights is zero; call hf_elastic.sparsify_(model, ...) before the "
-            "adapters, or leave sparse out"
-        )
-
-
 def _start_from(supernet: Supernet, float_base: nn.Module, *, adapter_name: str) -> None:
     """Lets adapters start from the weights that their base was rounded from, and notes or checks which they were."""
-    modules, parts = dict(float_base.named_modules()), _parts(supernet, adapter_name)
+    modules = dict(float_base.named_modules())
+    parts = [part for part in _parts(supernet, adapter_name) if part.quantization_aware]
+    if not parts:
+        raise CompressionError("float_base is for quantization_aware=True; leave it out")
     noted: dict[str, Any] = supernet.base.peft_config[adapter_name].trained_on
     bases = {part.module_name: modules[part.module_name] for part in parts if part.module_name in modules}
     if FLOAT_BASE in noted:
         check_base({"weights": noted[FLOAT_BASE], "space": None}, bases, layers=())
     for part in parts:
         module = modules.get(part.module_name)
-        if not part.quantization_aware:
-            raise CompressionError("float_base is for quantization_aware=True; leave it out")
         if not isinstance(module, nn.Linear) or module.weight.shape != part.base.get_parameter("weight").shape:
             raise CompressionError(f"float_base has no linear layer {part.module_name} of the shape of the base's")
         part.start = module.weight.detach()

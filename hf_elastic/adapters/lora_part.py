@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.adapters.masked import MergedWeight, merged_linear
-from hf_elastic.adapters.recognition import check_base, check_patterns, described_base
+from hf_elastic.adapters.recognition import check_base, check_kept, check_patterns, described_base
 from hf_elastic.errors import SpaceError, TrainingError, UnsupportedModelError
 from hf_elastic.layers import ElasticConv1D, ElasticLinear, ElasticProjection, Region
 from hf_elastic.parts import ElasticPart, LayerPart
@@ -442,6 +442,7 @@ def _recognise(
         return
     bases = {part.module_name: part.base for part in parts}
     check_patterns(config, list(bases))
+    check_kept(config, bases.values())
     if config.trained_on is not None:
         check_base(config.trained_on, bases, layers=layers)
         return

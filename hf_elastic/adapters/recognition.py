@@ -11,10 +11,9 @@ from typing import Any, Protocol
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from hf_elastic.errors import CheckpointError, SpaceError, UnsupportedModelError
-from hf_elastic.packed_format import is_packed
+from hf_elastic.errors import CheckpointError, CompressionError, SpaceError, UnsupportedModelError
+from hf_elastic.packed_format import is_packed, is_quantised
 from hf_elastic.parts import LayerPart, join_choices
-from hf_elastic.quantgrid import grid_of
 from hf_elastic.space import SearchSpace
 
 _MODULES, _ENTRIES = 8, 16
@@ -38,6 +37,13 @@ class Patterns(Protocol):
     ranks: Any
     rank_pattern: Any
     alpha_pattern: Any
+
+
+class Kept(Protocol):
+    """What of a LoRA configuration says what merging keeps."""
+
+    sparse: bool
+    quantization_aware: bool
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -114,11 +120,11 @@ def _sample(weight: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in entries.tolist()]
 
 
-def check_weight(base: nn.Module, *, name: str, sparse: bool, quantization_aware: bool) -> None:
+def check_weight(base: nn.Module, *, name: str, in_weight: bool) -> None:
     """Refuses a base that an adapter cannot be part of the weight of.
 
     Raises:
-        UnsupportedModelError: it is packed, has no float weight, or no grid; the message says what to do.
+        UnsupportedModelError: it is packed, or has no float weight; the message says what to do.
     """
     if is_packed(base):
         raise UnsupportedModelError(
@@ -126,16 +132,30 @@ def check_weight(base: nn.Module, *, name: str, sparse: bool, quantization_aware
             "use hf_elastic.add_lora, which does"
         )
     weight = dict(base.named_parameters(recurse=False)).get("weight")
-    if (sparse or quantization_aware) and (weight is None or not weight.is_floating_point()):
+    if in_weight and (weight is None or not weight.is_floating_point()):
         raise UnsupportedModelError(
             f"{name} is a {type(base).__name__}, whose weight is not there as floats: sparse=True and "
             "quantization_aware=True need a float base, or one that hf_elastic.quantize_ made; adapters kept apart "
             "need neither"
         )
-    if quantization_aware and grid_of(base, name=name) is None:
-        raise UnsupportedModelError(
-            f"{name} has no grid of integers to round to; call hf_elastic.quantize_(model, ...) before the adapters, "
-            "or load a compressed-tensors checkpoint"
+
+
+def check_kept(config: Kept, bases: Iterable[nn.Module]) -> None:
+    """Refuses adapters that are to keep what no base has.
+
+    Raises:
+        CompressionError: ``sparse`` and no weight is zero, or ``quantization_aware`` and no weight has a grid.
+    """
+    modules = list(bases)
+    if config.sparse and not any(bool((module.get_parameter("weight") == 0).any()) for module in modules):
+        raise CompressionError(
+            "sparse=True, but none of the targeted weights is zero; call hf_elastic.sparsify_(model, ...) before the "
+            "adapters, or leave sparse out"
+        )
+    if config.quantization_aware and not any(map(is_quantised, modules)):
+        raise CompressionError(
+            "quantization_aware=True, but no targeted layer has a grid of integers; call hf_elastic.quantize_(model, "
+            "...) before the adapters, load a compressed-tensors checkpoint, or leave it out"
         )
 
 

@@ -50,6 +50,7 @@ class SubnetStatistics(TrainerCallback):
         self._hooks.callback(self.supernet.model.register_forward_hook(self._on_forward).remove)
         for part in self._parts():
             self._hooks.callback(part.up.register_forward_pre_hook(self._on_components(part)).remove)
+            self._hooks.enter_context(part.observed())
         return self
 
     def __exit__(

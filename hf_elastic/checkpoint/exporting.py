@@ -136,6 +136,46 @@ def export(
     )
 
 
+def save_quantized(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes a model that :func:`hf_elastic.quantize_` made in the format of compressed-tensors.
+
+    Stock ``from_pretrained`` loads it exactly where compressed-tensors is installed (and vLLM serves it). Symmetric
+    integers are packed; asymmetric ones are stored as 8 bits each, as stock transformers does not load packed
+    zero-points. (``model.save_pretrained`` would write floats, and so does stock transformers of a packed checkpoint
+    that it has loaded.)
+
+    Args:
+        model: whose layers carry grids; unchanged.
+        directory: a folder that does not exist or is empty.
+        tokenizer: saved instead of the parent's tokenizer files.
+        source: the parent's folder or Hub name; by default what the model was loaded from.
+        overwrite: whether a non-empty folder may be replaced.
+
+    Raises:
+        ExportError: no layer carries a grid, or a weight is not on its grid any more.
+        CheckpointError: the folder cannot be written; nothing is left half-written.
+    """
+    if not quantised_layers(model):
+        raise ExportError(f"no layer of the {type(model).__name__} carries a grid; call hf_elastic.quantize_ first")
+    parent = str(source or model.config._name_or_path or "")
+    with whole_folder(directory, overwrite=overwrite) as folder:
+        save_generation_config(model, folder)
+        write_packed(model, folder)
+        names = copy_companions(parent, folder, tokenizer=tokenizer)
+    path, note = Path(directory), "ordinary checkpoint of the stock class, of integers (compressed-tensors)"
+    has_tokenizer = _has_tokenizer(names)
+    note = note if has_tokenizer else f"{note}; {_no_tokenizer(parent)}"
+    snippet = _snippet(model, path, "stock", tokenizer=has_tokenizer, sentences=MODULES in names)
+    return ExportReport(path, "stock", note, snippet, names, 0.0, sparsity=zero_share(model), bits=integer_bits(model))
+
+
 def _has_tokenizer(names: tuple[str, ...]) -> bool:
     return any(name in TOKENIZER_FILES and not name.startswith("chat_template") for name in names)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_models import batches_of, linears, rows_of
 from tiny_models import inputs, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_elastic import (
     CompressionError,
@@ -32,33 +32,12 @@ from hf_elastic.layers import seeded
 FAMILIES = ["llama", "bert", "gpt2", "distilbert"]
 
 
-def batches_of(model: PreTrainedModel, *, count: int = 2) -> list[dict[str, Tensor]]:
-    """Batches of random tokens, the last rows padded."""
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(count):
-        ids = torch.randint(3, int(model.config.vocab_size), (3, 12), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[-1, 7:] = 0
-        found.append({"input_ids": ids, "attention_mask": mask})
-    return found
-
-
-def linears(layer: nn.Module) -> dict[str, Any]:
-    return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-
-
-def rows_of(module: Any) -> Tensor:
-    weight: Tensor = module.weight.data
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
 def wanda_oracle(model: PreTrainedModel, batches: list[dict[str, Tensor]], *, sparsity: float) -> None:
     """Sun et al. 2024, eq. 1, on whole forward passes: after each block the model is run again from its beginning."""
     for layer in layers_of(model, family_of(model)):
         seen: dict[str, list[Tensor]] = {name: [] for name in linears(layer)}
         hooks = [
-            module.register_forward_pre_hook(lambda _m, args, name=name: seen[name].append(args[0]))
+            module.register_forward_pre_hook(lambda _m, args, into=seen[name]: into.append(args[0]))
             for name, module in linears(layer).items()
         ]
         with torch.no_grad():
