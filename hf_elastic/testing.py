@@ -193,7 +193,8 @@ def _extracted(supernet: Supernet, architecture: Architecture, form: Any) -> Ite
         yield "", extract(supernet, architecture, loadability=form)
         return
     yield ", merged,", extract(supernet, architecture, loadability=form, merge=True)
-    if any(part.rank(architecture) for part in supernet.adapter_parts if isinstance(part, LoraPart)):
+    loras = [part for part in supernet.adapter_parts if isinstance(part, LoraPart)]
+    if any(part.rank(architecture) for part in loras) and not any(part.in_weight for part in loras):
         base = extract(supernet, architecture, loadability=form, merge=False)
         yield "", extract_adapter(supernet, architecture).onto(base)
 

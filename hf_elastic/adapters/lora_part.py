@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -417,8 +417,23 @@ def merged_output(parts: Sequence[LoraPart], x: Tensor) -> Tensor:
     for shift in shifts:
         if shift is not None:
             bias = shift if bias is None else bias + shift.to(bias.dtype)
-    factors = [factor for part in parts for factor in part.factors()]
-    return merged_linear(drops[0](x) if dropping else x, merged_weight(parts, weight), factors, bias=bias)
+    factors, rule = [factor for part in parts for factor in part.factors()], merged_weight(parts, weight)
+    return called_as(
+        parts[0].base, drops[0](x) if dropping else x, lambda inputs: merged_linear(inputs, rule, factors, bias=bias)
+    )
+
+
+def called_as(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """Calls a module with another forward, so that its hooks see what goes in and comes out."""
+    held = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        result: Tensor = module(x)
+    finally:
+        vars(module).pop("forward")
+        if held is not None:
+            vars(module)["forward"] = held
+    return result
 
 
 def _shift(part: LoraPart) -> Tensor | None:

@@ -11,7 +11,7 @@ from tiny_models import space, tiny
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_elastic import ElasticLoraConfig
+from hf_elastic import ElasticLoraConfig, quantize_, sparsify_
 from hf_elastic.testing import PROMISES, Case
 
 OTHERS = ["bert", "gpt2", "qwen3", "distilbert"]
@@ -53,3 +53,19 @@ def test_ranks_per_module_with_a_fixed_one_keep_the_promise(check: Callable[[Cas
     )  # fmt: skip
     skip = {1: ["attention", "mlp"], 2: ["layer"]}
     check(Case(lambda: tiny("llama"), space("llama", skip=skip), wrap=wrap, sampled=6))
+
+
+def compressed(*, integers: bool) -> PreTrainedModel:
+    model = tiny("llama")
+    sparsify_(model, method="magnitude")
+    if integers:
+        quantize_(model, group_size=16, method="rtn")
+    return model
+
+
+@pytest.mark.parametrize("check", PROMISES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("kind", ["sparse", "integers", "sparse, cut"])
+def test_adapters_that_are_part_of_the_weight_keep_the_promise(kind: str, check: Callable[[Case], None]) -> None:
+    wrap = adapted(target_modules="all-linear", sparse=True, quantization_aware=kind == "integers")
+    config = space("llama", skip={1: ["attention", "mlp"]}) if kind == "sparse, cut" else None
+    check(Case(lambda: compressed(integers=kind == "integers"), config, wrap=wrap, sampled=4))
