@@ -285,7 +285,8 @@ class LoraPart:
             weight = parameters["weight"].t() if transposed else parameters["weight"]  # (out, in)
             box = self.up.active_region()["weight"], self.down.active_in_features
             active = taken(weight, tuple((rows, slice(0, box[1])) for rows, *_ in box[0]))  # (o, i)
-            made = merged_weight([self], active)(self.factors())
+            rule = merged_weight([self], active)
+            made = rule(self.factors(), rule.zeros)
             whole = weight.clone()
             _write(whole, made, box[0])
             found["weight"] = whole.t() if transposed else whole

@@ -43,39 +43,58 @@ class MergedWeight:
     masked: tuple[bool, ...]
     grid: Grid | None = None
 
-    def __call__(self, factors: Sequence[Tensor]) -> Tensor:
-        """The weight ``(O, I)`` in the dtype of the base; ``factors`` are ``A`` (R, I) and ``B`` (O, R) in turn."""
+    @property
+    def zeros(self) -> Tensor | None:
+        """Where masked products are zero, ``(O, I)``; ``None`` where none is masked."""
+        return self.base == 0 if any(self.masked) else None
+
+    def __call__(self, factors: Sequence[Tensor], zeros: Tensor | None) -> Tensor:
+        """The weight ``(O, I)`` in the dtype of the base.
+
+        Args:
+            factors: ``A`` (R, I) and ``B`` (O, R) of each adapter in turn.
+            zeros: as :attr:`zeros` gives them.
+        """
+        pairs = list(zip(factors[::2], factors[1::2], self.scalings, self.masked, strict=True))
         total: Tensor | None = None
-        for number, (scaling, masked) in enumerate(zip(self.scalings, self.masked, strict=True)):
-            down, up = factors[2 * number], factors[2 * number + 1]
-            wide = _wide(up)
-            product = (up.to(wide) * scaling) @ down.to(wide)  # (O, I)
-            if masked:
-                product.masked_fill_(self.base == 0, 0)
-            total = product if total is None else total.add_(product)
-        assert total is not None
         if self.start is not None:
-            total = total.add_(self.start)
+            total = self.start.to(_wide(factors[1]))
+        for down, up, scaling, _ in (pair for pair in pairs if pair[3]):
+            total = _added(total, down, up, scaling=scaling)
+        if zeros is not None:  # what is zero in the base is so in the start
+            assert total is not None
+            total.masked_fill_(zeros, 0)
+        for down, up, scaling, _ in (pair for pair in pairs if not pair[3]):
+            total = _added(total, down, up, scaling=scaling)
+        assert total is not None
         return (self.grid.nearest(total) if self.grid is not None else total).to(self.base.dtype)
 
-    def gradients(self, outer: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    def gradients(self, outer: Tensor, factors: Sequence[Tensor], zeros: Tensor | None) -> list[Tensor]:
         """Gradients of the factors.
 
         Args:
-            outer: ``gᵀx`` of (O, I), the gradient of the weight. Rounding passes it on as it is, also where it clamps.
-            factors: as above.
+            outer: ``gᵀx`` of (O, I), the gradient of the weight; masked in place. Rounding passes it on as it is, also
+                where it clamps.
+            factors, zeros: as above.
         """
-        found: list[Tensor] = []
-        kept: Tensor | None = None
-        for number, (scaling, masked) in enumerate(zip(self.scalings, self.masked, strict=True)):
-            down, up = factors[2 * number], factors[2 * number + 1]
-            wide = _wide(up)
-            if masked and kept is None:
-                kept = outer.masked_fill(self.base == 0, 0)
-            inner = (kept if masked and kept is not None else outer).to(wide)  # (O, I)
-            found.append((scaling * (up.to(wide).t() @ inner)).to(down.dtype))  # (R, I)
-            found.append((scaling * (inner @ down.to(wide).t())).to(up.dtype))  # (O, R)
-        return found
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        outer = outer.to(_wide(factors[1]))
+        for masked in (False, True):
+            if masked and zeros is not None:
+                outer = outer.masked_fill_(zeros, 0)
+            for number in (n for n, own in enumerate(self.masked) if own is masked):
+                down, up, scaling = factors[2 * number], factors[2 * number + 1], self.scalings[number]
+                into_down = (scaling * up.to(outer.dtype)).t() @ outer  # (R, I)
+                into_up = outer @ (scaling * down.to(outer.dtype)).t()  # (O, R)
+                found[number] = into_down.to(down.dtype), into_up.to(up.dtype)
+        return [gradient for number in sorted(found) for gradient in found[number]]
+
+
+def _added(total: Tensor | None, down: Tensor, up: Tensor, *, scaling: float) -> Tensor:
+    """``total + s B A``, in a new tensor."""
+    wide = _wide(up)
+    scaled, down = up.to(wide) * scaling, down.to(wide)
+    return scaled @ down if total is None else torch.addmm(total, scaled, down)
 
 
 def _wide(factor: Tensor) -> torch.dtype:
@@ -110,7 +129,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.weight, ctx.has_bias = weight, bias is not None
         ctx.save_for_backward(x, *factors)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x, weight(factors).to(x.dtype), bias)
+            return nn.functional.linear(x, weight(factors, weight.zeros).to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -119,10 +138,11 @@ class _MergedLinear(torch.autograd.Function):
         weight: MergedWeight = ctx.weight
         into_x, into_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])  # (tokens, O), (tokens, I)
+        zeros = weight.zeros
         with torch.autocast(x.device.type, enabled=False):
             of_factors: list[Tensor | None] = [None] * len(factors)
             if any(ctx.needs_input_grad[3:]):
-                of_factors = [*weight.gradients(rows.t() @ inputs, factors)]
-            of_x = (rows @ weight(factors).to(x.dtype)).view(x.shape) if into_x else None
+                of_factors = [*weight.gradients(rows.t() @ inputs, factors, zeros)]
+            of_x = (rows @ weight(factors, zeros).to(x.dtype)).view(x.shape) if into_x else None
             of_bias = rows.sum(0) if into_bias and ctx.has_bias else None
         return of_x, None, of_bias, *of_factors
