@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -159,6 +159,7 @@ class Study:
         *,
         within: Mapping[str, float],
         near: bool = False,
+        judged_by: Literal["accuracy", "loss"] = "accuracy",
         teacher: str | None = None,
         further: float = 0.0,
     ) -> list[dict[str, Any]]:
@@ -169,6 +170,8 @@ class Study:
             make: makes the parent elastic.
             within: limits of the search; the first names its second objective.
             near: whether training draws subnets near the limits only, rather than from the whole space.
+            judged_by: what of the validation rows the search looks at. Where candidates differ by less than a row in a
+                hundred, their losses say more than their accuracies.
             teacher: name of what :meth:`fixed` trained; its logits are learned from, besides the labels.
             further: how long the found subnet alone is trained afterwards, as a share of the steps.
 
@@ -179,12 +182,21 @@ class Study:
 
         def measure() -> list[dict[str, Any]]:
             distill = Distillation(teacher=self.trained(teacher)) if teacher else None
-            return self._elastic(make, dict(within), near=near, distill=distill, further=further)
+            return self._elastic(
+                make, dict(within), near=near, judge=judged_by, distill=distill, further=further
+            )  # fmt: skip
 
         return self._measured(name, measure)
 
     def _elastic(
-        self, make: Make, within: dict[str, float], *, near: bool, distill: Distillation | None, further: float
+        self,
+        make: Make,
+        within: dict[str, float],
+        *,
+        near: bool,
+        judge: str,
+        distill: Distillation | None,
+        further: float,
     ) -> list[dict[str, Any]]:
         supernet = make(*self.parent())
         limits = feasibility(supernet, within)
@@ -194,11 +206,12 @@ class Study:
         statistics = SubnetStatistics(supernet)
         seconds = self._train(supernet.model, supernet, rule, statistics, distill=distill)
         began = time.perf_counter()
-        goals = [objectives.accuracy(supernet, self.validation), objectives.related_costs(supernet)[next(iter(within))]]
+        quality = (objectives.loss if judge == "loss" else objectives.accuracy)(supernet, self.validation)
+        goals = [quality, objectives.related_costs(supernet)[next(iter(within))]]
         result = search_subnets(
             supernet.space, goals, evaluations=self.plan.evaluations, within=within, seed=self.plan.seed
         )
-        found = result.best("accuracy", within=within).architecture
+        found = result.best(judge, within=within).architecture
         spent = time.perf_counter() - began
         space = supernet.space
         points = {

@@ -52,7 +52,7 @@ def test_all_ways_are_trained_on_the_same_rows_and_kept(plan: Plan, tmp_path: Pa
     study = Study(plan, tmp_path / "study", say=lambda text: None)
     fixed = study.fixed("fixed", rank=4, targets=TARGETS)
     ranks = study.elastic("A", lambda m, head: add_lora(m, lora(head), seed=0), within={"adapter_parameters": 0.75})
-    both = study.elastic("B", mode_b, within={"macs": 0.85}, near=True, teacher="fixed", further=0.5)
+    both = study.elastic("B", mode_b, within={"macs": 0.85}, near=True, judged_by="loss", teacher="fixed", further=0.5)
     assert fixed[0]["adapter_parameters"] == ranks[0]["adapter_parameters"]
     assert [row["subnet"] for row in ranks] == [
         "largest", "found", "midpoint", "smallest", "most frequent", "lowest loss", "most active",
