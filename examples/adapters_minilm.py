@@ -78,7 +78,8 @@ def one_seed(task: str, seed: int, arguments: argparse.Namespace) -> list[dict[s
     rows += study.fixed(f"{LORA} at Mode A's budget", rank=round(BUDGET * RANK), targets=TARGETS)
     rows += study.elastic("Mode A", partial(mode_a, study), within={"adapter_parameters": BUDGET})
     rows += study.elastic(
-        "Mode B", partial(mode_b, study), within={"macs": MACS}, near=True, judged_by="loss", teacher=LORA, further=FURTHER,
+        "Mode B", partial(mode_b, study), within={"macs": MACS}, near=True, judged_by="loss", teacher=LORA,
+        further=FURTHER,
     )  # fmt: skip
     return rows
 
