@@ -20,10 +20,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from hf_elastic.architecture import read_json_object
 from hf_elastic.checkpoint import export as export_subnet
+from hf_elastic.compression.quantization import QuantizationMethod
+from hf_elastic.compression.sparsity import Pattern, SparsityMethod
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import ArchitectureError, ElasticError, SpaceError
 from hf_elastic.pipeline import CompressOptions as Default
 from hf_elastic.pipeline import CompressRun, LoraRun, export_family, front_row, open_for_export, search_run
+from hf_elastic.pipeline.compressed_base import Compression, compress_checkpoint, merge_adapter
 from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.reproduction import reproduce
 from hf_elastic.pipeline.tasks import one_line
@@ -73,6 +76,14 @@ def compress_command(
     lora: Annotated[
         str | None, typer.Option(help="Ranks of elastic adapters, r=32,24,16; with --space the frozen base is cut too.")
     ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="With --lora: share of zeros in the base, which the merged model keeps.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="With --lora: of the base's integers, which the merged model keeps.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="With --bits: inputs that share a scale.")] = Default.group_size,
+    apart: Annotated[bool, typer.Option("--apart", help="Write the compressed base and a plain adapter.")] = False,
     sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = Default.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = Default.learning_rate,
@@ -100,6 +111,10 @@ def compress_command(
         loadability=loadability,
         space=_space(space, loadability),
         lora=lora,
+        sparsity=sparsity,
+        bits=bits,
+        group_size=group_size,
+        apart=apart,
         sequence_length=sequence_length,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -188,6 +203,77 @@ def export_command(
         point = handle.space.canonical(_architecture(architecture))
     report = export_subnet(handle, point, output, loadability=loadability, source=parent, overwrite=overwrite)
     typer.echo(str(report))
+
+
+Data = Annotated[list[str], typer.Option(help=".txt, .jsonl or .csv file to calibrate on, or data set. Repeatable.")]
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the Hub.")]
+Output = Annotated[str, typer.Option(help="Folder to write.")]
+
+
+@app.command("sparsify")
+def sparsify_command(
+    model: Model,
+    *,
+    data: Data,
+    output: Output,
+    sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.5,
+    pattern: Annotated[Pattern, typer.Option(help="2:4: two of every four inputs.")] = "unstructured",
+    method: Annotated[SparsityMethod, typer.Option(help="What weights are ranked by.")] = "wanda",
+    override: Annotated[list[str] | None, typer.Option(help="Another share for layers: down_proj=0.4. Repeat.")] = None,
+    task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
+    text_column: Annotated[str, typer.Option(help="Column of rows that holds text.")] = Default.text_column,
+    label_column: Annotated[str, typer.Option(help="Column of rows that holds labels.")] = Default.label_column,
+) -> None:
+    """Set the least important weights to zero and print what that cost. Shapes, and so speed, stay."""
+    overrides = parse_limits(override) if override else None
+    settings = {"sparsity": sparsity, "pattern": pattern, "method": method, "overrides": overrides}
+    options = Default(
+        model=model, data=tuple(data), output=output, task=task, sequence_length=sequence_length,
+        text_column=text_column, label_column=label_column,
+    )  # fmt: skip
+    compress_checkpoint(options, Compression("sparsify", settings), say=typer.echo)
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    *,
+    data: Data,
+    output: Output,
+    bits: Annotated[int, typer.Option(help="From 2 to 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = Default.group_size,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Finer, but files are of 8 bits.")] = False,
+    method: Annotated[QuantizationMethod, typer.Option(help="rtn needs no text, but costs quality.")] = "gptq",
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave, by the end of their name. Repeat.")] = None,
+    task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
+    text_column: Annotated[str, typer.Option(help="Column of rows that holds text.")] = Default.text_column,
+    label_column: Annotated[str, typer.Option(help="Column of rows that holds labels.")] = Default.label_column,
+) -> None:
+    """Round the linear layers to integers and print what that cost; sparse models stay sparse."""
+    settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric}
+    settings |= {"method": method, "skip": tuple(skip or ())}
+    options = Default(
+        model=model, data=tuple(data), output=output, task=task, sequence_length=sequence_length,
+        text_column=text_column, label_column=label_column,
+    )  # fmt: skip
+    compress_checkpoint(options, Compression("quantize", settings), say=typer.echo)
+
+
+@app.command("merge")
+def merge_command(
+    adapter: Annotated[str, typer.Argument(help="Folder of elastic adapters that save_pretrained wrote.")],
+    *,
+    base: Annotated[str, typer.Option(help="Folder or Hub name of what they were trained on.")],
+    output: Output,
+    architecture: Annotated[str, typer.Option(help="largest, midpoint, smallest, JSON or a file of it.")] = "largest",
+    allow_dense: Annotated[bool, typer.Option("--allow-dense", help="Fill zeros of the base.")] = False,
+) -> None:
+    """Merge elastic adapters into their base; what was sparse or of integers stays so, or the command fails."""
+    named = architecture in ("largest", "midpoint", "smallest")
+    point = architecture if named else _architecture(architecture)
+    typer.echo(str(merge_adapter(base, adapter, output, architecture=point, allow_dense=allow_dense)))
 
 
 @app.command("reproduce")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_elastic.errors import ExportError, UnsupportedModelError
+from hf_elastic.errors import CheckpointError, ExportError, UnsupportedModelError
 from hf_elastic.quantgrid import SCALE, SCHEME, ZERO, Grid, grid_of
 
 _STATUS = "quantization_status"
@@ -197,3 +199,44 @@ def stated_quantisation(folder: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     return found
+
+
+def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights of linear layers and embeddings in a checkpoint, ``(O, I)``, one at a time; of packed ones the
+    integers less their zero-points, so that what is zero is so here too.
+
+    Raises:
+        CheckpointError: a file is truncated or no safetensors file.
+    """
+    groups: Any = (stated_quantisation(folder) or {}).get("config_groups", {})
+    bits = {int(group["weights"]["num_bits"]) for group in groups.values() if group.get("weights")}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = set(tensors.keys())
+                for name in sorted(names):
+                    if name.endswith("weight_packed"):
+                        yield name.removesuffix("_packed"), _unpacked(tensors, name, bits=bits)
+                    elif name.endswith("weight") and len(tensors.get_slice(name).get_shape()) == 2:
+                        yield name, _shifted(tensors, name, names)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); copy it again") from error
+
+
+def _unpacked(tensors: Any, name: str, *, bits: set[int]) -> Tensor:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    shape = torch.Size(tensors.get_tensor(name.removesuffix("_packed") + "_shape").tolist())
+    packed = tensors.get_tensor(name)
+    width = round(packed.shape[1] * 32 / shape[1]) if len(bits) != 1 else next(iter(bits))
+    found: Tensor = unpack_from_int32(packed, width, shape)
+    return found
+
+
+def _shifted(tensors: Any, name: str, names: set[str]) -> Tensor:
+    weight: Tensor = tensors.get_tensor(name)
+    key = name.removesuffix("weight") + ZERO
+    if key not in names:
+        return weight
+    zero = tensors.get_tensor(key)  # (O, G)
+    return weight.short() - zero.short().repeat_interleave(weight.shape[1] // zero.shape[1], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hf_elastic.costs import LATENCY_TOKENS, count
 from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.families import FAMILIES
 from hf_elastic.files import read_json
+from hf_elastic.packed_format import stated_quantisation, stored_weights
 from hf_elastic.supernet import SPACE_FILE, Supernet
 
 Row = Mapping[str, Any]
@@ -158,7 +160,7 @@ def _read(describe: Callable[[Path], str], folder: Path, name: str) -> str:
 def _describe_checkpoint(folder: Path) -> str:
     config = read_json(folder / "config.json")
     tensors = checkpoint_shapes(folder)
-    total = sum(math.prod(shape) for shape in tensors.values())
+    total, weights = _contents(folder, tensors)
     known = {family.model_type: family for family in FAMILIES}
     model_type = str(config.get("model_type"))
     if model_type in known:
@@ -173,9 +175,43 @@ def _describe_checkpoint(folder: Path) -> str:
     return "\n".join(
         [
             f"{(config.get('architectures') or ['model'])[0]} checkpoint ({model_type}), {elastic}",
-            f"  parameters     {count(total)} in {len(tensors)} tensors",
+            f"  parameters     {count(total)} in {len(tensors)} tensors, {_size_on_disk(folder)} on disk",
+            *weights,
         ]
     )
+
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_SPARSE = 0.01  # share of zeros from which on a layer is worth a line
+
+
+def _size_on_disk(folder: Path) -> str:
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _contents(folder: Path, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, list[str]]:
+    """Parameters of a checkpoint, and lines about bits and zeros of its layers where there is something to say."""
+    beside = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point")
+    total = sum(math.prod(shape) for name, shape in tensors.items() if not name.endswith(beside))
+    zeros: dict[str, list[int]] = {}
+    for name, weight in stored_weights(folder):
+        if f"{name}_packed" in tensors:
+            total += weight.numel()
+        if found := _LAYER.search(name):
+            counts = zeros.setdefault(found[1], [0, 0])
+            counts[0], counts[1] = counts[0] + int((weight == 0).sum()), counts[1] + weight.numel()
+    lines = []
+    for group in ((stated_quantisation(folder) or {}).get("config_groups") or {}).values():
+        stated = group["weights"]
+        size = f"groups of {stated['group_size']}" if stated.get("group_size") else "one scale an output"
+        form = group.get("format") or "compressed-tensors"
+        lines.append(f"  integers       {stated['num_bits']} bits, {size}, {form}")
+    shares = {number: none / whole for number, (none, whole) in zeros.items()}
+    if any(share >= _SPARSE for share in shares.values()):
+        shown = ", ".join(f"{n} {shares[n]:.1%}" for n in sorted(shares, key=int))
+        lines.append(f"  zeros          by layer: {shown}")
+    return total, lines
 
 
 def _way(options: Mapping[str, Any]) -> str:
@@ -216,7 +252,8 @@ def _describe_export(folder: Path) -> str:
     there = [layer for layer in layers if layer["attention"] or layer["mlp"]]
     widths = sorted({layer["intermediate_size"] for layer in there})
     heads = sorted({layer["num_attention_heads"] for layer in there})
-    cost = f"{count(record['parameters'])} parameters without embeddings, {count(record['macs'])} MACs"
+    cost = f"{count(record['parameters'])} parameters without embeddings"
+    cost += f", {count(record['macs'])} MACs" if record["macs"] is not None else ""
     lines = [
         f"  exported       {record['loadability']} from {record['parent'] or 'a model in memory'}",
         f"  layers         {len(there)} of {len(layers)}: FFN {widths}, heads {heads}",

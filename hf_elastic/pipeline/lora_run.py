@@ -19,11 +19,14 @@ from hf_elastic.checkpoint import export
 from hf_elastic.checkpoint.companions import copy_companions
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
+from hf_elastic.compression import quantize_, sparsify_
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError, DataError, SpaceError, TrainingError
 from hf_elastic.files import only_worker, remove_half_written, whole_folder, write_json
 from hf_elastic.importance import sort_by_importance_
+from hf_elastic.packed_format import quantised_layers, unpack_
 from hf_elastic.pipeline.comparison import recorded
+from hf_elastic.pipeline.compressed_base import compress_base_, write_base
 from hf_elastic.pipeline.kept import SORTED, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
 from hf_elastic.pipeline.options import CompressOptions
@@ -45,7 +48,7 @@ from hf_elastic.supernet import Supernet
 from hf_elastic.training import Distillation, ElasticTrainer, RandomSubnet, SamplingRule, last_complete_checkpoint
 from hf_elastic.training.order import InOrder, training_order
 
-PARENT, ADAPTERS = "parent", "adapters"
+PARENT, ADAPTERS, BASE = "parent", "adapters", "base"
 _OVERHEAD = 1.2  # optimizer, collation, checkpoints and logging
 
 
@@ -85,7 +88,9 @@ class LoraRun:
     """A run with elastic adapters, opened or continued.
 
     Without ``options.space`` only ranks are choices (Mode A of arXiv 2501.16372: Shears, SQFT) and a plain peft adapter
-    comes out; with a space the frozen base is cut as well (Mode B: LoNAS), and an ordinary merged model comes out.
+    comes out; with a space the frozen base is cut as well (Mode B: LoNAS), and an ordinary merged model comes out. With
+    ``options.sparsity`` or ``options.bits`` the base is compressed first, and what comes out is one merged model that
+    is still sparse (SQFT+SparsePEFT) or of integers (SQFT+QA-SparsePEFT), or, ``apart``, base and adapter (SQFT).
 
     Args:
         options: what to do; ``lora`` names the ranks.
@@ -100,7 +105,7 @@ class LoraRun:
         self.given, self.say = options, say
         self.ranks = parse_ranks(options.lora)
         self.elastic_base = options.space is not None
-        self.task: Task = resolve_task(options)
+        self.task: Task = resolve_task(options, integers=not (self.elastic_base or options.compressed))
         self.folder = options.run_folder
         if len(self.ranks) < 2 and not self.elastic_base:
             raise SpaceError(f"lora={options.lora!r} names one rank, which leaves nothing to choose; name several")
@@ -141,9 +146,13 @@ class LoraRun:
         if self.fresh_head:
             model, head = load_with_classifier(self.given.model, self._labels(), seed=self.given.seed)
         else:
-            model, head = load_model(self.task, self.given), None
+            model, head = unpack_(load_model(self.task, self.given)), None
         if self.given.space is not None:
             make_elastic(model, self.given.space)
+        if self.given.sparsity is not None:
+            sparsify_(model, method="magnitude", sparsity=self.given.sparsity)
+        if self.given.bits is not None:
+            quantize_(model, method="rtn", bits=self.given.bits, group_size=self.given.group_size)
         supernet = add_lora(model, self._config(head), seed=self.given.seed)
         feasibility(supernet, dict(self.given.within or {}))
         return supernet
@@ -159,7 +168,14 @@ class LoraRun:
         return ElasticLoraConfig(
             r=self.ranks[0], lora_alpha=2 * self.ranks[0], ranks=self.ranks, target_modules="all-linear",
             modules_to_save=head, task_type=_PEFT_TASKS.get(self.task.name),
+            sparse=self.merges and self.given.sparsity is not None,
+            quantization_aware=self.merges and self.given.bits is not None,
         )  # fmt: skip
+
+    @property
+    def merges(self) -> bool:
+        """Whether adapters are merged into a compressed base."""
+        return self.given.compressed and not self.given.apart
 
     def run(self) -> LoraResult:
         """Runs the stages that are not finished and returns the result."""
@@ -175,6 +191,9 @@ class LoraRun:
                 with self.record.stage("parent"):
                     self._make_parent()
             self.data  # noqa: B018  # errors of the data before anything is trained
+            if self.options.compressed and not self.record.finished("base"):
+                with self.record.stage("base"):
+                    self._compress_base()
             if self.elastic_base and not self.record.finished("space"):
                 with self.record.stage("space"):
                     self._sorted().save_pretrained(self.folder / SORTED, overwrite=True)
@@ -193,6 +212,17 @@ class LoraRun:
             tokenizer.save_pretrained(folder)
         self.record.note("parent", head=head, labels=len(self._labels()))
 
+    def _compress_base(self) -> None:
+        """Makes the base sparse, then of integers, and keeps it in the run folder."""
+        model = load_model(self.task, self.options)
+        model.to(device_of(self.options))  # type: ignore[arg-type]
+        told = compress_base_(model, self.data.calibration, self.options)
+        with whole_folder(self.folder / BASE, overwrite=True) as folder:
+            write_base(model, folder)
+            copy_companions(self.options.model, folder)
+        self.say(f"base: {told}")
+        self.record.note("base", report=told)
+
     def _sorted(self) -> Supernet:
         assert self.options.space is not None
         supernet = make_elastic(load_model(self.task, self.options), self.options.space).to(device_of(self.options))
@@ -202,7 +232,8 @@ class LoraRun:
     def _base(self) -> Any:
         if self.elastic_base:
             return Supernet.from_pretrained(self.folder / SORTED, dtype=torch.float32).model
-        return load_model(self.task, self.options)
+        folder = self.folder / BASE if self.options.compressed else None
+        return unpack_(load_model(self.task, self.options, folder=folder))
 
     def _trained(self) -> Supernet:
         """The supernet with its trained adapters."""
@@ -279,16 +310,20 @@ class LoraRun:
             return
         remove_half_written(output.resolve())
         with self.record.stage("export"):
-            if self.elastic_base:
+            if self.elastic_base or self.merges:
                 report = export(supernet, found, output, merge=True, source=self.options.model, overwrite=True)
                 self.record.note("export", loadability=report.loadability, snippet=report.snippet)
                 return
             folder_of_base = Path(self.given.model).expanduser()
             base = str(folder_of_base.resolve()) if folder_of_base.is_dir() else self.given.model
+            if self.given.apart:
+                base = str((output / BASE).resolve())
             adapter = extract_adapter(supernet, found, base=base)
             with whole_folder(output, overwrite=True) as folder:
                 adapter.write(folder)
                 copy_companions(self.options.model, folder)
+                if self.given.apart:
+                    shutil.copytree(self.folder / BASE, folder / BASE)
                 about = {"adapter_parameters": costs.adapter_parameters(supernet, found), "base": base}
                 if self.task.name == "classification":
                     about["labels"] = list(supernet.base.config.id2label.values())
@@ -298,6 +333,11 @@ class LoraRun:
             labels = f", id2label={names}" if few else f", num_labels={len(names)}"
             labels = labels if self.fresh_head else ""
             snippet = f"peft.{_PEFT_CLASSES[self.task.name]}.from_pretrained({str(output)!r}{labels})"
+            if quantised_layers(supernet.base):  # peft needs weights, which transformers leaves packed
+                unpacked = "quantization_config=transformers.CompressedTensorsConfig(dequantize=True)"
+                auto = self.task.auto_class.__name__
+                snippet = f"transformers.{auto}.from_pretrained({base!r}, {unpacked}{labels})"
+                snippet = f"peft.PeftModel.from_pretrained({snippet}, {str(output)!r})"
             self.record.note("export", loadability="stock", snippet=snippet)
 
     def _told(self, supernet: Supernet, found: Architecture) -> LoraResult:
@@ -324,7 +364,8 @@ class LoraRun:
             with supernet.model.disable_adapter():
                 values = recorded(objectives.evaluated(measures, space.largest()))
             base = self._base_costs(supernet, space.largest())
-            rows.append({"name": "parent", "adapter_parameters": 0, **base, **values})
+            name = "base without adapters" if self.given.compressed else "parent"
+            rows.append({"name": name, "adapter_parameters": 0, **base, **values})
         for name, point in points.items():
             row = {"name": name, "adapter_parameters": costs.adapter_parameters(supernet, point)}
             values = recorded(objectives.evaluated(measures, point))

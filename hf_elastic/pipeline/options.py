@@ -12,7 +12,15 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedModel
 
 from hf_elastic.declaration import ElasticConfig, Loadability
-from hf_elastic.errors import CheckpointError, DataError, ElasticError, SearchError, SpaceError, TrainingError
+from hf_elastic.errors import (
+    CheckpointError,
+    CompressionError,
+    DataError,
+    ElasticError,
+    SearchError,
+    SpaceError,
+    TrainingError,
+)
 from hf_elastic.families import family_of, ffn_neurons, layers_of
 from hf_elastic.tables.budgets import Budgets
 from hf_elastic.tables.timing import Phase
@@ -51,6 +59,11 @@ class CompressOptions:
         lora: ranks of elastic adapters, such as ``"r=32,24,16"``: the base stays frozen, adapters are trained on the
             data. Without ``space`` only ranks are chosen, within ``adapter_parameters`` (by default 0.75), and a plain
             peft adapter is written; with a space the base is cut too and the merged model is written.
+        sparsity: with ``lora`` and without ``space``: share of the base's weights that Wanda sets to zero before
+            adapters (SQFT). Adapters keep the zeros, and the merged sparse model is written.
+        bits: likewise, of the integers that GPTQ then rounds the base to; the merged model of integers is written.
+        group_size: of these, neighbouring inputs that share a scale.
+        apart: with ``sparsity`` or ``bits``: ordinary adapters, written beside the compressed base.
         sequence_length: longest sequence in tokens; at most the model's positions.
         batch_size: sequences per step.
         learning_rate: peak of the schedule.
@@ -76,6 +89,10 @@ class CompressOptions:
     loadability: Loadability = "stock"
     space: ElasticConfig | None = None
     lora: str | None = None
+    sparsity: float | None = None
+    bits: int | None = None
+    group_size: int = 128
+    apart: bool = False
     sequence_length: int = 64
     batch_size: int = 32
     learning_rate: float = 5e-4
@@ -112,9 +129,23 @@ class CompressOptions:
         if not self.output_folder.name:
             raise CheckpointError(f"output={self.output!r} names no folder; give one that does not exist")
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the base is made sparse or of integers before adapters."""
+        return self.sparsity is not None or self.bits is not None
+
+    def _check_compression(self) -> None:
+        if self.compressed and (self.lora is None or self.space is not None):
+            raise SpaceError("sparsity= and bits= compress the base of adapters: give lora=, and no space=")
+        if self.apart and not self.compressed:
+            raise SpaceError("apart=True keeps adapters beside a compressed base; give sparsity= or bits=")
+        if self.sparsity is not None and not (_is_number(self.sparsity) and 0 < self.sparsity < 1):
+            raise CompressionError(f"sparsity={self.sparsity!r} must be a number above 0 and below 1")
+
     def _check_budgets(self) -> None:
         if not isinstance(self.lora, str | None):
             raise SpaceError(f"lora={self.lora!r} must be text such as 'r=32,24,16'")
+        self._check_compression()
         others = any(budget is not None for budget in (self.speedup, self.latency, self.memory))
         for name, example in (("latency", "8ms"), ("memory", "6GB")):
             if not isinstance(value := getattr(self, name), str | None):

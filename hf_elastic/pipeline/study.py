@@ -173,7 +173,9 @@ class Study:
             judged_by: what of the validation rows the search looks at. Where candidates differ by less than a row in a
                 hundred, their losses say more than their accuracies.
             teacher: name of what :meth:`fixed` trained; its logits are learned from, besides the labels.
-            further: how long the found subnet alone is trained afterwards, as a share of the steps.
+            further: how long the found subnet alone is trained afterwards, as a share of the steps, at half the peak
+                learning rate. Whether that helped is for the validation rows to say: of both states ``kept`` is the one
+                that is better there.
 
         Raises:
             CheckpointError: the teacher was not trained.
@@ -226,10 +228,14 @@ class Study:
             rows.append({**row, "train_seconds": seconds})
         rows[1] |= {"evaluations": len(result.evaluations), "search_seconds": spent, "space": str(space.size)}
         if further:
+            before = objectives.evaluated([quality], found)[judge]
             more = self._train(supernet.model, supernet, FixedSubnet(found), share=further, distill=distill)
+            after = objectives.evaluated([quality], found)[judge]
             with supernet.activate(found):
                 row = {"subnet": "found, trained further", "accuracy": self._accuracy(supernet.model)}
             rows.append({**row, **self._costs(supernet, found), "train_seconds": seconds + more})
+            better = after < before if judge == "loss" else after > before
+            rows.append({**rows[-1 if better else 1], "subnet": "kept", "train_seconds": seconds + more})
         return rows
 
     def _measured(self, name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -260,12 +266,12 @@ class Study:
         share: float = 1.0,
         distill: Distillation | None = None,
     ) -> float:
-        """Trains for a share of the plan's steps; returns the seconds that it took."""
+        """Trains for the plan's steps, or for a share of them at half its peak rate; returns the seconds it took."""
         plan = self.plan
         steps = max(1, round(share * plan.steps))
         args = TrainingArguments(
             str(self.folder / "training"), max_steps=steps, per_device_train_batch_size=plan.batch_size,
-            learning_rate=plan.learning_rate, warmup_steps=max(1, steps // 16), lr_scheduler_type="linear",
+            learning_rate=plan.learning_rate * (1.0 if share == 1.0 else 0.5), warmup_steps=max(1, steps // 16), lr_scheduler_type="linear",
             weight_decay=0.0, report_to="none", save_strategy="no", logging_strategy="no", seed=plan.seed,
             remove_unused_columns=False, train_sampling_strategy="group_by_length", disable_tqdm=True,
             dataloader_pin_memory=False,

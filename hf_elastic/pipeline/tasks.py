@@ -109,8 +109,12 @@ class Task:
         return made
 
 
-def resolve_task(options: CompressOptions) -> Task:
+def resolve_task(options: CompressOptions, *, integers: bool = False) -> Task:
     """Finds what the model is for: as asked, or as its checkpoint says.
+
+    Args:
+        options: name the checkpoint.
+        integers: whether one of compressed-tensors will do, which adapters can stand on and nothing can cut.
 
     Raises:
         CheckpointError: there is no checkpoint at that place.
@@ -118,7 +122,7 @@ def resolve_task(options: CompressOptions) -> Task:
         DataError: ``sequence_length`` is longer than the model's positions.
     """
     config = read_config(options.model)
-    causal = _check_config(config, options)
+    causal = _check_config(config, options, integers=integers)
     name = options.task if options.task != "auto" else _task_of(config, options.model)
     if name in ("causal-lm", "masked-lm") and causal != (name == "causal-lm"):
         other = "causal-lm" if causal else "masked-lm"
@@ -149,7 +153,7 @@ def read_config(model: str) -> PreTrainedConfig:
         ) from error
 
 
-def _check_config(config: PreTrainedConfig, options: CompressOptions) -> bool:
+def _check_config(config: PreTrainedConfig, options: CompressOptions, *, integers: bool) -> bool:
     """Refuses what cannot be made elastic before its weights are loaded; says whether it is a decoder."""
     rows = {row.model_type: row for row in FAMILIES}
     if config.model_type not in rows:
@@ -157,8 +161,8 @@ def _check_config(config: PreTrainedConfig, options: CompressOptions) -> bool:
             f"model type {config.model_type!r} of {options.model!r} has no family row; known: {', '.join(sorted(rows))}"
         )
     stated = getattr(config, "quantization_config", None)
-    if stated is not None:
-        method = stated.get("quant_method", "unknown method") if isinstance(stated, Mapping) else type(stated).__name__
+    method = stated.get("quant_method", "unknown method") if isinstance(stated, Mapping) else type(stated).__name__
+    if stated is not None and not (integers and method == "compressed-tensors"):
         raise UnsupportedModelError(
             f"{options.model!r} is quantised ({method}); compress the checkpoint it was made from, in a float dtype"
         )
