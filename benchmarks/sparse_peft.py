@@ -9,10 +9,10 @@ Three copies of one half-sparse LLaMA-like model with adapters of rank 32 on all
   with ``s (B A) ⊙ M``, the mask kept;
 * ``stock``: peft's LoRA, which would fill the zeros when merged.
 
-``memory`` is the peak of what one training step allocates beside the weights, counted allocation by allocation, so that
-no allocator that keeps what is freed has a say: ours above stock, as a share of plain above stock. ``short`` and ``long``
-time a step (forward, backward, AdamW) on 1,024 and 4,096 tokens. An exact gradient of a masked product needs a third
-product of the base's size, so about 1.5 of stock LoRA's time is the floor.
+``memory`` is the peak of what one training step allocates beside the weights, counted allocation by allocation, so
+that no allocator that keeps what is freed has a say: ours above stock, as a share of plain above stock. ``short`` and
+``long`` time a step (forward, backward, AdamW) on 1,024 and 4,096 tokens. An exact gradient of a masked product needs a
+third product of the base's size, so about 1.5 of stock LoRA's time is the floor.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def main(given: Sequence[str] | None = None) -> None:
         print_table(peaks)
     for part in ("short", "long"):
         if part in arguments.parts:
-            passes = Passes(Size(arguments.layers, arguments.hidden, max(1, tokens[part] // 512), min(tokens[part], 512)))
+            length = min(tokens[part], 512)
+            passes = Passes(Size(arguments.layers, arguments.hidden, tokens[part] // length, length))
             times += timed(three, passes, part=part, pairs=arguments.pairs, clock=CLOCKS[arguments.clock])
     settings = {name: getattr(arguments, name) for name in ("layers", "hidden", "tokens", "pairs", "clock")}
     write_json(arguments.json, {"environment": machine, "settings": settings, "times": times, "memory": peaks})

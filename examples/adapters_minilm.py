@@ -7,8 +7,8 @@ The encoder is all-MiniLM-L6-v2 from the Hub, or what ``--model`` names; the row
 method trains a new classifier and adapters of rank 8 on all linear layers of the encoder, for the same number of steps
 on the same rows; fixed-rank LoRA is also trained at the rank of the budget that Mode A keeps. Mode B learns from the
 logits of fixed-rank LoRA besides the labels, and trains the subnet that it found further, which together takes twice as
-long as LoRA; ``kept`` is the state before or after that, whichever has the lower loss on validation rows. Accuracy is on test rows that neither training nor search has seen. Interrupted, the same command
-goes on where it was.
+long as LoRA; ``kept`` is the state before or after that, whichever has the lower loss on validation rows. Accuracy is
+on test rows that neither training nor search has seen. Interrupted, the same command goes on where it was.
 """
 
 from __future__ import annotations

@@ -213,14 +213,18 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                names = set(tensors.keys())
-                for name in sorted(names):
-                    if name.endswith("weight_packed"):
-                        yield name.removesuffix("_packed"), _unpacked(tensors, name, bits=bits)
-                    elif name.endswith("weight") and len(tensors.get_slice(name).get_shape()) == 2:
-                        yield name, _shifted(tensors, name, names)
+                yield from _weights_in(tensors, bits=bits)
         except SafetensorError as error:
             raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); copy it again") from error
+
+
+def _weights_in(tensors: Any, *, bits: set[int]) -> Iterator[tuple[str, Tensor]]:
+    names = set(tensors.keys())
+    for name in sorted(names):
+        if name.endswith("weight_packed"):
+            yield name.removesuffix("_packed"), _unpacked(tensors, name, bits=bits)
+        elif name.endswith("weight") and len(tensors.get_slice(name).get_shape()) == 2:
+            yield name, _shifted(tensors, name, names)
 
 
 def _unpacked(tensors: Any, name: str, *, bits: set[int]) -> Tensor:

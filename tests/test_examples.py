@@ -217,6 +217,20 @@ def test_the_math_example_writes_an_adapter_and_keeps_the_base_sparse(questions:
     assert written["peft_type"] == "LORA" and "ranks" not in written
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["sqft", "sqft-bnb", "sparsepeft", "qa-sparsepeft"])
+def test_the_sqft_example_writes_what_its_pipeline_promises(pipeline: str, questions: Path) -> None:
+    done = run_example("sqft_math", *TINY, "--pipeline", pipeline, "--output", str(questions / "out"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "found by 4 evaluations" in done.stdout
+    if pipeline.startswith("sqft"):
+        assert (questions / "out" / "adapter" / "adapter_config.json").is_file()
+        assert (questions / "out" / "base" / "config.json").is_file() == (pipeline == "sqft")
+        return
+    assert ("4-bit integers" in done.stdout) == (pipeline == "qa-sparsepeft")
+    assert AutoModelForCausalLM.from_pretrained(questions / "out")
+
+
 def test_answers_are_read_out_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     found = importlib.import_module("instructions")

@@ -21,12 +21,16 @@ from transformers import (
 )
 
 from hf_elastic import costs, objectives
-from hf_elastic.adapters import SubnetStatistics, fixed_lora, load_fixed_lora
+from hf_elastic.adapters import ElasticLoraConfig, SubnetStatistics, add_lora, fixed_lora, load_fixed_lora
+from hf_elastic.checkpoint import extract
+from hf_elastic.checkpoint.exporting import zero_share
 from hf_elastic.checkpoint.run_record import RunRecord
+from hf_elastic.compression import quantize_, sparsify_
 from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.files import only_worker, whole_folder
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.layers import evaluating
+from hf_elastic.packed_format import integer_bits
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
 from hf_elastic.pipeline.tasks import load_with_classifier, one_line
 from hf_elastic.pipeline.texts import read_rows
@@ -57,6 +61,7 @@ class Plan:
         sequence_length: tokens, at most.
         evaluations: of each search.
         seed: of weights, order and draws.
+        sparsity: share of zeros that Wanda makes in the parent before anything is trained.
     """
 
     model: str
@@ -72,6 +77,7 @@ class Plan:
     sequence_length: int = 64
     evaluations: int = 60
     seed: int = 0
+    sparsity: float = 0.0
 
 
 class Study:
@@ -123,7 +129,14 @@ class Study:
 
     def parent(self) -> tuple[PreTrainedModel, list[str]]:
         """The parent with a new classifier, and the modules trained as a whole: what is new, and its pooler."""
-        return load_with_classifier(self.plan.model, self.labels, seed=self.plan.seed)
+        model, head = load_with_classifier(self.plan.model, self.labels, seed=self.plan.seed)
+        if self.plan.sparsity:
+            sparsify_(model, self.calibration(), sparsity=self.plan.sparsity)
+        return model, head
+
+    def calibration(self) -> list[Batch]:
+        """Training rows without labels."""
+        return [{n: v for n, v in batch.items() if n != "labels"} for batch in self._batches(self.train[:1500])]
 
     def fixed(self, name: str, *, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
         """Trains stock LoRA of one rank, keeps it in the folder, and returns its one row."""
@@ -138,6 +151,43 @@ class Study:
         trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
         return [{"subnet": f"rank {rank}", "accuracy": self._accuracy(adapted), "adapter_parameters": trained,
                  "macs_share": 1.0, "train_seconds": seconds}]  # fmt: skip
+
+    def head_alone(self, name: str) -> list[dict[str, Any]]:
+        """Trains the classifier without adapters and returns its one row."""
+
+        def measure() -> list[dict[str, Any]]:
+            model, head = self.parent()
+            for path, parameter in model.named_parameters():
+                parameter.requires_grad_(any(f"{part}." in f"{path}." for part in head))
+            seconds = self._train(model, None, None)
+            return [{"subnet": "-", "accuracy": self._accuracy(model), "adapter_parameters": 0, "macs_share": 1.0,
+                     "train_seconds": seconds, "zeros": zero_share(model)}]  # fmt: skip
+
+        return self._measured(name, measure)
+
+    def merged(
+        self, name: str, config: Callable[[list[str]], ElasticLoraConfig], *, bits: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Trains adapters that are part of the weight, at their largest rank, merges them, and returns the one row.
+
+        Args:
+            name: of the row.
+            config: makes the configuration, given the modules of the classifier.
+            bits: of the integers that the base is rounded to beforehand.
+        """
+
+        def measure() -> list[dict[str, Any]]:
+            model, head = self.parent()
+            if bits is not None:
+                quantize_(model, self.calibration(), bits=bits)
+            supernet = add_lora(model, config(head), seed=self.plan.seed)
+            largest = supernet.space.largest()
+            seconds = self._train(supernet.model, supernet, FixedSubnet(largest))
+            one = extract(supernet, largest, merge=True)
+            return [{"subnet": "merged", "accuracy": self._accuracy(one), **self._costs(supernet, largest),
+                     "train_seconds": seconds, "zeros": zero_share(one), "bits": integer_bits(one)}]  # fmt: skip
+
+        return self._measured(name, measure)
 
     def _adapters(self, name: str) -> Path:
         return self.folder / "adapters" / re.sub(r"\W+", "-", name)
@@ -268,10 +318,10 @@ class Study:
     ) -> float:
         """Trains for the plan's steps, or for a share of them at half its peak rate; returns the seconds it took."""
         plan = self.plan
-        steps = max(1, round(share * plan.steps))
+        steps, rate = max(1, round(share * plan.steps)), plan.learning_rate * (1.0 if share == 1.0 else 0.5)
         args = TrainingArguments(
             str(self.folder / "training"), max_steps=steps, per_device_train_batch_size=plan.batch_size,
-            learning_rate=plan.learning_rate * (1.0 if share == 1.0 else 0.5), warmup_steps=max(1, steps // 16), lr_scheduler_type="linear",
+            learning_rate=rate, warmup_steps=max(1, steps // 16), lr_scheduler_type="linear",
             weight_decay=0.0, report_to="none", save_strategy="no", logging_strategy="no", seed=plan.seed,
             remove_unused_columns=False, train_sampling_strategy="group_by_length", disable_tqdm=True,
             dataloader_pin_memory=False,
@@ -299,5 +349,4 @@ class Study:
 
     def sorted_(self, supernet: Supernet) -> None:
         """Sorts neurons and heads of an elastic base by importance, on training rows."""
-        rows = self._batches(self.train[:1500])
-        sort_by_importance_(supernet, [{n: v for n, v in batch.items() if n != "labels"} for batch in rows])
+        sort_by_importance_(supernet, self.calibration())

@@ -58,8 +58,8 @@ def test_a_checkpoint_becomes_sparse_then_of_integers(kind: str, checkpoint: Fin
 
 def test_asymmetric_integers_are_told_as_what_they_are(checkpoint: Find, data: Find, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    run("quantize", str(checkpoint("causal-lm")), "--data", str(data("causal-lm")), "--output", out, "--group-size", "8",
-        "--asymmetric", "--method", "rtn", "--skip", "down_proj")  # fmt: skip
+    given = ["--data", str(data("causal-lm")), "--output", out, "--group-size", "8", "--method", "rtn"]
+    run("quantize", str(checkpoint("causal-lm")), *given, "--asymmetric", "--skip", "down_proj")
     assert "int-quantized" in run("info", out)
     names = quantised_layers(unpack_(AutoModelForCausalLM.from_pretrained(out)))
     assert names and not any(name.endswith("down_proj") for name in names)
@@ -132,13 +132,15 @@ def test_adapters_kept_apart_stand_beside_their_base(checkpoint: Find, data: Fin
 
 def test_a_checkpoint_of_integers_is_a_base(checkpoint: Find, data: Find, tmp_path: Path) -> None:
     packed = str(tmp_path / "packed")
-    run("quantize", str(checkpoint("causal-lm")), "--data", str(data("causal-lm")), "--output", packed, "--group-size", "8",
-        "--method", "rtn")  # fmt: skip
+    given = ["--data", str(data("causal-lm")), "--output", packed, "--group-size", "8", "--method", "rtn"]
+    run("quantize", str(checkpoint("causal-lm")), *given)
     silent(sqft(lambda kind: Path(packed), data, tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(Path(packed).resolve())
     model = unpack_(AutoModelForCausalLM.from_pretrained(packed))
-    config = ElasticLoraConfig(r=4, ranks=[2], target_modules="all-linear", quantization_aware=True, task_type="CAUSAL_LM")
+    config = ElasticLoraConfig(
+        r=4, ranks=[2], target_modules="all-linear", quantization_aware=True, task_type="CAUSAL_LM"
+    )
     supernet = add_lora(model, config, seed=0)
     for name, parameter in supernet.model.named_parameters():
         if ".lora_B." in name:

@@ -13,7 +13,16 @@ import torch
 from tiny_checkpoints import sentences
 from typer.testing import CliRunner
 
-from hf_elastic import CheckpointError, DataError, ElasticConfig, ElasticLoraConfig, SearchError, add_lora, make_elastic
+from hf_elastic import (
+    CheckpointError,
+    CompressionError,
+    DataError,
+    ElasticConfig,
+    ElasticLoraConfig,
+    SearchError,
+    add_lora,
+    make_elastic,
+)
 from hf_elastic.cli import app
 from hf_elastic.pipeline.reproduction import PUBLISHED, reproduce
 from hf_elastic.pipeline.study import Plan, Study
@@ -83,6 +92,18 @@ def test_a_teacher_is_what_was_trained_and_is_learned_from(plan: Plan, tmp_path:
     study._train = lambda *given, **more: seen.append(more["distill"]) or inner(*given, **more)  # type: ignore[method-assign, func-returns-value]
     study.elastic("B", mode_b, within={"macs": 0.85}, teacher="fixed", further=0.5)
     assert len(seen) == 2 and all(isinstance(plan.teacher, torch.nn.Module) for plan in seen)
+
+
+def test_a_sparse_parent_and_merged_adapters(plan: Plan, tmp_path: Path) -> None:
+    study = Study(Plan(**{**vars(plan), "sparsity": 0.5}), tmp_path / "study", say=lambda text: None)
+    alone = study.head_alone("alone")[0]
+    sparse = study.merged("sparse", lambda head: lora(head, sparse=True))[0]
+    assert sparse["bits"] is None and alone["zeros"] == pytest.approx(sparse["zeros"], abs=1e-3)
+    assert 0.3 < sparse["zeros"] <= 0.5 and sparse["adapter_parameters"] > 0 == alone["adapter_parameters"]
+    config = {"sparse": True, "quantization_aware": True}
+    with pytest.raises(CompressionError, match="does not divide"):  # groups of 128, the model has 32 inputs
+        study.merged("integers", lambda head: lora(head, **config), bits=4)
+    assert study.trained is not None and sorted(study.record.data["stages"]) == ["alone", "integers", "sparse"]
 
 
 def test_ways_begin_with_the_same_weights(plan: Plan, tmp_path: Path) -> None:
