@@ -71,7 +71,11 @@ class ElasticLoraLayer(PartHolder):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base's weight, of its full shape: of the active rank, zero outside active slices."""
-        return self.part(adapter).delta()["weight"]
+        part = self.part(adapter)
+        if not part.in_weight:
+            return part.delta()["weight"]
+        given = {name: part.base.get_parameter(name).data for name in part.targets}
+        return part.merged_into(given)["weight"] - given["weight"]
 
     def part(self, adapter: str) -> LoraPart:
         """The part of an adapter."""
@@ -81,15 +85,17 @@ class ElasticLoraLayer(PartHolder):
         """Computes as peft does; with adapters of SparsePEFT in use, one product with the weight that they make."""
         names = kwargs.get("adapter_names")
         layer: Any = self
-        used = set(layer.active_adapters if names is None else names)
-        special = [part for part in self.elastic_parts if part.adapter in used and part.in_weight]
-        if not special or layer.disable_adapters or layer.merged:
+        used = layer.active_adapters if names is None else names
+        if layer.disable_adapters or layer.merged or not self._in_weight(used):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         if names is None:
             return self._merged_forward(x, [name for name in layer.active_adapters if name in layer.lora_A])
         layer._check_forward_args(x, *args, **kwargs)
         return self._mixed_forward(x, names)
+
+    def _in_weight(self, names: Sequence[str]) -> bool:
+        return any(part.in_weight and part.adapter in names for part in self.elastic_parts)
 
     def _mixed_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """Rows of a batch through the adapters that they name."""
@@ -111,6 +117,9 @@ class ElasticLoraLayer(PartHolder):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters as peft does; those of SparsePEFT write the weight that their forward computes with."""
         layer: Any = self
+        if not self._in_weight([part.adapter for part in self.elastic_parts]):
+            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+            return
         for name in check_adapters_to_merge(layer, adapter_names):
             part = next((part for part in self.elastic_parts if part.adapter == name), None)
             if part is None or not part.in_weight:

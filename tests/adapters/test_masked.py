@@ -269,6 +269,9 @@ def test_pefts_own_merging_merges_the_mask_and_gives_the_weights_back(kind: str)
         torch.testing.assert_close(supernet.model(**feed)[0], wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
         supernet.model.unmerge_adapter()
         assert torch.equal(supernet.model(**feed)[0], wanted)
+        for part in parts_of(supernet):
+            added = part.wrapper.get_delta_weight("default")
+            assert bool((added[part.base.weight == 0] == 0).all()) and bool((added != 0).any())
     assert all(torch.equal(part.base.weight, before[part.module_name]) for part in parts_of(supernet))
     with torch.no_grad():
         plain = supernet.model.merge_and_unload()
