@@ -282,6 +282,63 @@ def stories_adapters(result: Mapping[str, Any]) -> str:
     )
 
 
+def sparse_peft(result: Mapping[str, Any]) -> str:
+    """Section about what SparsePEFT costs."""
+    settings = result["settings"]
+    return "\n\n".join(
+        [
+            "## What SparsePEFT costs",
+            f"A half-sparse LLaMA of {settings['layers']} layers x {settings['hidden']}, adapters of rank 32 on all "
+            "linear layers. `plain` is the formula with autograd, which keeps mask and product; `stock` is peft's LoRA, which "
+            f"would fill the zeros. A step is forward, backward and AdamW; {settings['pairs']} pairs, "
+            f"{settings['clock']} clock.",
+            table(result["times"]),
+            "Peak of what a training step allocates beside the weights, above that of stock LoRA:",
+            table(result["memory"]),
+            machine(result["environment"]),
+        ]
+    )
+
+
+def sqft(result: Mapping[str, Any]) -> str:
+    """Section about merged sparse and integer models on MiniLM."""
+    settings, rows = result["settings"], result["summary"]
+    kept = next(row["kept"] for row in rows if row["method"].startswith("QA-SparsePEFT"))
+    shown = [
+        {
+            "method": row["method"], "accuracy": f"{row['accuracy']:.2%} +- {row['spread']:.2%}",
+            "of LoRA's": f"{row['kept']:.1%}", "zeros": "" if row["zeros"] is None else f"{row['zeros']:.1%}",
+            "bits": row["bits"] or "",
+        }
+        for row in rows
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            f"## SQFT on all-MiniLM-L6-v2: {settings['task']}",
+            f"`examples/sqft_minilm.py`: Wanda sets {settings['sparsity']:.0%} of the weights of the layers to zero; a "
+            f"new classifier and adapters of rank {settings['rank']}, {settings['steps']} steps, {rows[0]['seeds']} "
+            f"seeds. Bar: merged {settings['bits']}-bit integers keep 99 % of LoRA's accuracy on the same base, "
+            f"{_verdict(kept >= 0.99)} ({kept:.2%}).",
+            table(shown),
+            machine(result["environment"]),
+        ]
+    )
+
+
+def stories_sqft(result: Mapping[str, Any]) -> str:
+    """Section about merged sparse and integer models on a small LLaMA."""
+    settings = result["settings"]
+    return "\n\n".join(
+        [
+            "## SQFT on stories260K: perplexity on TinyStories",
+            f"{settings['steps']} steps on the text that the model was made of, {len(settings['seeds'])} seeds, half "
+            "of the weights zero by Wanda. Smaller is better.",
+            table(result["summary"]),
+            machine(result["environment"]),
+        ]
+    )
+
+
 MINILM = {
     "minilm-general": "all-MiniLM-L6-v2, general English",
     "minilm-docs": "all-MiniLM-L6-v2, `make demo` (Python's documentation)",
@@ -294,7 +351,8 @@ SECTIONS = {
     "stories260K": stories, "babyllama105": stories, "exact-front": exact_front,
     "refit-memory": refit_memory, "predicted-speedup": predicted_speedup, "backbone": backbone,
     "adapters-banking77": adapters, "adapters-sst2": adapters, "stories-adapters": stories_adapters,
-    "elastic-lora": elastic_lora,
+    "elastic-lora": elastic_lora, "sparse-peft": sparse_peft, "sqft-banking77": sqft, "sqft-sst2": sqft,
+    "stories-sqft": stories_sqft,
 }  # fmt: skip
 
 
