@@ -289,8 +289,8 @@ def sparse_peft(result: Mapping[str, Any]) -> str:
         [
             "## What SparsePEFT costs",
             f"A half-sparse LLaMA of {settings['layers']} layers x {settings['hidden']}, adapters of rank 32 on all "
-            "linear layers. `plain` is the formula with autograd, which keeps mask and product; `stock` is peft's LoRA, "
-            f"which would fill the zeros. A step is forward, backward and AdamW; {settings['pairs']} pairs, "
+            "linear layers. `plain` is the formula with autograd, which keeps mask and product; `stock` is peft's "
+            f"LoRA, which would fill the zeros. A step is forward, backward and AdamW; {settings['pairs']} pairs, "
             f"{settings['clock']} clock.",
             table(result["times"]),
             "Peak of what a training step allocates beside the weights, above that of stock LoRA:",
