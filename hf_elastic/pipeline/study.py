@@ -279,7 +279,9 @@ class Study:
         rows[1] |= {"evaluations": len(result.evaluations), "search_seconds": spent, "space": str(space.size)}
         if further:
             before = objectives.evaluated([quality], found)[judge]
-            more = self._train(supernet.model, supernet, FixedSubnet(found), share=further, distill=distill)
+            more = self._train(
+                supernet.model, supernet, FixedSubnet(found), share=further, slower=0.5, distill=distill
+            )  # fmt: skip
             after = objectives.evaluated([quality], found)[judge]
             with supernet.activate(found):
                 row = {"subnet": "found, trained further", "accuracy": self._accuracy(supernet.model)}
@@ -314,11 +316,12 @@ class Study:
         rule: SamplingRule | None,
         *callbacks: Any,
         share: float = 1.0,
+        slower: float = 1.0,
         distill: Distillation | None = None,
     ) -> float:
-        """Trains for the plan's steps, or for a share of them at half its peak rate; returns the seconds it took."""
+        """Trains for a share of the plan's steps, at a part of its peak rate; returns the seconds that it took."""
         plan = self.plan
-        steps, rate = max(1, round(share * plan.steps)), plan.learning_rate * (1.0 if share == 1.0 else 0.5)
+        steps, rate = max(1, round(share * plan.steps)), slower * plan.learning_rate
         args = TrainingArguments(
             str(self.folder / "training"), max_steps=steps, per_device_train_batch_size=plan.batch_size,
             learning_rate=rate, warmup_steps=max(1, steps // 16), lr_scheduler_type="linear",
