@@ -58,7 +58,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense integers": {"quantization_aware": True},
     "float base": {"sparse": True, "quantization_aware": True},
 }
-CASES = [(family, kind) for family in ("llama", "bert") for kind in KINDS] + [("gpt2", "sparse")]
+SLOWER = [("bert", "sparse"), ("bert", "symmetric"), ("bert", "dense integers"), ("bert", "float base")]
+CASES = [
+    *(("llama", kind) for kind in KINDS), ("bert", "asymmetric"), ("gpt2", "sparse"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER),
+]  # fmt: skip
 BY_HAND = pytest.mark.parametrize(("family", "kind"), CASES)
 
 
@@ -414,7 +418,12 @@ print(json.dumps(out.double().flatten().tolist()))
 """
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "symmetric"), ("llama", "asymmetric"), ("gpt2", "sparse")])
+SLOW = pytest.mark.slow
+OTHERS = [("llama", "asymmetric"), ("gpt2", "sparse")]
+LOADED = [("llama", "symmetric"), *(pytest.param(*case, marks=SLOW) for case in OTHERS)]
+
+
+@pytest.mark.parametrize(("family", "kind"), LOADED)
 def test_a_trained_model_is_loaded_exactly_by_stock_transformers(family: str, kind: str, tmp_path: Path) -> None:
     supernet = adapted(family, kind, noise=False)
     train(supernet, tmp_path / "training")

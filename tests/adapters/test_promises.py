@@ -64,7 +64,7 @@ def compressed(*, integers: bool) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("check", PROMISES, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("kind", ["sparse", "integers", "sparse, cut"])
+@pytest.mark.parametrize("kind", [pytest.param("sparse", marks=pytest.mark.slow), "integers", "sparse, cut"])
 def test_adapters_that_are_part_of_the_weight_keep_the_promise(kind: str, check: Callable[[Case], None]) -> None:
     wrap = adapted(target_modules="all-linear", sparse=True, quantization_aware=kind == "integers")
     config = space("llama", skip={1: ["attention", "mlp"]}) if kind == "sparse, cut" else None

@@ -208,7 +208,9 @@ def ids() -> Tensor:
     return torch.arange(24).reshape(2, 12) + 3
 
 
-@pytest.mark.parametrize(("family", "symmetric"), [("llama", True), ("bert", False)])
+@pytest.mark.parametrize(
+    ("family", "symmetric"), [("llama", True), pytest.param("bert", False, marks=pytest.mark.slow)]
+)
 def test_stock_transformers_loads_exactly_what_was_quantised(family: str, symmetric: bool, tmp_path: Path) -> None:
     model = tiny(family)
     sizes: Any = {"down_proj": 12, ".*": 16} if family == "llama" else 16
