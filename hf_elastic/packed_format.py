@@ -102,7 +102,10 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
             "the checkpoint quantises activations, which adapters cannot be merged under; take one of weights only"
         )
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if any(map(is_packed, layers.values())):
+    packed = any(map(is_packed, layers.values()))
+    if quantizer is None and not packed:
+        return model  # as quantize_ left it; a forward on its layers is not compressed-tensors' own
+    if packed:
         compressor = ModelCompressor(quantization_config=QuantizationConfig.from_pretrained(model))
         with torch.no_grad():
             compressor.decompress_model(model)
@@ -148,12 +151,15 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def write_packed(model: PreTrainedModel, folder: Path) -> None:
-    """Writes a checkpoint whose quantised layers are packed; the model stays as it is.
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Writes a checkpoint as stock transformers loads it: quantised layers packed; the model stays as it is.
 
     Raises:
         ExportError: see :func:`packed_state`.
     """
+    if not quantised_layers(model):
+        model.save_pretrained(folder)
+        return
     from compressed_tensors.compressors import ModelCompressor
 
     model.save_pretrained(folder, state_dict=packed_state(model))

@@ -111,17 +111,14 @@ class Grid:
         groups = self.scale.shape[1]
         return weight.to(torch.float32, copy=True).unflatten(1, (groups, -1))
 
-    def to(self, device: torch.device) -> Grid:
-        """The same on a device."""
-        return Grid(self.scale.to(device), self.zero.to(device), self.bits, self.symmetric)
 
-
-def grid_of(module: nn.Module, *, name: str) -> Grid | None:
+def grid_of(module: nn.Module, *, name: str, checked: bool = True) -> Grid | None:
     """The grid that a module carries; ``None``: it is not quantised on one.
 
     Args:
         module: as :func:`hf_elastic.quantize_` leaves it, or loaded from a compressed-tensors checkpoint.
         name: of the module, for the error.
+        checked: whether to look at the scales themselves; once is enough where it is asked for in every forward.
 
     Raises:
         CheckpointError: the scales are not positive, or do not fit the weight.
@@ -140,7 +137,7 @@ def grid_of(module: nn.Module, *, name: str) -> Grid | None:
             f"{name} is quantised with scales of {tuple(scale.shape)} for {inputs} inputs or in another order of "
             "columns; only groups of neighbouring columns of equal size are supported"
         )
-    if not bool((scale > 0).all()) or not bool(torch.isfinite(scale).all()):
+    if checked and not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise CheckpointError(f"{name} has quantisation scales that are not positive; the checkpoint is broken")
     given = held.get(ZERO)
     zero = torch.zeros_like(scale, dtype=torch.int8) if given is None else given.detach().to(torch.int8)

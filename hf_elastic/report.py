@@ -145,6 +145,8 @@ def _describe_adapter(folder: Path) -> str:
     ranks = config.get("ranks")
     kind = f"elastic adapter, ranks {ranks} of {config['r']}" if ranks else f"adapter of rank {config['r']}"
     loads = "hf_elastic.load_adapter (stock peft: the largest rank)" if ranks else "PeftModel.from_pretrained"
+    if config.get("sparse") or config.get("quantization_aware"):
+        loads = "hf_elastic.load_adapter alone: it is part of the weight"
     return f"{kind}, of {config.get('base_model_name_or_path') or 'a model in memory'}, loads by {loads}"
 
 

@@ -224,7 +224,8 @@ def _read_config(directory: str) -> ElasticLoraConfig:
         config = ElasticLoraConfig.from_pretrained(directory)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"cannot read an adapter in {directory}: {' '.join(str(error).split())}") from error
-    if config.trained_on is None and config.ranks is None:
+    in_weight = config.sparse or config.quantization_aware
+    if config.trained_on is None and config.ranks is None and not in_weight:
         raise CheckpointError(f"the adapter in {directory} has one rank; load it with PeftModel.from_pretrained")
     return config
 

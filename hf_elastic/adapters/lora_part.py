@@ -389,7 +389,7 @@ def merged_weight(parts: Sequence[LoraPart], weight: Tensor, *, alone: bool = Fa
         base=start, start=None if alone else start,
         scalings=tuple(float(part.wrapper.scaling[part.adapter]) for part in parts),
         masked=tuple(part.sparse for part in parts),
-        grid=grid_of(aware.base, name=aware.module_name) if aware is not None else None,
+        grid=grid_of(aware.base, name=aware.module_name, checked=False) if aware is not None else None,
     )  # fmt: skip
 
 

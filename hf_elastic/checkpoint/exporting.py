@@ -22,7 +22,7 @@ from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
 from hf_elastic.layers import evaluating
 from hf_elastic.models import source_files
-from hf_elastic.packed_format import integer_bits, quantised_layers, write_packed
+from hf_elastic.packed_format import integer_bits, quantised_layers, write_weights
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Loadability, Supernet, save_generation_config
 
@@ -167,7 +167,7 @@ def save_quantized(
     parent = str(source or model.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
         save_generation_config(model, folder)
-        write_packed(model, folder)
+        write_weights(model, folder)
         names = copy_companions(parent, folder, tokenizer=tokenizer)
     path, note = Path(directory), "ordinary checkpoint of the stock class, of integers (compressed-tensors)"
     has_tokenizer = _has_tokenizer(names)
@@ -217,10 +217,7 @@ def zero_share(model: PreTrainedModel) -> float:
 
 
 def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None:
-    if quantised_layers(model):
-        write_packed(model, folder)
-    else:
-        model.save_pretrained(folder)
+    write_weights(model, folder)
     if form == "remote-code":
         for file in source_files(model.config.model_type):
             shutil.copyfile(file, folder / file.name)

@@ -116,7 +116,6 @@ def quantize_(
     left = by_pattern(dict.fromkeys(skip), list(modules), what="skip")
     modules = {name: module for name, module in modules.items() if name not in left}
     sizes = _group_sizes(modules, group_size)
-    report = QuantizationReport(bits, sizes, {})
     errors: dict[str, float] = {}
 
     def change(layer: LayerInputs) -> None:
@@ -138,7 +137,7 @@ def quantize_(
 
     data = batches if method == "gptq" else None
     layer_by_layer(model, data, change, family=family, memory=memory, progress=progress)
-    return QuantizationReport(report.bits, report.group_sizes, errors)
+    return QuantizationReport(bits, sizes, errors)
 
 
 def _check_options(bits: int, method: str) -> None:

@@ -19,7 +19,7 @@ from hf_elastic.compression import quantize_, sparsify_
 from hf_elastic.errors import CheckpointError, CompressionError
 from hf_elastic.files import read_json, whole_folder
 from hf_elastic.layers import evaluating
-from hf_elastic.packed_format import quantised_layers, unpack_, write_packed
+from hf_elastic.packed_format import unpack_, write_weights
 from hf_elastic.pipeline.options import CompressOptions, TaskName
 from hf_elastic.pipeline.tasks import Task, load_model, load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
@@ -39,14 +39,6 @@ def compress_base_(model: PreTrainedModel, batches: Sequence[Batch], options: Co
     if options.bits is not None:
         told.append(str(quantize_(model, batches, bits=options.bits, group_size=options.group_size)))
     return "; ".join(told)
-
-
-def write_base(model: PreTrainedModel, folder: Path) -> None:
-    """Writes a compressed base as stock transformers loads it: of integers packed, else as floats."""
-    if quantised_layers(model):
-        write_packed(model, folder)
-    else:
-        model.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ def compress_checkpoint(options: CompressOptions, compression: Compression, *, s
     for label, one in (("parent", parent), (compression.kind, model)):
         rows.append([label, *(f"{plain_quality(task, one, data.validation, parent=parent):.4f}" for _ in names)])
     with whole_folder(output, overwrite=False) as folder:
-        write_base(model, folder)
+        write_weights(model, folder)
         copy_companions(options.model, folder)
     say(f"{report}\n{aligned(rows)}\n{output}: loads with {type(model).__name__}.from_pretrained")
     return output

@@ -24,9 +24,9 @@ from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError, DataError, SpaceError, TrainingError
 from hf_elastic.files import only_worker, remove_half_written, whole_folder, write_json
 from hf_elastic.importance import sort_by_importance_
-from hf_elastic.packed_format import quantised_layers, unpack_
+from hf_elastic.packed_format import quantised_layers, unpack_, write_weights
 from hf_elastic.pipeline.comparison import recorded
-from hf_elastic.pipeline.compressed_base import compress_base_, write_base
+from hf_elastic.pipeline.compressed_base import compress_base_
 from hf_elastic.pipeline.kept import SORTED, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
 from hf_elastic.pipeline.options import CompressOptions
@@ -218,7 +218,7 @@ class LoraRun:
         model.to(device_of(self.options))  # type: ignore[arg-type]
         told = compress_base_(model, self.data.calibration, self.options)
         with whole_folder(self.folder / BASE, overwrite=True) as folder:
-            write_base(model, folder)
+            write_weights(model, folder)
             copy_companions(self.options.model, folder)
         self.say(f"base: {told}")
         self.record.note("base", report=told)

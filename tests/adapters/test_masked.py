@@ -49,6 +49,7 @@ from hf_elastic import (
 from hf_elastic.adapters.lora_part import LoraPart
 from hf_elastic.packed_format import quantised_layers
 from hf_elastic.quantgrid import grid_of
+from hf_elastic.report import describe_folder
 
 SETTINGS: dict[str, Any] = {"r": 8, "ranks": [2, 4], "lora_alpha": 12, "target_modules": "all-linear"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -339,6 +340,11 @@ def test_a_fixed_rank_can_be_trained_and_exported(tmp_path: Path) -> None:
     model, _ = base("llama", "sparse")
     supernet = Supernet(get_peft_model(model, ElasticLoraConfig(r=4, target_modules=["q_proj"], sparse=True)))
     assert supernet.space.size == 1
+    supernet.model.save_pretrained(tmp_path / "adapter")
+    assert "load_adapter alone" in describe_folder(tmp_path / "adapter")
+    other = get_peft_model(base("llama", "sparse")[0], ElasticLoraConfig(r=4, target_modules=["q_proj"], sparse=True))
+    other.save_pretrained(tmp_path / "other")  # no handle was ever made, so nothing is noted of its base
+    assert load_adapter(base("llama", "sparse")[0], tmp_path / "other").space.size == 1
     randomise(supernet.model)
     report = export(supernet, supernet.space.largest(), tmp_path / "out", merge=True)
     assert report.sparsity == pytest.approx(0.5, abs=0.02) and "zero" in str(report)

@@ -105,11 +105,13 @@ def test_a_silent_column_is_rounded_to_the_nearest_and_moves_nothing() -> None:
     weight, x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), inputs_of(16)
     x[:, [3, 15]] = 0
     integers, grid = gptq(weight, sums_of(x), fit=_Fit(4, 16, True))
-    assert torch.equal(grid.integers(weight)[:, 3], integers[:, 3]) or bool((integers[:, 3] != 0).any())
+    assert torch.equal(grid.integers(weight)[:, [3, 15]], integers[:, [3, 15]])
+    changed = weight.clone()
+    changed[:, [3, 15]] = 0.5 * weight[:, [3, 15]]  # not the largest of a row, so the grid stays
+    again, other = gptq(changed, sums_of(x), fit=_Fit(4, 16, True))
+    same = [row for row in range(4) if torch.equal(grid.scale[row], other.scale[row])]
     alone = [n for n in range(16) if n not in (3, 15)]
-    others, _ = gptq_oracle(weight[:, alone], x[:, alone], group=14, symmetric=True)
-    assert integers.shape == weight.shape and others.shape == (4, 14)
-    assert bool(torch.isfinite(grid.values(integers)).all())
+    assert same and torch.equal(again[same][:, alone], integers[same][:, alone]), "a silent column moved others"
     moved = gptq(weight, sums_of(torch.zeros_like(x)), fit=_Fit(4, 16, True))
     assert torch.equal(moved[0], moved[1].integers(weight)), "with no input at all GPTQ is rounding to the nearest"
 
