@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_elastic.adapters.masked import MergedWeight, merged_linear
+from hf_elastic.adapters.masked import MergedWeight, merged_linear, wide_dtype
 from hf_elastic.adapters.recognition import check_base, check_kept, check_patterns, described_base
 from hf_elastic.errors import SpaceError, TrainingError, UnsupportedModelError
 from hf_elastic.layers import ElasticConv1D, ElasticLinear, ElasticProjection, Region
@@ -277,31 +277,31 @@ class LoraPart:
         Args:
             parameters: of the base, by name, of their full shapes.
         """
-        delta = self.delta()
-        found = {name: tensor + delta[name].to(tensor.dtype) if name in delta else tensor
-                 for name, tensor in parameters.items()}  # fmt: skip
-        if self.in_weight:
-            transposed = bool(getattr(self.wrapper, "fan_in_fan_out", False))
-            weight = parameters["weight"].t() if transposed else parameters["weight"]  # (out, in)
-            box = self.up.active_region()["weight"], self.down.active_in_features
-            active = taken(weight, tuple((rows, slice(0, box[1])) for rows, *_ in box[0]))  # (o, i)
-            rule = merged_weight([self], active)
-            made = rule(self.factors(), rule.zeros)
-            whole = weight.clone()
-            _write(whole, made, box[0])
-            found["weight"] = whole.t() if transposed else whole
+        if not self.in_weight:
+            delta = self.delta()
+            return {name: tensor + delta[name].to(tensor.dtype) for name, tensor in parameters.items()}
+        found = dict(parameters)
+        if (shift := _shift(self)) is not None:
+            bias, rows = parameters["bias"].clone(), self.up.active_region()["bias"]
+            _write(bias, taken(bias, rows) + shift.to(bias.dtype), rows)
+            found["bias"] = bias
+        transposed = bool(getattr(self.wrapper, "fan_in_fan_out", False))
+        whole = (parameters["weight"].t() if transposed else parameters["weight"]).clone()  # (out, in)
+        region = self.up.active_region()["weight"]
+        inputs = slice(0, self.down.active_in_features)
+        rule = merged_weight([self], taken(whole, tuple((rows, inputs) for rows, *_ in region)))
+        _write(whole, rule(self.factors(), rule.zeros), region)
+        found["weight"] = whole.t() if transposed else whole
         return found
 
     def delta(self) -> dict[str, Tensor]:
         r"""What merging adds: :math:`s B_{:o, :r} A_{:r, :i}`, and of a bias of ``B`` :math:`s b_{:o}`.
 
-        Of SparsePEFT the product without its mask, which :meth:`merged_into` does not use.
+        Not of adapters that are part of the weight, see :meth:`merged_into`.
         """
         down, up, scaling = self.down, self.up, self.wrapper.scaling[self.adapter]
         rank, outputs = down.active_out_features, up.active_region()
-        dtype = up.weight.dtype
-        # Some CPUs multiply slowly in half precision: peft merges in fp32 there, too.
-        wide = torch.float32 if up.weight.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
+        dtype, wide = up.weight.dtype, wide_dtype(up.weight)
         rows = torch.cat([up.weight[box] for box in outputs["weight"]]).to(wide)  # (o, r)
         product = rows @ down.weight[:rank, : down.active_in_features].to(wide)  # (o, i)
         whole = (up.out_features, down.in_features)
@@ -409,7 +409,7 @@ def merged_output(parts: Sequence[LoraPart], x: Tensor) -> Tensor:
     shifts = [_shift(part) for part in parts]
     drops = [wrapper.lora_dropout[part.adapter] for part in parts]
     dropping = wrapper.training and any(isinstance(drop, nn.Dropout) and drop.p > 0 for drop in drops)
-    if dropping and not parts[0].quantization_aware:
+    if dropping and not any(part.quantization_aware for part in parts):
         result = wrapper.base_layer(x)
         for part, drop, shift in zip(parts, drops, shifts, strict=True):
             rule = merged_weight([part], weight, alone=True)

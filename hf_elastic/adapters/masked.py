@@ -58,7 +58,7 @@ class MergedWeight:
         pairs = list(zip(factors[::2], factors[1::2], self.scalings, self.masked, strict=True))
         total: Tensor | None = None
         if self.start is not None:
-            total = self.start.to(_wide(factors[1]))
+            total = self.start.to(wide_dtype(factors[1]))
         for down, up, scaling, _ in (pair for pair in pairs if pair[3]):
             total = _added(total, down, up, scaling=scaling)
         if zeros is not None:  # what is zero in the base is so in the start
@@ -78,7 +78,7 @@ class MergedWeight:
             factors, zeros: as above.
         """
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        outer = outer.to(_wide(factors[1]))
+        outer = outer.to(wide_dtype(factors[1]))
         for masked in (False, True):
             if masked and zeros is not None:
                 outer = outer.masked_fill_(zeros, 0)
@@ -92,12 +92,12 @@ class MergedWeight:
 
 def _added(total: Tensor | None, down: Tensor, up: Tensor, *, scaling: float) -> Tensor:
     """``total + s B A``, in a new tensor."""
-    wide = _wide(up)
+    wide = wide_dtype(up)
     scaled, down = up.to(wide) * scaling, down.to(wide)
     return scaled @ down if total is None else torch.addmm(total, scaled, down)
 
 
-def _wide(factor: Tensor) -> torch.dtype:
+def wide_dtype(factor: Tensor) -> torch.dtype:
     """Some CPUs multiply slowly in half precision: peft merges in fp32 there, too."""
     narrow = factor.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if narrow and factor.device.type == "cpu" else factor.dtype

@@ -324,12 +324,27 @@ def test_several_adapters_add_up_and_rows_choose_among_them() -> None:
         model(**feed, adapter_names=["other"])
 
 
-def test_two_adapters_cannot_decide_the_same_integers() -> None:
-    supernet = adapted("llama", "symmetric")
+def test_an_adapter_with_a_bias_is_merged_with_it() -> None:
+    supernet = adapted("gpt2", "sparse", lora_bias=True)
+    feed = inputs(supernet.base)
+    merged = extract(supernet, supernet.space.smallest(), merge=True)
+    with torch.no_grad(), supernet.activate(supernet.space.smallest()):
+        wanted = supernet.model(**feed)[0]
+        torch.testing.assert_close(merged(**feed)[0], wanted, rtol=1e-5, atol=1e-5)
+    name = next(part.module_name for part in parts_of(supernet))
+    assert not torch.equal(merged.get_submodule(name).bias, supernet.base.get_submodule(name).base_layer.bias)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("first", ["default", "other"])
+def test_two_adapters_cannot_decide_the_same_integers(first: str, dropout: float) -> None:
+    supernet = adapted("llama", "symmetric", lora_dropout=dropout)
     model: Any = supernet.model
-    model.add_adapter("other", ElasticLoraConfig(**SETTINGS, **KINDS["symmetric"]))
+    kind = KINDS["symmetric"] if not dropout else {}
+    model.add_adapter("other", ElasticLoraConfig(**SETTINGS, **kind, lora_dropout=dropout))
     Supernet(model)
-    model.base_model.set_adapter(["default", "other"])
+    model.train(dropout > 0)
+    model.base_model.set_adapter([first, "other" if first == "default" else "default"])
     with pytest.raises(UnsupportedModelError, match="one adapter at a time"):
         model(**inputs(supernet.base))
     model.set_adapter("other")
