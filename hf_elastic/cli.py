@@ -47,11 +47,18 @@ _WITHIN_HELP = (
     "May be repeated."
 )
 Within = Annotated[list[str], typer.Option(help=_WITHIN_HELP)]
+Data = Annotated[list[str], typer.Option(help=".txt, .jsonl or .csv file to calibrate on, or data set. Repeatable.")]
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the Hub.")]
+Output = Annotated[str, typer.Option(help="Folder to write.")]
+Task = Annotated[TaskName, typer.Option(help="What the model is for.")]
+SequenceLength = Annotated[int, typer.Option(help="Longest sequence in tokens.")]
+TextColumn = Annotated[str, typer.Option(help="Column of rows that holds text.")]
+LabelColumn = Annotated[str, typer.Option(help="Column of rows that holds labels.")]
 
 
 @app.command("compress")
 def compress_command(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the Hub.")],
+    model: Model,
     *,
     data: Annotated[list[str], typer.Option(help=".txt, .jsonl or .csv file, or data set name[:split]. Repeatable.")],
     output: Annotated[str, typer.Option(help="Folder of the smaller model; the work is kept in OUTPUT.run.")],
@@ -63,7 +70,7 @@ def compress_command(
     latency: Annotated[str | None, typer.Option(help="Of a forward, such as 8ms or 8ms@16x128.")] = None,
     memory: Annotated[str | None, typer.Option(help="Weights and KV cache, such as 6GB or 6GB@8x2048.")] = None,
     phase: Annotated[Phase, typer.Option(help="What speed-up and latency are of.")] = Default.phase,
-    task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
+    task: Task = Default.task,
     recipe: Annotated[
         Recipe, typer.Option(help="fast: no training; balanced: trains its answer; best: searches a supernet.")
     ] = Default.recipe,
@@ -84,11 +91,11 @@ def compress_command(
     ] = None,
     group_size: Annotated[int, typer.Option(help="With --bits: inputs that share a scale.")] = Default.group_size,
     apart: Annotated[bool, typer.Option("--apart", help="Write the compressed base and a plain adapter.")] = False,
-    sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
+    sequence_length: SequenceLength = Default.sequence_length,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = Default.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = Default.learning_rate,
-    text_column: Annotated[str, typer.Option(help="Column of rows that holds text.")] = Default.text_column,
-    label_column: Annotated[str, typer.Option(help="Column of rows that holds labels.")] = Default.label_column,
+    text_column: TextColumn = Default.text_column,
+    label_column: LabelColumn = Default.label_column,
     precision: Annotated[Precision, typer.Option(help="auto: whichever is faster here.")] = Default.precision,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Default.device,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = Default.seed,
@@ -205,11 +212,6 @@ def export_command(
     typer.echo(str(report))
 
 
-Data = Annotated[list[str], typer.Option(help=".txt, .jsonl or .csv file to calibrate on, or data set. Repeatable.")]
-Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the Hub.")]
-Output = Annotated[str, typer.Option(help="Folder to write.")]
-
-
 @app.command("sparsify")
 def sparsify_command(
     model: Model,
@@ -220,10 +222,10 @@ def sparsify_command(
     pattern: Annotated[Pattern, typer.Option(help="2:4: two of every four inputs.")] = "unstructured",
     method: Annotated[SparsityMethod, typer.Option(help="What weights are ranked by.")] = "wanda",
     override: Annotated[list[str] | None, typer.Option(help="Another share for layers: down_proj=0.4. Repeat.")] = None,
-    task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
-    sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
-    text_column: Annotated[str, typer.Option(help="Column of rows that holds text.")] = Default.text_column,
-    label_column: Annotated[str, typer.Option(help="Column of rows that holds labels.")] = Default.label_column,
+    task: Task = Default.task,
+    sequence_length: SequenceLength = Default.sequence_length,
+    text_column: TextColumn = Default.text_column,
+    label_column: LabelColumn = Default.label_column,
 ) -> None:
     """Set the least important weights to zero and print what that cost. Shapes, and so speed, stay."""
     overrides = parse_limits(override) if override else None
@@ -246,10 +248,10 @@ def quantize_command(
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Finer, but files are of 8 bits.")] = False,
     method: Annotated[QuantizationMethod, typer.Option(help="rtn needs no text, but costs quality.")] = "gptq",
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave, by the end of their name. Repeat.")] = None,
-    task: Annotated[TaskName, typer.Option(help="What the model is for.")] = Default.task,
-    sequence_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = Default.sequence_length,
-    text_column: Annotated[str, typer.Option(help="Column of rows that holds text.")] = Default.text_column,
-    label_column: Annotated[str, typer.Option(help="Column of rows that holds labels.")] = Default.label_column,
+    task: Task = Default.task,
+    sequence_length: SequenceLength = Default.sequence_length,
+    text_column: TextColumn = Default.text_column,
+    label_column: LabelColumn = Default.label_column,
 ) -> None:
     """Round the linear layers to integers and print what that cost; sparse models stay sparse."""
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": not asymmetric}

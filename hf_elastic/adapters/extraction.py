@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_elastic.adapters.lora_part import LoraPart, RankedConfig
+from hf_elastic.adapters.lora_part import LoraPart, RankedConfig, lora_parts
 from hf_elastic.errors import ExportError, UnsupportedModelError
 from hf_elastic.files import whole_folder
 from hf_elastic.layers import take_region
@@ -121,10 +121,9 @@ def extract_adapter(
 
 def _parts_of(supernet: Supernet, adapter_name: str) -> list[LoraPart]:
     supernet.require_unmerged()
-    parts = [part for part in supernet.adapter_parts if isinstance(part, LoraPart)]
-    if found := [part for part in parts if part.adapter == adapter_name]:
+    if found := lora_parts(supernet.adapter_parts, adapter_name):
         return found
-    names = ", ".join(sorted({part.adapter for part in parts})) or "none"
+    names = ", ".join(sorted({part.adapter for part in lora_parts(supernet.adapter_parts)})) or "none"
     raise ExportError(f"the model has no adapter {adapter_name!r} made with ElasticLoraConfig; it has: {names}")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.adapters.configuration import ElasticLoraConfig
-from hf_elastic.adapters.lora_part import LoraPart
+from hf_elastic.adapters.lora_part import lora_parts
 from hf_elastic.adapters.recognition import FLOAT_BASE, check_base, described_base
 from hf_elastic.errors import CheckpointError, CompressionError, ElasticError, SpaceError, UnsupportedModelError
 from hf_elastic.layers import PartHolder, seeded
@@ -70,15 +70,10 @@ def add_lora(
             raise SpaceError(f"peft cannot adapt {type(model).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _parts(supernet: Supernet, adapter_name: str) -> list[LoraPart]:
-    found = [part for part in supernet.adapter_parts if isinstance(part, LoraPart)]
-    return [part for part in found if part.adapter == adapter_name]
-
-
 def _start_from(supernet: Supernet, float_base: nn.Module, *, adapter_name: str) -> None:
     """Lets adapters start from the weights that their base was rounded from, and notes or checks which they were."""
     modules = dict(float_base.named_modules())
-    parts = [part for part in _parts(supernet, adapter_name) if part.quantization_aware]
+    parts = [part for part in lora_parts(supernet.adapter_parts, adapter_name) if part.quantization_aware]
     if not parts:
         raise CompressionError("float_base is for quantization_aware=True; leave it out")
     noted: dict[str, Any] = supernet.base.peft_config[adapter_name].trained_on

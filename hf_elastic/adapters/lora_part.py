@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -327,6 +327,12 @@ class LoraPart:
     def macs(self, architecture: Mapping[str, Value], *, seq_len: int) -> int:
         """``T r (in + out)``."""
         return seq_len * self.rank(architecture) * sum(self.sizes(architecture))
+
+
+def lora_parts(parts: Iterable[object], adapter: str | None = None) -> list[LoraPart]:
+    """The elastic adapters among the parts of a supernet: of one name, or of all."""
+    found = [part for part in parts if isinstance(part, LoraPart)]
+    return found if adapter is None else [part for part in found if part.adapter == adapter]
 
 
 def _placed(values: Tensor, region: Region, shape: tuple[int, ...]) -> Tensor:

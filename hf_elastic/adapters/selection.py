@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_elastic.adapters.lora_part import LoraPart
+from hf_elastic.adapters.lora_part import LoraPart, lora_parts
 from hf_elastic.errors import DataError, TrainingError
 from hf_elastic.files import read_json, write_json
 from hf_elastic.space import Architecture, Value
@@ -48,7 +48,7 @@ class SubnetStatistics(TrainerCallback):
     def __enter__(self) -> SubnetStatistics:
         self._hooks.close()
         self._hooks.callback(self.supernet.model.register_forward_hook(self._on_forward).remove)
-        for part in self._parts():
+        for part in lora_parts(self.supernet.adapter_parts):
             self._hooks.callback(part.up.register_forward_pre_hook(self._on_components(part)).remove)
             self._hooks.enter_context(part.observed())
         return self
@@ -87,9 +87,6 @@ class SubnetStatistics(TrainerCallback):
     ) -> None:
         """Ends recording."""
         self._hooks.close()
-
-    def _parts(self) -> list[LoraPart]:
-        return [part for part in self.supernet.adapter_parts if isinstance(part, LoraPart)]
 
     def _on_forward(self, model: nn.Module, _inputs: Any, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
@@ -185,7 +182,7 @@ class SubnetStatistics(TrainerCallback):
         if not self._energy:
             raise DataError("no activation was recorded; train with this callback first")
         held: dict[str, list[Tensor]] = {}
-        for part in self._parts():
+        for part in lora_parts(self.supernet.adapter_parts):
             if len(part.ranks) > 1 and _key(part) in self._energy:
                 held.setdefault(part.choice_name, []).append(self._held(part))
         picked: dict[str, Value] = dict(self.supernet.space.midpoint())
