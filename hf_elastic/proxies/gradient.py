@@ -1,0 +1,186 @@
+"""Proxies of gradients. ``W`` is the weight of a projection ``(O, I)``, ``G`` the gradient of the target by it.
+
+All add over the projections of attention and FFN of all layers. LPZero's FlexiBERT code keeps the first linear layer
+only (its GPT-2 code adds all), so published FlexiBERT values of ``snip``, ``fisher``, ``grasp``, ``grad_norm`` and the
+two ``synflow`` are not comparable. Embeddings and output heads are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_elastic.errors import UnsupportedModelError
+from hf_elastic.proxies.subject import Subject, gradients, ones_pass, oriented, outputs_of, twice_differentiable
+
+
+def grad_norm(subject: Subject) -> float:
+    """``sum ||G||_F`` (Abdelfattah et al. 2021)."""
+    return sum(float(g.norm()) for _, _, g in gradients(subject))
+
+
+def snip(subject: Subject) -> float:
+    """``sum |W * G|`` (Lee et al. 2019)."""
+    return _saliency(subject, subject.roles.projections)
+
+
+def synaptic_saliency(subject: Subject) -> float:
+    """``sum |W * G|`` over FFNs (Tanaka et al. 2020, as TF-TAS uses it); over all projections of a causal model."""
+    return _saliency(subject, _or_all(subject, subject.roles.ffn))
+
+
+def head_importance(subject: Subject) -> float:
+    """``sum |W * G|`` over attention (after Michel et al. 2019); over all projections of a causal model.
+
+    Serianni & Kalita's code (2023) leaves out matrices of fewer than 128 rows; here all count.
+    """
+    return _saliency(subject, _or_all(subject, subject.roles.attention))
+
+
+def synaptic_diversity(subject: Subject) -> float:
+    """``sum ||W||_nuc ||G||_nuc`` over attention (TF-TAS, Zhou et al. 2022); over all projections of a causal model."""
+    chosen = _or_all(subject, subject.roles.attention)
+    return sum(_nuclear(w) * _nuclear(g) for name, w, g in gradients(subject) if name in chosen)
+
+
+def eznas(subject: Subject) -> float:
+    """``sum || sigmoid(log |det(A A^T)|) ||_F`` with ``A = sign(G)`` (EZNAS as LPZero ports it to language models).
+
+    Over attention in an encoder, over all projections of a causal model. A singular ``A A^T`` adds 0. The original's
+    programs are for vision; no official version for language models is known.
+    """
+    chosen = _or_all(subject, subject.roles.attention)
+    patterns = (g.sign().double() for name, _, g in gradients(subject) if name in chosen)
+    return sum(float(torch.linalg.slogdet(a @ a.t()).logabsdet.sigmoid()) for a in patterns)
+
+
+def grasp(subject: Subject) -> float:
+    """``sum -W * (H G)``, with the Hessian ``H`` (Wang et al. 2020; the sign of zero-cost NAS: larger is better)."""
+    weights = subject.weights()
+    batches = subject.needed()
+    total = [torch.zeros_like(weight) for weight in weights.values()]
+    with twice_differentiable():
+        for batch in batches:
+            found = torch.autograd.grad(subject.differentiated(batch, weights), list(weights.values()))
+            total = [t + g / len(batches) for t, g in zip(total, found, strict=True)]
+        score = 0.0
+        for batch in batches:
+            value = subject.differentiated(batch, weights) / len(batches)
+            found = torch.autograd.grad(value, list(weights.values()), create_graph=True)
+            z = sum((t * g).sum() for t, g in zip(total, found, strict=True))
+            products = torch.autograd.grad(z, list(weights.values()))  # type: ignore[arg-type]
+            score -= sum(float((w.detach() * p).sum()) for w, p in zip(weights.values(), products, strict=True))
+    return score
+
+
+def fisher(subject: Subject) -> float:
+    """``sum over weights of 1/2 mean over tokens of (a dL/da)^2`` of its output channel (Turner et al. 2020).
+
+    ``a`` are outputs of a projection. Zero-cost NAS adds over all but the first two dimensions before squaring, which
+    for ``(B, T, O)`` would mix the channels; here each channel is its own.
+    """
+    weights = subject.weights()
+    batches = subject.needed()
+    total = 0.0
+    for batch in batches:
+        with outputs_of(subject.model, subject.roles.projections) as outputs:
+            value = subject.differentiated(batch, weights)
+        found = torch.autograd.grad(value, list(outputs.values()))
+        for name, g in zip(outputs, found, strict=True):
+            channels = (outputs[name].detach() * g).flatten(0, -2).square().mean(0) / 2  # (O,)
+            inputs = oriented(subject.model, name, weights[name]).shape[1]
+            total += float(channels.abs().sum()) * inputs / len(batches)
+    return total
+
+
+def synflow(subject: Subject) -> float:
+    """``sum |W * dR/dW|`` at absolute weights and embeddings of ones, ``R`` the sum of outputs (Tanaka et al. 2020).
+
+    LayerNorms are passed by, see :func:`~hf_elastic.proxies.subject.ones_pass`; the field's ports to language models
+    keep them, and so differentiate a constant. No data is needed.
+    """
+    return sum(float((w * g).abs().sum()) for _, w, g in ones_pass(subject))
+
+
+def log_synflow(subject: Subject) -> float:
+    """``sum W |log |dR/dW||`` at absolute weights (FreeREA, Cavagnero et al. 2023, as LPZero ports it).
+
+    A gradient that is exactly zero adds nothing.
+    """
+    logs = ((w, g.abs().where(g != 0, torch.ones_like(g)).log()) for _, w, g in ones_pass(subject))
+    return sum(float((w * log.abs()).sum()) for w, log in logs)
+
+
+def dss(subject: Subject) -> float:
+    """``||W||_nuc ||G||_nuc`` of attention plus ``sum |W * G|`` of FFNs, at absolute weights (Zhou et al. 2022).
+
+    Input of ones and the sum of outputs, as :func:`synflow`. ZeroLM's port to BERT and GPT-2 is not published.
+    """
+    attention = subject.roles.attention
+    return sum(
+        _nuclear(w) * _nuclear(g) if name in attention else float((w * g).abs().sum())
+        for name, w, g in ones_pass(subject)
+    )
+
+
+_ROOT = 1 / 20
+
+
+def jacobian_cosine(subject: Subject) -> float:
+    """``1 - 1/(n^2 - n) 1/2 sum |C|^(1/20)``, ``C`` the cosines of a Jacobian's rows less the identity (Celotti 2020).
+
+    As Serianni & Kalita (2023) have it: the Jacobian is the gradient of the table of positions, transposed
+    ``(n = D, positions)``. Rows of zeros have cosine 0.
+
+    Raises:
+        UnsupportedModelError: the model has no table of positions, as LLaMA.
+    """
+    if subject.roles.positions is None:
+        raise UnsupportedModelError("jacobian_cosine needs a table of learned positions, which this model has not")
+    name = subject.roles.positions
+    table = subject.model.get_submodule(name).get_parameter("weight").detach().requires_grad_()
+    batches = subject.needed()
+    total = torch.zeros_like(table)
+    for batch in batches:
+        total += torch.autograd.grad(subject.differentiated(batch, {name: table}), [table])[0] / len(batches)
+    rows = nn.functional.normalize(total.t().double(), dim=1)  # (D, positions)
+    cosines = rows @ rows.t() - torch.eye(len(rows), dtype=torch.double, device=rows.device)
+    count = len(rows)
+    return 1 - float(cosines.abs().pow(_ROOT).sum()) / (2 * (count * count - count))
+
+
+def lpzero(subject: Subject) -> float:
+    """What LPZero's search has found, as its code ships it (best effort: the paper prints no formula).
+
+    Of an encoder ``mean(a^2)`` of the query projections' outputs, of a causal model ``mean(W^2) + mean(softmax(G)^2)``
+    with the softmax over rows; both as means over layers.
+    """
+    if subject.roles.causal:
+        values = [float(w.square().mean() + g.softmax(0).square().mean()) for _, w, g in gradients(subject)]
+        return sum(values) / len(values)
+    names = [name for name in subject.roles.heads if name in subject.roles.heads[::_PER_LAYER]]
+    total = 0.0
+    batches = subject.needed()
+    for batch in batches:
+        with torch.no_grad(), outputs_of(subject.model, names) as outputs:
+            subject.model(**batch)
+        total += sum(float(a.square().mean()) for a in outputs.values()) / len(outputs) / len(batches)
+    return total
+
+
+_PER_LAYER = 3
+
+
+def _or_all(subject: Subject, names: Sequence[str]) -> Sequence[str]:
+    """In a causal model all projections: the field's GPT-2 code tells no roles apart."""
+    return subject.roles.projections if subject.roles.causal else names
+
+
+def _saliency(subject: Subject, names: Sequence[str]) -> float:
+    return sum(float((w * g).abs().sum()) for name, w, g in gradients(subject) if name in names)
+
+
+def _nuclear(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix.double(), "nuc"))
