@@ -3,8 +3,10 @@
     python benchmarks/stories_sqft.py [--seeds 0 1 2] [--steps 400] [--json FILE]
 
 stories260K after Wanda (50 %), before any adapter; with LoRA of rank 8 kept apart; with SparsePEFT, merged; and after
-GPTQ with QA-SparsePEFT, merged, with and without the float weights as the start. Perplexities are of TinyStories'
-validation pieces and of the merged models themselves; training and calibration see text of the training split only.
+GPTQ with QA-SparsePEFT, merged, with and without the float weights as the start. A rank costs nothing once it is
+merged, so merged adapters are of rank 32 as well, and, to tell what the rank does, so is LoRA. Perplexities are of
+TinyStories' validation pieces and of the merged models themselves; training and calibration see text of the training
+split only.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from transformers import LlamaForCausalLM
 import hf_elastic as he
 
 SPARSITY, BITS, BAR = 0.5, 4, 0.99
+RANKS = (RANK, 32)
 GROUPS = {"down_proj": 43, ".*": 32}  # the model's 172 FFN neurons have no larger divisor below 86
-LORA = f"LoRA of rank {RANK}, kept apart"
+LORA = "LoRA, kept apart"
 
 
 class Sparse(Trainings):
@@ -33,13 +36,13 @@ class Sparse(Trainings):
         he.sparsify_(base, self.texts.calibration, sparsity=SPARSITY)
         return base
 
-    def merged(self, method: str, *, integers: bool, from_floats: bool = False) -> dict[str, Any]:
+    def merged(self, method: str, rank: int, *, integers: bool, from_floats: bool = False) -> dict[str, Any]:
         """Trains adapters that are part of the weight, and measures the model that they are merged into."""
         base, before = self.copy(), self.copy() if from_floats else None
         if integers:
             he.quantize_(base, self.texts.calibration, bits=BITS, group_size=GROUPS)
         config = he.ElasticLoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, sparse=True, quantization_aware=integers
+            r=rank, lora_alpha=2 * rank, target_modules=TARGETS, sparse=True, quantization_aware=integers
         )
         supernet = he.add_lora(base, config, seed=self.seed, float_base=before)
         largest = supernet.space.largest()
@@ -48,7 +51,7 @@ class Sparse(Trainings):
         zeros = he.sparsity_of(one).share
         assert zeros >= SPARSITY - 0.01, "merging lost zeros"
         count = he.costs.adapter_parameters(supernet, largest)
-        return self.row(method, f"zeros {zeros:.1%}", perplexity(one, self.texts.validation), count, 1.0)
+        return self.row(method, f"rank {rank}, {zeros:.0%} zeros", perplexity(one, self.texts.validation), count, 1.0)
 
 
 def one_seed(trainings: Sparse, plain: Trainings) -> list[dict[str, Any]]:
@@ -60,10 +63,11 @@ def one_seed(trainings: Sparse, plain: Trainings) -> list[dict[str, Any]]:
     rows = [plain.row("parent", "dense", perplexity(plain.parent, pieces), 0, 1.0)]
     rows.append(trainings.row("no adapters", "sparse", perplexity(base, pieces), 0, 1.0))
     rows.append(trainings.row("no adapters", f"sparse, {BITS} bits", perplexity(integers, pieces), 0, 1.0))
-    rows += [{**row, "method": LORA} for row in trainings.fixed(RANK)]
-    rows.append(trainings.merged("SparsePEFT, merged", integers=False))
-    rows.append(trainings.merged("QA-SparsePEFT, merged", integers=True))
-    rows.append(trainings.merged("QA-SparsePEFT from floats, merged", integers=True, from_floats=True))
+    for rank in RANKS:
+        rows += [{**row, "method": LORA, "subnet": f"rank {rank}"} for row in trainings.fixed(rank)]
+        rows.append(trainings.merged("SparsePEFT, merged", rank, integers=False))
+        rows.append(trainings.merged("QA-SparsePEFT, merged", rank, integers=True))
+        rows.append(trainings.merged("QA-SparsePEFT from floats, merged", rank, integers=True, from_floats=True))
     return rows
 
 

@@ -63,11 +63,17 @@ def main() -> None:
     if "sparsepeft" in arguments.pipeline:
         print(he.export(supernet, found, output, merge=True, tokenizer=tokenizer))
         return
+    where, unpacked = str(output / "base"), ""
     with supernet.plain() as base:
         if arguments.pipeline == "sqft":
-            print(he.save_quantized(base, output / "base", tokenizer=tokenizer))
-    he.extract_adapter(supernet, found).save_pretrained(output / "adapter")
-    print(f"PeftModel.from_pretrained(base, {str(output / 'adapter')!r})")
+            print(he.save_quantized(base, where, tokenizer=tokenizer))
+            unpacked = ", quantization_config=CompressedTensorsConfig(dequantize=True)"  # peft needs weights
+        else:
+            base.save_pretrained(where)
+            tokenizer.save_pretrained(where)
+    he.extract_adapter(supernet, found, base=where).save_pretrained(output / "adapter")
+    loaded = f"AutoModelForCausalLM.from_pretrained({where!r}{unpacked})"
+    print(f"PeftModel.from_pretrained({loaded}, {str(output / 'adapter')!r})")
 
 
 if __name__ == "__main__":

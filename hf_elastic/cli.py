@@ -29,7 +29,9 @@ from hf_elastic.pipeline import CompressRun, LoraRun, export_family, front_row, 
 from hf_elastic.pipeline.compressed_base import Compression, compress_checkpoint, merge_adapter
 from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.reproduction import reproduce
+from hf_elastic.pipeline.scoring import RankingOptions, score_source
 from hf_elastic.pipeline.tasks import one_line
+from hf_elastic.proxies import Setting
 from hf_elastic.report import describe_folder
 from hf_elastic.supernet import Loadability as Form
 from hf_elastic.tables.timing import Phase
@@ -271,11 +273,18 @@ def merge_command(
     output: Output,
     architecture: Annotated[str, typer.Option(help="largest, midpoint, smallest, JSON or a file of it.")] = "largest",
     allow_dense: Annotated[bool, typer.Option("--allow-dense", help="Fill zeros of the base.")] = False,
+    float_base: Annotated[
+        str | None, typer.Option(help="What the base was rounded from, where the adapters saw that.")
+    ] = None,
+    task: Task = Default.task,
 ) -> None:
     """Merge elastic adapters into their base; what was sparse or of integers stays so, or the command fails."""
     named = architecture in ("largest", "midpoint", "smallest")
     point = architecture if named else _architecture(architecture)
-    typer.echo(str(merge_adapter(base, adapter, output, architecture=point, allow_dense=allow_dense)))
+    report = merge_adapter(
+        base, adapter, output, architecture=point, allow_dense=allow_dense, float_base=float_base, task=task
+    )
+    typer.echo(str(report))
 
 
 @app.command("reproduce")
@@ -294,6 +303,29 @@ def reproduce_command(
     with _resumable():
         settings = {"model": model, "steps": steps, "evaluations": evaluations, "seed": seed}
         typer.echo(reproduce(name, output=output, scale=scale, data=data, say=typer.echo, **settings))
+
+
+@app.command("score")
+def score_command(
+    source: Annotated[
+        str, typer.Argument(help="Benchmark file: FlexiBERT, LiteTransformerSearch or CSV; or folder of a checkpoint.")
+    ],
+    *,
+    setting: Annotated[Setting | None, typer.Option(help="Of FlexiBERT; specified unless given.")] = None,
+    truth: Annotated[str | None, typer.Option(help="GLUE task, perplexity, or column of the CSV.")] = None,
+    smaller_is_better: Annotated[bool, typer.Option("--smaller-is-better", help="Of the truth in a CSV.")] = False,
+    labelled: Annotated[int, typer.Option(help="Rows that alpha is fitted to.")] = RankingOptions.labelled,
+    draws: Annotated[int, typer.Option(help="Of labelled rows.")] = RankingOptions.draws,
+    seed: Annotated[int, typer.Option(help="Of draws and intervals.")] = RankingOptions.seed,
+    resamples: Annotated[int, typer.Option(help="Of the intervals.")] = RankingOptions.resamples,
+    json_file: Annotated[str | None, typer.Option("--json", help="File to write all numbers to.")] = None,
+) -> None:
+    """Show how well zero-cost proxies rank a benchmark's architectures, or score a checkpoint without loading it."""
+    options = RankingOptions(
+        setting=setting, truth=truth, smaller_is_better=smaller_is_better, labelled=labelled, draws=draws, seed=seed,
+        resamples=resamples,
+    )  # fmt: skip
+    typer.echo(str(score_source(source, options, json_file=json_file)))
 
 
 def parse_limits(texts: list[str]) -> dict[str, float]:

@@ -89,6 +89,7 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: the checkpoint quantises activations too.
+        CheckpointError: scales of a layer are not positive or do not fit its weight.
     """
     layers = quantised_layers(model)
     if not layers:
@@ -109,7 +110,8 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
         compressor = ModelCompressor(quantization_config=QuantizationConfig.from_pretrained(model))
         with torch.no_grad():
             compressor.decompress_model(model)
-    for module in layers.values():
+    for name, module in layers.items():
+        grid_of(module, name=name)
         vars(module).pop("forward", None)
         module._parameters.pop("weight_shape", None)
         module._buffers.pop("weight_shape", None)
@@ -143,12 +145,27 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
                 "was not trained with quantization_aware=True was merged into it"
             )
         known = ("weight", SCALE, ZERO)
-        local = {key: state.pop(prefix + key) for key in known if prefix + key in state}
-        local.setdefault(ZERO, grid.zero)
+        for key in known:
+            state.pop(prefix + key, None)
+        # In half precision the compressor's own division would round some weights to the integer beside theirs.
+        local = {"weight": grid.nearest(module.weight).float(), SCALE: grid.scale.float(), ZERO: grid.zero}
         compressor: Any = BaseCompressor.get_value_from_registry(_format(scheme))
-        packed = compressor.compress(local, scheme)
+        packed = {**compressor.compress(local, scheme), SCALE: grid.scale}
+        if not torch.equal(_stored_integers(packed, scheme), grid.integers(module.weight)):
+            raise ExportError(f"compressed-tensors writes other integers of {name} than it has; please report this")
         state.update({prefix + key: tensor.contiguous() for key, tensor in packed.items()})
     return state
+
+
+def _stored_integers(packed: dict[str, Tensor], scheme: Any) -> Tensor:
+    """The integers ``(O, I)`` of a layer as a file holds them."""
+    if "weight_packed" not in packed:
+        return packed["weight"]
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    shape = torch.Size(packed["weight_shape"].tolist())
+    found: Tensor = unpack_from_int32(packed["weight_packed"], int(scheme.weights.num_bits), shape)
+    return found
 
 
 def write_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -16,6 +16,9 @@ from hf_elastic.errors import CheckpointError, DataError
 
 SCALE, ZERO, SCHEME = "weight_scale", "weight_zero_point", "quantization_scheme"
 """Attributes of a quantised ``nn.Linear``, as compressed-tensors calls them."""
+ZEROS = "zeros_before_rounding"
+"""Attribute of one that :func:`hf_elastic.quantize_` made: the share of its weights that were zero beforehand."""
+_TELLING_BITS, _MANY, _PEAK = 4, 0.3, 3  # where zeros of a file are not due to rounding
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Grid:
         if symmetric:
             scale = torch.maximum(-low, high) / (most + 0.5)
         else:
-            scale = (high - low) / (most - least)
+            scale = high / (most - least) - low / (most - least)  # their difference may be beyond the dtype
         # A scale too small for its dtype would be zero.
         scale = scale.to(weight.dtype)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -142,3 +145,20 @@ def grid_of(module: nn.Module, *, name: str, checked: bool = True) -> Grid | Non
     given = held.get(ZERO)
     zero = torch.zeros_like(scale, dtype=torch.int8) if given is None else given.detach().to(torch.int8)
     return Grid(scale, zero, int(stated.num_bits), bool(stated.symmetric))
+
+
+def pruned_share(module: nn.Module, *, name: str) -> float:
+    """Share of a quantised layer's weights that were zero before they were rounded.
+
+    A file does not say so. There, zeros count as pruned where they are 30 % or more and three times as many as the
+    weights one step away on either side, with 4 bits or more; rounding alone gives about as many of each, and with
+    fewer bits nothing can be told.
+    """
+    noted = vars(module).get(ZEROS)
+    grid = grid_of(module, name=name, checked=False)
+    if noted is not None or grid is None:
+        return float(noted or 0.0)
+    integers = grid.integers(module.get_parameter("weight").detach())  # (O, I)
+    groups = integers.short().unflatten(1, (grid.zero.shape[1], -1)) - grid.zero.short()[..., None]
+    zeros, up, down = (float((groups == level).float().mean()) for level in (0, 1, -1))
+    return zeros if grid.bits >= _TELLING_BITS and zeros >= _MANY and zeros > _PEAK * max(up, down) else 0.0

@@ -121,7 +121,9 @@ class LayerRunner:
 
     def _check_ids(self, ids: Tensor) -> None:
         known = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        if not ids.numel():
+            raise DataError("a calibration batch has no tokens; leave empty texts out")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < known:
             raise DataError(
                 f"a calibration batch has the token {int(ids.max() if ids.min() >= 0 else ids.min())}, the model knows "
                 f"0 to {known - 1}; tokenize the text with the model's own tokenizer"

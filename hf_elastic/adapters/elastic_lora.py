@@ -25,6 +25,7 @@ from hf_elastic.adapters.lora_part import LoraPart, RankedConfig, choice_name, m
 from hf_elastic.adapters.recognition import check_variants, check_weight
 from hf_elastic.errors import ElasticError, UnsupportedModelError
 from hf_elastic.layers import ElasticProjection, PartHolder, as_elastic_linear, rebuild, with_mixin
+from hf_elastic.packed_format import is_quantised
 from hf_elastic.quantgrid import grid_of
 
 
@@ -120,7 +121,14 @@ class ElasticLoraLayer(PartHolder):
         if not self._in_weight([part.adapter for part in self.elastic_parts]):
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
             return
-        for name in check_adapters_to_merge(layer, adapter_names):
+        names = check_adapters_to_merge(layer, adapter_names)
+        if layer.merged_adapters and self._in_weight(names):
+            raise ValueError(
+                f"{layer.merged_adapters[0]} is merged already, which hides the zeros and the grid that {names} are to "
+                "keep; unmerge first, and merge them together"
+            )
+        # Those in the weight come first: what they keep is of the base as it is, not of one with another adapter in it.
+        for name in sorted(names, key=lambda name: not self._in_weight([name])):
             part = next((part for part in self.elastic_parts if part.adapter == name), None)
             if part is None or not part.in_weight:
                 super().merge(safe_merge, [name])  # type: ignore[misc]
@@ -153,7 +161,12 @@ def weight_kind(config: RankedConfig | None, base: nn.Module, *, name: str) -> d
     """Whether an adapter keeps the zeros of its base, and its grid, which a head beside quantised layers has not."""
     sparse, aware = config is not None and config.sparse, config is not None and config.quantization_aware
     check_weight(base, name=name, in_weight=sparse or aware)
-    return {"sparse": sparse, "quantization_aware": aware and grid_of(base, name=name) is not None}
+    grid = grid_of(base, name=name) if aware else None
+    if aware and grid is None and is_quantised(base):
+        raise UnsupportedModelError(
+            f"{name} is quantised to no integers of 2 to 8 bits, which quantization_aware=True needs; leave it out"
+        )
+    return {"sparse": sparse, "quantization_aware": grid is not None}
 
 
 class LayerFactory:

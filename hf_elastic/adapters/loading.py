@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.adapters.configuration import ElasticLoraConfig
-from hf_elastic.adapters.lora_part import lora_parts
+from hf_elastic.adapters.lora_part import LoraPart, lora_parts
 from hf_elastic.adapters.recognition import FLOAT_BASE, check_base, described_base
 from hf_elastic.errors import CheckpointError, CompressionError, ElasticError, SpaceError, UnsupportedModelError
 from hf_elastic.layers import PartHolder, seeded
@@ -79,13 +79,37 @@ def _start_from(supernet: Supernet, float_base: nn.Module, *, adapter_name: str)
     noted: dict[str, Any] = supernet.base.peft_config[adapter_name].trained_on
     bases = {part.module_name: modules[part.module_name] for part in parts if part.module_name in modules}
     if FLOAT_BASE in noted:
-        check_base({"weights": noted[FLOAT_BASE], "space": None}, bases, layers=())
+        check_base({"weights": noted[FLOAT_BASE], "space": None}, bases)
+    shapes = {name: module.weight.shape for name, module in bases.items() if isinstance(module, nn.Linear)}
     for part in parts:
-        module = modules.get(part.module_name)
-        if not isinstance(module, nn.Linear) or module.weight.shape != part.base.get_parameter("weight").shape:
+        if shapes.get(part.module_name) != part.base.get_parameter("weight").shape:
             raise CompressionError(f"float_base has no linear layer {part.module_name} of the shape of the base's")
-        part.start = module.weight.detach()
-    noted[FLOAT_BASE] = described_base(bases, layers=())["weights"]
+    starts = [_checked_start(part, bases[part.module_name].get_parameter("weight").detach()) for part in parts]
+    if any(part.sparse for part in parts) and not any(bool((start == 0).any()) for start in starts):
+        raise CompressionError(
+            "sparse=True, but no weight of float_base is zero, whose zeros are the mask; pass the sparse model that "
+            "was quantised, not the dense one"
+        )
+    for part, start in zip(parts, starts, strict=True):
+        part.start = start
+    noted[FLOAT_BASE] = described_base(bases)["weights"]
+
+
+_ALIKE = 0.5  # cosine to what a weight was rounded to: above .8 with two bits, and near 0 for another weight
+
+
+def _checked_start(part: LoraPart, weight: Tensor) -> Tensor:
+    """The float weight that a base was rounded from."""
+    base = part.base.get_parameter("weight").detach()
+    start = weight.to(base.device)
+    if bool(((start == 0) & (base != 0)).any()):
+        raise CompressionError(
+            f"{part.module_name} is zero in float_base where the base is not: the base was not quantised from it"
+        )
+    likeness = nn.functional.cosine_similarity(start.float().flatten(), base.float().flatten(), dim=0)
+    if bool(base.any()) and float(likeness) < _ALIKE:
+        raise CompressionError(f"{part.module_name} has other weights in float_base than the base was quantised from")
+    return start
 
 
 _NOTED = ("peft_config", "_hf_elastic_state")
@@ -182,7 +206,7 @@ def load_adapter(
     if float_base is not None and FLOAT_BASE not in (config.trained_on or {}):
         raise CheckpointError(f"the adapter in {directory} was trained without float_base=; leave it out")
     if config.trained_on is not None:
-        check_base(config.trained_on, _adaptable(base), layers=_elastic_layers(base))
+        check_base(config.trained_on, _adaptable(base), layers=_elastic_layers(base), model=base)
     with _left_as_it_was(base):
         try:
             adapted = PeftModel(model, config, adapter_name) if existing is None else existing

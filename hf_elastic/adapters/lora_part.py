@@ -290,7 +290,8 @@ class LoraPart:
         region = self.up.active_region()["weight"]
         inputs = slice(0, self.down.active_in_features)
         rule = merged_weight([self], taken(whole, tuple((rows, inputs) for rows, *_ in region)))
-        _write(whole, rule(self.factors(), rule.zeros), region)
+        with torch.autocast(whole.device.type, enabled=False):  # as in the forward
+            _write(whole, rule(self.factors(), rule.zeros), region)
         found["weight"] = whole.t() if transposed else whole
         return found
 
@@ -303,7 +304,8 @@ class LoraPart:
         rank, outputs = down.active_out_features, up.active_region()
         dtype, wide = up.weight.dtype, wide_dtype(up.weight)
         rows = torch.cat([up.weight[box] for box in outputs["weight"]]).to(wide)  # (o, r)
-        product = rows @ down.weight[:rank, : down.active_in_features].to(wide)  # (o, i)
+        with torch.autocast(rows.device.type, enabled=False):
+            product = rows @ down.weight[:rank, : down.active_in_features].to(wide)  # (o, i)
         whole = (up.out_features, down.in_features)
         found = {"weight": _placed(product, outputs["weight"], whole)}
         if up.bias is not None:
@@ -390,6 +392,8 @@ def merged_weight(parts: Sequence[LoraPart], weight: Tensor, *, alone: bool = Fa
             "used alone; activate one adapter at a time"
         )
     weight = weight.detach()
+    if aware is not None and aware.start is not None and aware.start.device != weight.device:
+        aware.start = aware.start.to(weight.device)  # the model was moved since
     start = weight if aware is None or aware.start is None else aware.start
     return MergedWeight(
         base=start, start=None if alone else start,
@@ -466,7 +470,7 @@ def _recognise(
     check_patterns(config, list(bases))
     check_kept(config, bases.values())
     if config.trained_on is not None:
-        check_base(config.trained_on, bases, layers=layers)
+        check_base(config.trained_on, bases, layers=layers, model=model, kept=config)
         return
     configs[adapter] = copy.copy(config)
-    configs[adapter].trained_on = described_base(bases, layers=layers)
+    configs[adapter].trained_on = described_base(bases, layers=layers, model=model)

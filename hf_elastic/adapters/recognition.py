@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from hf_elastic.errors import CheckpointError, CompressionError, SpaceError, UnsupportedModelError
 from hf_elastic.packed_format import is_packed, is_quantised
 from hf_elastic.parts import LayerPart, join_choices
+from hf_elastic.quantgrid import grid_of
 from hf_elastic.space import SearchSpace
 
 _MODULES, _ENTRIES = 8, 16
+_INTEGERS = 4096  # of each layer that are digested
+_NEW_ZEROS = 0.001
 FLOAT_BASE = "float_base"  # what is noted of the weights that the base was rounded from
 _TOLERANCE = 0.01  # rounding a weight to bf16 moves it by at most .004
 
@@ -76,34 +81,67 @@ def _alternatives(pattern: str) -> list[str]:
     return pattern.split("|") if not re.search(r"[()\[\]\\]", pattern) else [pattern]
 
 
-def described_base(bases: Mapping[str, nn.Module], *, layers: Sequence[LayerPart]) -> dict[str, Any]:
-    """Writes down what adapters are trained on: a few entries of a few adapted weights, and the space of the base."""
-    chosen = list(bases)[:: max(1, len(bases) // _MODULES)][:_MODULES]
+def described_base(
+    bases: Mapping[str, nn.Module], *, layers: Sequence[LayerPart] = (), model: nn.Module | None = None
+) -> dict[str, Any]:
+    """Writes down what adapters are trained on, so that another base is noticed.
+
+    Entries of some adapted weights, from the first to the last, and of the embeddings; how many zeros the adapted
+    weights have; their precision; a digest of scales and of many integers where they carry grids; the base's space.
+
+    Args:
+        bases: adapted modules by name.
+        layers: elastic layers of the base.
+        model: what they stand in.
+    """
+    names = list(bases)
+    chosen = sorted({round(i * (len(names) - 1) / max(1, _MODULES - 1)) for i in range(_MODULES)} if names else ())
+    weights = {name: bases[name].get_parameter("weight") for name in names}
+    floats = [w for w in weights.values() if w.is_floating_point() and not w.is_meta]
     return {
         "space": SearchSpace(join_choices(part.choices for part in layers)).digest if layers else None,
-        "weights": {name: _sample(bases[name].get_parameter("weight")) for name in chosen},
+        "weights": {names[place]: _sample(weights[names[place]]) for place in chosen},
+        "embeddings": {} if model is None else {n: _sample(m.weight) for n, m in _embeddings(model).items()},
+        "zeros": sum(int((w == 0).sum()) for w in floats),
+        "dtype": str(floats[0].dtype).removeprefix("torch.") if floats else None,
+        "integers": _digest(bases),
     }
 
 
-def check_base(known: Mapping[str, Any], bases: Mapping[str, nn.Module], *, layers: Sequence[LayerPart]) -> None:
-    """Checks that adapters stand on what they were trained on; a base in another precision is the same one.
+def check_base(
+    known: Mapping[str, Any],
+    bases: Mapping[str, nn.Module],
+    *,
+    layers: Sequence[LayerPart] = (),
+    model: nn.Module | None = None,
+    kept: Kept | None = None,
+) -> None:
+    """Checks that adapters stand on what they were trained on; a base in another precision is the same one, unless they
+    are rounded to its grid.
 
     Args:
         known: as :func:`described_base` wrote it.
-        bases: adapted modules by name.
+        bases: modules by name, the adapted ones among them; with ``kept`` these alone.
         layers: elastic layers of the base.
+        model: what they stand in.
+        kept: says what merging is to keep.
 
     Raises:
         CheckpointError: it is another base, or another space of it.
     """
     if lost := sorted(known["weights"].keys() - bases.keys()):
         raise CheckpointError(f"the adapters were trained on another base: it had a module {lost[0]}")
-    found = described_base({name: bases[name] for name in known["weights"]}, layers=layers)
-    for name, theirs in known["weights"].items():
-        ours = found["weights"][name]
+    samples = {name: bases[name].get_parameter("weight") for name in known["weights"]}
+    tables = {} if model is None else {name: module.weight for name, module in _embeddings(model).items()}
+    samples |= {name: tables[name] for name in known.get("embeddings", {}) if name in tables}
+    for name, theirs in {**known["weights"], **known.get("embeddings", {})}.items():
+        ours = _sample(samples[name]) if name in samples else []
         other = len(ours) != len(theirs) or math.dist(ours, theirs) > _TOLERANCE * math.hypot(*theirs)
         if theirs and ours and other:
             raise CheckpointError(f"the adapters were trained on another base: its {name} has other weights")
+    if kept is not None:
+        _check_what_is_kept(known, bases, kept)
+    found = described_base({}, layers=layers)
     if known["space"] != found["space"]:
         raise CheckpointError(
             "the adapters were trained in another space of their base; make the base elastic with the ElasticConfig "
@@ -111,12 +149,65 @@ def check_base(known: Mapping[str, Any], bases: Mapping[str, nn.Module], *, laye
         )
 
 
+def _check_what_is_kept(known: Mapping[str, Any], bases: Mapping[str, nn.Module], kept: Kept) -> None:
+    """Refuses a base with other zeros, other integers or, where it is rounded, of another precision."""
+    weights = [module.get_parameter("weight") for module in bases.values()]
+    if any(weight.is_meta for weight in weights):
+        return
+    found = described_base(bases)
+    # In half precision the smallest weights may become zero.
+    if kept.sparse and abs(found["zeros"] - known["zeros"]) > _NEW_ZEROS * sum(w.numel() for w in weights):
+        raise CheckpointError(
+            f"the adapters were trained on a base with {known['zeros']} zeros, this one has {found['zeros']}; they are "
+            "to be merged into the very base that they saw"
+        )
+    if kept.quantization_aware and found["dtype"] != known["dtype"]:
+        raise CheckpointError(
+            f"the adapters were trained on the base in {known['dtype']}, and in {found['dtype']} would round to other "
+            f"integers; load the base with dtype=torch.{known['dtype']}"
+        )
+    if kept.quantization_aware and found["integers"] != known["integers"]:
+        raise CheckpointError(
+            "the adapters were trained on a base of other integers or scales; they are to be merged into the very base "
+            "that they saw"
+        )
+
+
+def _embeddings(model: nn.Module) -> dict[str, Any]:
+    """Embedding tables by the name that they have without adapters; not the copies that are trained."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    plain = {n: m for n, m in found.items() if ".modules_to_save." not in n and not m.weight.is_meta}
+    return {
+        re.sub(r"(^|\.)(base_layer|original_module)(?=\.|$)", "", n.removeprefix("base_model.model.")): module
+        for n, module in plain.items()
+    }
+
+
+def _digest(bases: Mapping[str, nn.Module]) -> str | None:
+    """Hexadecimal SHA-256 of the scales, the zero-points and many integers of layers that carry grids."""
+    digest, seen = hashlib.sha256(), False
+    for name in sorted(bases):
+        grid = None if bases[name].get_parameter("weight").is_meta else grid_of(bases[name], name=name, checked=False)
+        if grid is None:
+            continue
+        seen = True
+        integers = grid.integers(bases[name].get_parameter("weight").detach()).flatten()
+        digest.update(name.encode() + _spread(integers, _INTEGERS).cpu().numpy().tobytes())
+        digest.update(grid.scale.float().cpu().numpy().tobytes() + grid.zero.cpu().numpy().tobytes())
+    return digest.hexdigest() if seen else None
+
+
+def _spread(flat: Tensor, count: int) -> Tensor:
+    """Entries of a tensor ``(N,)`` from its first to its last, in every column of the matrix that it was."""
+    places = torch.linspace(0, len(flat) - 1, min(count, len(flat)), dtype=torch.float64).long()
+    return flat[places.to(flat.device)]
+
+
 def _sample(weight: Tensor) -> list[float]:
     """A few entries of a weight; none of a quantised one, whose entries say nothing by themselves."""
     if not weight.is_floating_point() or weight.is_meta:
         return []
-    flat = weight.detach().flatten()
-    entries = flat[:: max(1, len(flat) // _ENTRIES)][:_ENTRIES].float()
+    entries = _spread(weight.detach().flatten(), _ENTRIES).float()
     return [float(f"{value:.5g}") for value in entries.tolist()]
 
 

@@ -159,9 +159,16 @@ def save_quantized(
         overwrite: whether a non-empty folder may be replaced.
 
     Raises:
-        ExportError: no layer carries a grid, or a weight is not on its grid any more.
+        ExportError: no layer carries a grid, a weight is not on its grid any more, or the model has adapters.
         CheckpointError: the folder cannot be written; nothing is left half-written.
     """
+    wrapped = [name for name, module in model.named_modules() if "base_layer" in dict(module.named_children())]
+    if wrapped or not isinstance(model, PreTrainedModel):
+        where = wrapped[0] if wrapped else type(model).__name__
+        raise ExportError(
+            f"{where} has an adapter: export(supernet, ..., merge=True) writes the merged model, inside "
+            "supernet.plain() save_quantized writes the base"
+        )
     if not quantised_layers(model):
         raise ExportError(f"no layer of the {type(model).__name__} carries a grid; call hf_elastic.quantize_ first")
     parent = str(source or model.config._name_or_path or "")

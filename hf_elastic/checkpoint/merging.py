@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_elastic.errors import ExportError
 from hf_elastic.packed_format import is_quantised
 from hf_elastic.parts import AdapterPart
+from hf_elastic.quantgrid import pruned_share
 from hf_elastic.supernet import Supernet
 
 _SPARSE = 0.01  # share of zeros from which on a weight counts as sparse: a few zeros are there by chance
@@ -51,8 +52,14 @@ def check_merge(supernet: Supernet, merge: bool | None, *, form: str, allow_dens
 
 def _check_kept(part: AdapterPart, name: str, *, allow_dense: bool) -> None:
     """Refuses a merge that would lose the integers or the zeros of its base."""
-    if part.quantization_aware:
-        return  # zeros that are there by rounding are not the user's; sparse=True keeps them all
+    if part.quantization_aware:  # zeros that are there by rounding are not the user's
+        pruned = 0.0 if part.sparse or allow_dense else pruned_share(part.base, name=name)
+        if pruned >= _SPARSE:
+            raise ExportError(
+                f"{name} had {pruned:.0%} zeros before it was quantised and its adapter was trained without "
+                "sparse=True: merging fills them; train with sparse=True too, or say allow_dense=True"
+            )
+        return
     if is_quantised(part.base):
         raise ExportError(
             f"{name} is quantised and its adapter was trained without quantization_aware=True: the sum is not on the "
@@ -90,7 +97,8 @@ def base_weights(supernet: Supernet, *, merge: bool) -> dict[str, Tensor]:
         return weights
     names = {id(module): name for name, module in supernet.base.named_modules()}
     shared = Counter(id(p) for _, p in supernet.base.named_parameters(remove_duplicate=False))
-    for part in supernet.adapter_parts:
+    # Those that keep zeros come first: their mask is of the base as it is, not of one with another adapter in it.
+    for part in sorted(supernet.adapter_parts, key=lambda part: not part.sparse):
         if not part.in_use:
             continue
         path = names[id(part.base)]

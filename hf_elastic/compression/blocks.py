@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_elastic.errors import CompressionError, UnsupportedModelError
+from hf_elastic.errors import CompressionError, DataError, UnsupportedModelError
 from hf_elastic.families import Family, family_of, layers_of
 from hf_elastic.layers import PartHolder, evaluating
 from hf_elastic.packed_format import is_quantised
@@ -67,8 +67,17 @@ class LayerInputs:
                 together: dict[int, list[str]] = {}
                 for name, tensor in seen.items():
                     together.setdefault(id(tensor), []).append(name)
-                yield [(tuple(names), rows(seen[names[0]])) for names in together.values()]
+                yield [(tuple(names), _finite(rows(seen[names[0]]), names[0])) for names in together.values()]
                 seen.clear()
+
+
+def _finite(rows: Tensor, name: str) -> Tensor:
+    """Refuses activations that no score and no grid can be made of."""
+    if not bool(torch.isfinite(rows).all()):
+        raise CompressionError(
+            f"what enters {name} on the calibration batches is NaN or infinite; load the model again, in float32"
+        )
+    return rows
 
 
 def _recorder(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -137,8 +146,13 @@ class _Walk:
         self.states = HiddenStates(memory=memory)
 
     def __enter__(self) -> _Walk:
+        tokens = 0
         for number, batch in enumerate(self.data):
-            self.states[number] = self.runner.calls(batch).hidden
+            calls = self.runner.calls(batch)
+            self.states[number] = calls.hidden
+            tokens += int(calls.kept.sum())
+        if not tokens:
+            raise DataError("the calibration batches hold padding only (attention_mask is 0); pass batches with text")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,17 +180,22 @@ def check_compressible(model: nn.Module, *, what: str) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: no transformers model, one with adapters, or a quantised one.
+        CompressionError: a parameter is NaN or infinite.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{what} takes a transformers model without adapters, got a {type(model).__name__}")
     for name, module in model.named_modules():
         if "base_layer" in dict(module.named_children()):
             raise UnsupportedModelError(f"{name} has an adapter, whose base {what} would change; do it before adapters")
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        own = dict(module.named_parameters(recurse=False))
+        weight = own.get("weight")
         if is_quantised(module) or weight is not None and not weight.is_floating_point():
             raise UnsupportedModelError(
                 f"{name} is quantised already; {what} needs the float model (prune first, then quantise)"
             )
+        for inner, parameter in own.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise CompressionError(f"the {inner} of {name} is NaN or infinite; load a checkpoint that is finite")
     return model
 
 
@@ -203,16 +222,6 @@ def by_pattern(given: Mapping[str, Any], names: Sequence[str], *, what: str) -> 
         for name in matched:
             found.setdefault(name, value)
     return found
-
-
-def check_finite(name: str, module: nn.Module) -> None:
-    """Refuses a weight that no score and no grid can be made of.
-
-    Raises:
-        CompressionError: it is NaN or infinite.
-    """
-    if not bool(torch.isfinite(module.get_parameter("weight")).all()):
-        raise CompressionError(f"the weight of {name} is NaN or infinite; load a checkpoint whose weights are finite")
 
 
 def projection_names(model: PreTrainedModel, family: Family | None) -> dict[str, nn.Module]:

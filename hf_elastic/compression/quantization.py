@@ -17,7 +17,6 @@ from hf_elastic.compression.blocks import (
     Projection,
     by_pattern,
     check_compressible,
-    check_finite,
     layer_by_layer,
     projection_names,
 )
@@ -26,7 +25,7 @@ from hf_elastic.families import Family
 from hf_elastic.layers import ElasticLinear
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.packed_format import attach_grid
-from hf_elastic.quantgrid import Grid
+from hf_elastic.quantgrid import ZEROS, Grid
 from hf_elastic.streams import MEMORY_LIMIT, Batch
 
 QuantizationMethod = Literal["gptq", "rtn"]
@@ -104,7 +103,8 @@ def quantize_(
 
     Raises:
         CompressionError: an option that cannot be, a group size that does not divide the inputs of a layer, or a weight
-            that is not finite; said before anything is changed.
+            that is not finite; said before anything is changed. Activations that are not finite are noticed at their
+            block, when those before it are changed already: load the model again.
         DataError: the batches are no calibration inputs.
         UnsupportedModelError: GPT-2, or a model that has adapters, is elastic, or is quantised.
     """
@@ -127,7 +127,13 @@ def quantize_(
             weight = projection.weight
             fit = _Fit(bits, sizes[name], symmetric)
             if method == "gptq":
-                integers, grid = gptq(weight, grams[name], fit=fit)
+                try:
+                    integers, grid = gptq(weight, grams[name], fit=fit)
+                except torch.linalg.LinAlgError as error:
+                    raise CompressionError(
+                        f"what enters {name} on the calibration batches has no Cholesky factor: its values are beyond "
+                        "float64; check the weights, or use method='rtn'"
+                    ) from error
                 values = grid.values(integers)
                 errors[name] = _share_of_energy(weight, values, grams[name].gram)
             else:
@@ -164,7 +170,6 @@ def _group_sizes(modules: Mapping[str, nn.Module], given: int | Mapping[str, int
                 f"{name} is elastic: a cut through a group of inputs has no scale; extract a subnet and quantise that"
             )
         assert isinstance(module, nn.Linear)
-        check_finite(name, module)
         if by_name is not None and name not in by_name:
             raise CompressionError(f"group_size names no size for {name}; add '.*': 128 at the end")
         size = by_name[name] if by_name is not None else given
@@ -269,6 +274,7 @@ def _share_of_energy(weight: Tensor, values: Tensor, gram: Tensor) -> float:
 def _write(projection: Projection, values: Tensor, grid: Grid) -> None:
     module = projection.module
     assert isinstance(module, nn.Linear)
+    vars(module)[ZEROS] = float((module.weight == 0).float().mean())
     module.weight.data.copy_(values)
     module.weight.requires_grad_(False)
     attach_grid(module, grid)

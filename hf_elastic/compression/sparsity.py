@@ -15,7 +15,6 @@ from hf_elastic.compression.blocks import (
     Progress,
     by_pattern,
     check_compressible,
-    check_finite,
     layer_by_layer,
     projection_names,
 )
@@ -81,7 +80,8 @@ def sparsify_(
 
     Raises:
         CompressionError: a share, a pattern or a method that cannot be, or a weight that is not finite; said before
-            anything is changed.
+            anything is changed. Activations that are not finite are noticed at their block, when those before it are
+            changed already: load the model again.
         DataError: the batches are no calibration inputs.
         UnsupportedModelError: the model has adapters or is quantised.
     """
@@ -95,7 +95,6 @@ def sparsify_(
     shares = dict.fromkeys(modules, sparsity) | by_pattern(overrides or {}, list(modules), what="overrides")
     _check_shares(shares, pattern)
     for name, module in modules.items():
-        check_finite(name, module)
         if pattern == "2:4" and shares[name] and _inputs(module) % 4:
             raise CompressionError(f"{name} has {_inputs(module)} inputs, not a multiple of 4; override it with 0")
 

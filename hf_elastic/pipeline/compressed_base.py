@@ -15,15 +15,16 @@ from transformers import PreTrainedModel
 from hf_elastic.adapters import load_adapter
 from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.companions import copy_companions
-from hf_elastic.compression import quantize_, sparsify_
+from hf_elastic.compression import quantize_, sparsify_, sparsity_of
 from hf_elastic.errors import CheckpointError, CompressionError
 from hf_elastic.files import read_json, whole_folder
 from hf_elastic.layers import evaluating
-from hf_elastic.packed_format import unpack_, write_weights
+from hf_elastic.packed_format import integer_bits, quantised_layers, unpack_, write_weights
 from hf_elastic.pipeline.options import CompressOptions, TaskName
 from hf_elastic.pipeline.tasks import Task, load_model, load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of
+from hf_elastic.quantgrid import pruned_share
 from hf_elastic.report import aligned
 from hf_elastic.space import Value
 from hf_elastic.streams import Batch
@@ -36,9 +37,33 @@ def compress_base_(model: PreTrainedModel, batches: Sequence[Batch], options: Co
     told = []
     if options.sparsity is not None:
         told.append(str(sparsify_(model, batches, sparsity=options.sparsity)))
-    if options.bits is not None:
+    if options.bits is not None and not own_integers(model, options):
         told.append(str(quantize_(model, batches, bits=options.bits, group_size=options.group_size)))
+    elif options.bits is not None:
+        told.append(f"the checkpoint's own integers of {options.bits} bits are kept")
     return "; ".join(told)
+
+
+def own_integers(model: PreTrainedModel, options: CompressOptions) -> bool:
+    """Whether the checkpoint is of integers already, which are then kept.
+
+    Raises:
+        CompressionError: they are of other bits than asked for.
+    """
+    bits = integer_bits(model)
+    if bits is not None and bits != options.bits:
+        raise CompressionError(f"{options.model} is of {bits}-bit integers; say bits={bits} to keep them")
+    return bits is not None
+
+
+def has_zeros(model: PreTrainedModel) -> bool:
+    """Whether a share of the weights is zero by pruning, which a merge is to keep."""
+    layers = quantised_layers(model)
+    shares = [pruned_share(module, name=name) for name, module in layers.items()] or [sparsity_of(model).share]
+    return max(shares) >= _SPARSE
+
+
+_SPARSE = 0.01
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,7 @@ def compress_checkpoint(options: CompressOptions, compression: Compression, *, s
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty; choose another output, or delete it")
     data = task.prepare(load_tokenizer(options), read_rows(options.data, text_column=options.text_column), options)
-    model, parent = load_model(task, options), load_model(task, options)
+    model, parent = load_model(task, options, dtype="auto"), load_model(task, options, dtype="auto")
     for one in (model, parent):
         one.to(device_of(options))  # type: ignore[arg-type]
     change: Callable[..., object] = sparsify_ if compression.kind == "sparsify" else quantize_
@@ -128,6 +153,8 @@ def merge_adapter(
     *,
     architecture: str | Mapping[str, Value] = "largest",
     allow_dense: bool = False,
+    float_base: str | None = None,
+    task: TaskName = "auto",
 ) -> ExportReport:
     """Merges elastic adapters that were saved into their base, and keeps it sparse or of integers where it is so.
 
@@ -137,6 +164,10 @@ def merge_adapter(
         output: folder to write.
         architecture: ``largest``, ``midpoint``, ``smallest``, or ranks by name of the choice.
         allow_dense: whether zeros of the base may be filled.
+        float_base: folder or Hub name of the weights that the base was rounded from, where the adapters saw them.
+        task: what the base is for; by default what the adapters say.
+
+    The base is loaded in the precision that the adapters saw: another would round to other integers.
 
     Raises:
         ElasticError: they do not fit, or the merge would lose zeros or integers.
@@ -144,15 +175,27 @@ def merge_adapter(
     file = Path(adapter) / "adapter_config.json"
     if not file.is_file():
         raise CheckpointError(f"{adapter} holds no adapter_config.json; give a folder that save_pretrained wrote")
-    stated = str(read_json(file).get("task_type"))
-    options = CompressOptions(model=base, data=("none",), output=output, task=_TASKS.get(stated, "auto"))
-    supernet = load_adapter(unpack_(load_model(resolve_task(options, integers=True), options)), adapter)
+    stated = read_json(file)
+    if task == "auto":
+        task = _TASKS.get(str(stated.get("task_type")), "auto")
+    noted = stated.get("trained_on")
+    name = noted.get("dtype") if isinstance(noted, dict) else None
+    dtype: torch.dtype | Literal["auto"] = _DTYPES.get(str(name), "auto")
+
+    def loaded(source: str) -> PreTrainedModel:
+        options = CompressOptions(model=source, data=("none",), output=output, task=task)
+        return unpack_(load_model(resolve_task(options, integers=True), options, dtype=dtype))
+
+    supernet = load_adapter(loaded(base), adapter, float_base=None if float_base is None else loaded(float_base))
     space = supernet.space
     points = {"largest": space.largest, "midpoint": space.midpoint, "smallest": space.smallest}
     point = points[architecture]() if isinstance(architecture, str) else space.canonical(architecture)
     return export(supernet, point, output, merge=True, source=base, allow_dense=allow_dense)
 
 
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
 _TASKS: Mapping[str, TaskName] = {
     "CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification", "FEATURE_EXTRACTION": "embedding",
 }  # fmt: skip

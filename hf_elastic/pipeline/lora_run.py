@@ -26,7 +26,7 @@ from hf_elastic.files import only_worker, remove_half_written, whole_folder, wri
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.packed_format import quantised_layers, unpack_, write_weights
 from hf_elastic.pipeline.comparison import recorded
-from hf_elastic.pipeline.compressed_base import compress_base_
+from hf_elastic.pipeline.compressed_base import compress_base_, has_zeros, own_integers
 from hf_elastic.pipeline.kept import SORTED, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
 from hf_elastic.pipeline.options import CompressOptions
@@ -105,7 +105,7 @@ class LoraRun:
         self.given, self.say = options, say
         self.ranks = parse_ranks(options.lora)
         self.elastic_base = options.space is not None
-        self.task: Task = resolve_task(options, integers=not (self.elastic_base or options.compressed))
+        self.task: Task = resolve_task(options, integers=not self.elastic_base and options.sparsity is None)
         self.folder = options.run_folder
         if len(self.ranks) < 2 and not self.elastic_base:
             raise SpaceError(f"lora={options.lora!r} names one rank, which leaves nothing to choose; name several")
@@ -151,9 +151,10 @@ class LoraRun:
             make_elastic(model, self.given.space)
         if self.given.sparsity is not None:
             sparsify_(model, method="magnitude", sparsity=self.given.sparsity)
-        if self.given.bits is not None:
+        sparse = has_zeros(model)
+        if self.given.bits is not None and not own_integers(model, self.given):
             quantize_(model, method="rtn", bits=self.given.bits, group_size=self.given.group_size)
-        supernet = add_lora(model, self._config(head), seed=self.given.seed)
+        supernet = add_lora(model, self._config(head, sparse=sparse), seed=self.given.seed)
         feasibility(supernet, dict(self.given.within or {}))
         return supernet
 
@@ -164,11 +165,11 @@ class LoraRun:
             raise DataError(f"classification needs a column {column!r}, a row has only {sorted(missing)}")
         return sorted({str(row[column]) for row in self.rows})
 
-    def _config(self, head: list[str] | None) -> ElasticLoraConfig:
+    def _config(self, head: list[str] | None, *, sparse: bool) -> ElasticLoraConfig:
         return ElasticLoraConfig(
             r=self.ranks[0], lora_alpha=2 * self.ranks[0], ranks=self.ranks, target_modules="all-linear",
             modules_to_save=head, task_type=_PEFT_TASKS.get(self.task.name),
-            sparse=self.merges and self.given.sparsity is not None,
+            sparse=self.merges and sparse,
             quantization_aware=self.merges and self.given.bits is not None,
         )  # fmt: skip
 
@@ -214,14 +215,14 @@ class LoraRun:
 
     def _compress_base(self) -> None:
         """Makes the base sparse, then of integers, and keeps it in the run folder."""
-        model = load_model(self.task, self.options)
+        model = unpack_(load_model(self.task, self.options))
         model.to(device_of(self.options))  # type: ignore[arg-type]
         told = compress_base_(model, self.data.calibration, self.options)
         with whole_folder(self.folder / BASE, overwrite=True) as folder:
             write_weights(model, folder)
             copy_companions(self.options.model, folder)
         self.say(f"base: {told}")
-        self.record.note("base", report=told)
+        self.record.note("base", report=told, sparse=has_zeros(model))
 
     def _sorted(self) -> Supernet:
         assert self.options.space is not None
@@ -239,7 +240,8 @@ class LoraRun:
         """The supernet with its trained adapters."""
         if self.record.finished("train"):
             return load_adapter(self._base(), self.folder / ADAPTERS).to(device_of(self.options))
-        config = self._config(self.record.numbers("parent").get("head"))
+        sparse = bool(self.record.numbers("base").get("sparse"))
+        config = self._config(self.record.numbers("parent").get("head"), sparse=sparse)
         supernet = add_lora(self._base(), config, seed=self.options.seed).to(device_of(self.options))
         limits = feasibility(supernet, dict(self.options.within or {}))
         self.say(f"{supernet!r}: {'ranks, and the frozen base' if self.elastic_base else 'ranks'}")

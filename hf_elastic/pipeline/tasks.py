@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -376,8 +376,14 @@ def _label(value: Any, known: Mapping[str, int]) -> int:
     return number
 
 
-def load_model(task: Task, options: CompressOptions, *, folder: Path | None = None) -> PreTrainedModel:
-    """Loads the checkpoint in fp32 for the task.
+def load_model(
+    task: Task,
+    options: CompressOptions,
+    *,
+    folder: Path | None = None,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+) -> PreTrainedModel:
+    """Loads the checkpoint for the task, by default in fp32.
 
     Raises:
         CheckpointError: the weights are missing, truncated, or of another model.
@@ -385,7 +391,7 @@ def load_model(task: Task, options: CompressOptions, *, folder: Path | None = No
     """
     source = str(folder or options.model)
     try:
-        loaded: Any = task.auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = task.auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load {source!r} for task={task.name!r}: {one_line(error)}") from error
     model: PreTrainedModel = loaded[0]

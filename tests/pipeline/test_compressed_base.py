@@ -15,7 +15,16 @@ from killed_compress import options
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_elastic import CompressionError, CompressOptions, ElasticLoraConfig, SpaceError, add_lora, compress, unpack_
+from hf_elastic import (
+    CheckpointError,
+    CompressionError,
+    CompressOptions,
+    ElasticLoraConfig,
+    SpaceError,
+    add_lora,
+    compress,
+    unpack_,
+)
 from hf_elastic.checkpoint.run_record import RunRecord
 from hf_elastic.cli import app
 from hf_elastic.packed_format import quantised_layers
@@ -153,6 +162,61 @@ def test_a_checkpoint_of_integers_is_a_base(checkpoint: Find, data: Find, tmp_pa
     ids = torch.arange(9).unsqueeze(0) + 3
     with torch.no_grad(), supernet.activate(supernet.space.smallest()):
         torch.testing.assert_close(again(input_ids=ids).logits, supernet.model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rounded by the run", "packed already"])
+def test_a_checkpoint_that_is_sparse_already_stays_so(
+    packed: bool, checkpoint: Find, data: Find, tmp_path: Path
+) -> None:
+    given, base = ["--data", str(data("causal-lm"))], str(tmp_path / "sparse")
+    run("sparsify", str(checkpoint("causal-lm")), *given, "--output", base)
+    if packed:
+        packs = ["--output", str(tmp_path / "packed"), "--group-size", "8"]
+        run("quantize", base, *given, *packs)
+        base = str(tmp_path / "packed")
+        with pytest.raises(CompressionError, match="is of 4-bit integers; say bits=4 to keep them"):
+            silent(sqft(lambda kind: Path(base), data, tmp_path / "out", bits=8))
+    result = silent(sqft(lambda kind: Path(base), data, tmp_path / "out", bits=4))
+    before = unpack_(AutoModelForCausalLM.from_pretrained(result.folder / "base"))
+    merged = quantised_layers(unpack_(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
+    own = quantised_layers(before)
+    assert merged and merged.keys() == own.keys()
+    assert all(bool((module.weight[own[name].weight == 0] == 0).all()) for name, module in merged.items())
+    assert all(float((module.weight == 0).float().mean()) > 0.45 for module in merged.values())
+    assert any(not torch.equal(module.weight, own[name].weight) for name, module in merged.items())
+    if packed:
+        theirs = quantised_layers(unpack_(AutoModelForCausalLM.from_pretrained(base)))
+        assert all(torch.equal(theirs[name].weight, module.weight) for name, module in own.items())
+
+
+def test_adapters_that_saw_the_float_weights_are_merged_with_them(
+    checkpoint: Find, data: Find, tmp_path: Path
+) -> None:
+    source, packed = str(checkpoint("causal-lm")), str(tmp_path / "packed")
+    run("quantize", source, "--data", str(data("causal-lm")), "--output", packed, "--group-size", "8")
+    config = ElasticLoraConfig(r=4, target_modules="all-linear", quantization_aware=True, task_type="CAUSAL_LM")
+    before = AutoModelForCausalLM.from_pretrained(source)
+    supernet = add_lora(AutoModelForCausalLM.from_pretrained(packed), config, seed=0, float_base=before)
+    supernet.model.save_pretrained(tmp_path / "adapter")
+    given = ["merge", str(tmp_path / "adapter"), "--base", packed, "--output", str(tmp_path / "merged")]
+    with pytest.raises(CheckpointError, match="was trained with float_base="):
+        run(*given)
+    run(*given, "--float-base", source)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(9).unsqueeze(0) + 3
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, supernet.model.eval()(input_ids=ids).logits)
+
+
+def test_a_compressed_checkpoint_keeps_its_precision(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(checkpoint("causal-lm")).bfloat16().save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "half" / name).write_bytes((checkpoint("causal-lm") / name).read_bytes())
+    given = ["--data", str(data("causal-lm"))]
+    run("sparsify", str(tmp_path / "half"), *given, "--output", str(tmp_path / "sparse"))
+    run("quantize", str(tmp_path / "sparse"), *given, "--output", str(tmp_path / "packed"), "--group-size", "8")
+    for name in ("sparse", "packed"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").dtype == torch.bfloat16
 
 
 NONSENSE: list[tuple[dict[str, Any], type[Exception], str]] = [
