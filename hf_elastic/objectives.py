@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,18 +19,55 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from hf_elastic import costs
+from hf_elastic.checkpoint import extract
+from hf_elastic.cost_objectives import (
+    adapter_macs,
+    adapter_parameters,
+    budget_costs,
+    kv_cache_bytes,
+    macs,
+    memory,
+    parameters,
+    predicted_latency,
+    related_costs,
+    total_parameters,
+)
 from hf_elastic.distillation import Pooling, label_mask, pooled
 from hf_elastic.errors import DataError
 from hf_elastic.families import shifts_labels
 from hf_elastic.layers import evaluating
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.proxies import PROXIES, ZeroLMTable, label_free_alpha, score
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
-from hf_elastic.tables.additive import OfAdapter, OfLayer, layer_table
-from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, layer_memory, memory_bytes
-from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
+from hf_elastic.tables.additive import OfLayer, layer_table
 from hf_elastic.tables.quality import QualityTable, predicted_damage
+
+__all__ = [
+    "Embedder",
+    "EmbeddingScore",
+    "accuracy",
+    "adapter_macs",
+    "adapter_parameters",
+    "budget_costs",
+    "damage",
+    "embedding_cosine",
+    "embeddings",
+    "evaluated",
+    "kv_cache_bytes",
+    "latency",
+    "loss",
+    "macs",
+    "memory",
+    "parameters",
+    "perplexity",
+    "predicted_latency",
+    "proxy",
+    "related_costs",
+    "similarity_structure",
+    "total_parameters",
+]
 
 Batch = Mapping[str, Tensor]
 
@@ -246,122 +284,92 @@ def damage(supernet: Supernet, table: QualityTable) -> Objective:
     )
 
 
-def parameters(supernet: Supernet) -> Objective:
-    """Parameters without embeddings, see :func:`hf_elastic.costs.parameters`."""
-    return _cost(supernet, "parameters", lambda a: costs.parameters(supernet, a), layer=_added_parameters)
-
-
-def total_parameters(supernet: Supernet) -> Objective:
-    """Parameters with embeddings, see :func:`hf_elastic.costs.total_parameters`."""
-    return _cost(supernet, "total_parameters", lambda a: costs.total_parameters(supernet, a), layer=_added_parameters)
-
-
-def _added_parameters(part: LayerPart, shape: LayerShape) -> int:
-    return -costs.removed_parameters(part, shape)
-
-
-def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
-    """MACs of one forward at a stated length, see :func:`hf_elastic.costs.macs`."""
-    return _cost(
-        supernet,
-        "macs",
-        lambda a: costs.macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
-        arguments=(seq_len, batch_size),
-        layer=lambda part, shape: batch_size * costs.layer_macs(part, shape, seq_len=seq_len),
-    )
-
-
-def adapter_parameters(supernet: Supernet) -> Objective:
-    """Parameters of the adapters, see :func:`hf_elastic.costs.adapter_parameters`."""
-    return _cost(
-        supernet,
-        "adapter_parameters",
-        lambda a: costs.adapter_parameters(supernet, a),
-        adapter=lambda part, point: part.parameters(point),
-    )
-
-
-def adapter_macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
-    """MACs of the adapters beside their bases, see :func:`hf_elastic.costs.adapter_macs`."""
-    return _cost(
-        supernet,
-        "adapter_macs",
-        lambda a: costs.adapter_macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
-        arguments=(seq_len, batch_size),
-        adapter=lambda part, point: batch_size * part.macs(point, seq_len=seq_len),
-    )
-
-
-def kv_cache_bytes(supernet: Supernet, *, seq_len: int, batch_size: int = 1) -> Objective:
-    """Bytes of the KV cache after ``seq_len`` tokens, see :func:`hf_elastic.costs.kv_cache_bytes`."""
-    return _cost(
-        supernet,
-        "kv_cache_bytes",
-        lambda a: costs.kv_cache_bytes(supernet, a, seq_len=seq_len, batch_size=batch_size),
-        arguments=(seq_len, batch_size),
-    )
-
-
-def memory(
-    supernet: Supernet, *, batch_size: int = 1, seq_len: int | None = None, dtype: torch.dtype | None = None
+def proxy(
+    supernet: Supernet,
+    name: str,
+    *,
+    batches: Iterable[Batch] = (),
+    alpha: float | None = None,
+    table: ZeroLMTable | None = None,
 ) -> Objective:
-    """Bytes of the exported weights and of the KV cache, see :func:`hf_elastic.tables.budgets.memory_bytes`.
+    """A zero-cost proxy (:mod:`hf_elastic.proxies`) of a subnet as it would be extracted; larger is better.
+
+    ``zerolm``, ``decoder_params``, ``params``, ``depth`` and ``width_depth`` are sums over layers, which exact search
+    takes; they need no weights besides the table. The others extract each subnet and run it. Ranks of adapters score
+    nothing: before training ``B = 0``.
 
     Args:
-        batch_size: sequences in the cache.
-        seq_len: tokens of each; by default 128, or fewer where the model has fewer positions.
-        dtype: of the export; by default the model's.
+        name: one of ``hf_elastic.proxies.PROXIES``.
+        batches: inputs, for the proxies that need data.
+        alpha: ZeroLM's weight of attention; by default its Algorithm 2 on 200 architectures of the space.
+        table: of ``zerolm``, by default that of the supernet's weights. One streamed by
+            ``hf_elastic.proxies.checkpoint_table`` serves a supernet on the meta device.
 
     Raises:
-        DataError: the model has no positions for so many tokens.
+        DataError: there is no such proxy, batches are missing, or the table is of another model.
     """
-    workload = Workload(batch_size, seq_len)
-    return _cost(
-        supernet,
-        MEMORY,
-        lambda a: memory_bytes(supernet, a, workload=workload, dtype=dtype),
-        arguments=(workload, dtype),
-        layer=lambda part, shape: layer_memory(supernet, part, shape, workload=workload, dtype=dtype),
-    )
+    if name == "zerolm":
+        return _zerolm(supernet, alpha, table if table is not None else ZeroLMTable.of_model(supernet.base))
+    if name in _SIZES:
+        contribution, constant = _SIZES[name], 0.0
+        if name in ("params", "decoder_params"):
+            embeddings_too = name == "params"
+            whole = (costs.total_parameters if embeddings_too else costs.parameters)(supernet, supernet.space.largest())
+            constant = whole - sum(contribution(part, part.full) for part in supernet.layer_parts)
+        return _additive_proxy(supernet, name, contribution, constant=constant)
+    if name not in PROXIES:
+        raise DataError(f"there is no proxy {name!r}; known: {', '.join(PROXIES)}")
+    data = [_on_device(batch, supernet.model) for batch in batches]
+    merge = True if supernet.adapter_parts else None
+
+    def measure(architecture: Architecture) -> float:
+        padded = supernet.loadability(architecture) == "stock-padded" and supernet.family.static_type is not None
+        form = "remote-code" if padded else None  # neurons of padding would count
+        return score(extract(supernet, architecture, loadability=form, merge=merge), name, data)  # type: ignore[arg-type]
+
+    return _measured(supernet, name, measure, batches=data, direction="maximize")
 
 
-def predicted_latency(supernet: Supernet, table: LatencyTable) -> Objective:
-    """Whole nanoseconds of a forward of the exported subnet as a latency table predicts them, a sum over layers.
-
-    A limit on it in nanoseconds is an integer; ``within={"predicted_latency": 0.5}`` is a speed-up of two.
-
-    Raises:
-        CheckpointError: the table is of another model, or not finished.
-        DataError: the table does not reach every size of the space.
-    """
-    table.require(supernet)
-    constant = round(NANOSECONDS * table.fit.constant)
-
-    def predicted(architecture: Architecture) -> int:
-        pairs = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
-        return constant + sum(table.nanoseconds(part, shape) for part, shape in pairs)
-
-    measured = (table.setting, table.fit)
-    return _cost(supernet, LATENCY, predicted, arguments=measured, unit="ns", layer=table.nanoseconds)
+_ALPHA_SAMPLES = 200
+_SIZES: Mapping[str, OfLayer] = {
+    "params": lambda part, shape: -costs.removed_parameters(part, shape),
+    "decoder_params": lambda part, shape: -costs.removed_parameters(part, shape),
+    "depth": lambda part, shape: float(not shape.skipped),
+    "width_depth": lambda part, shape: float(part.hidden_size * (not shape.skipped)),
+}
 
 
-def budget_costs(
-    supernet: Supernet, budgets: Budgets, table: LatencyTable | None = None, *, dtype: torch.dtype | None = None
-) -> dict[str, Objective]:
-    """The costs that :meth:`hf_elastic.tables.budgets.Budgets.limits` names, by name, and the related ones.
+def _zerolm(supernet: Supernet, alpha: float | None, table: ZeroLMTable) -> Objective:
+    if len(table.layers) != len(supernet.layer_parts):
+        raise DataError(f"the table is of {len(table.layers)} layers, the supernet has {len(supernet.layer_parts)}")
+    if alpha is None:
+        rng = random.Random(0)
+        drawn = [supernet.space.sample(rng) for _ in range(_ALPHA_SAMPLES)]
+        parts = [table.parts(supernet.layer_shapes(architecture)) for architecture in drawn]
+        attention, ffn = zip(*parts, strict=True)
+        alpha = label_free_alpha(attention, ffn, [costs.parameters(supernet, a) for a in drawn])
 
-    Args:
-        budgets: what is asked for.
-        table: needed for a speed-up or a latency.
-        dtype: of the export; by default the model's.
-    """
-    known = related_costs(supernet)
-    if budgets.needs_table and table is not None:
-        known[LATENCY] = predicted_latency(supernet, table)
-    if budgets.memory is not None:
-        held = budgets.held
-        known[MEMORY] = memory(supernet, batch_size=held.batch_size, seq_len=held.length, dtype=dtype)
-    return known
+    def contribution(part: LayerPart, shape: LayerShape) -> float:
+        of_attention, of_ffn = table.layers[part.index].parts(shape)
+        return alpha * of_attention + (1 - alpha) * of_ffn
+
+    return _additive_proxy(supernet, "zerolm", contribution, mode=f"{alpha}{table.parts()}")
+
+
+def _additive_proxy(
+    supernet: Supernet, name: str, contribution: OfLayer, *, constant: float = 0.0, mode: str = ""
+) -> Objective:
+    """A proxy that is a sum over layers; its table is its definition."""
+
+    def total(architecture: Architecture) -> float:
+        shapes = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
+        return constant + math.fsum(contribution(part, shape) for part, shape in shapes)
+
+    digest = hashlib.sha256(repr((name, mode, supernet.layer_order, total(supernet.space.largest()))).encode())
+    return Objective(
+        name, total, "maximize", related=lambda: related_costs(supernet), fingerprint=digest.hexdigest(),
+        additive=layer_table(supernet, contribution, constant=constant),
+    )  # fmt: skip
 
 
 def latency(supernet: Supernet, *, inputs: Batch | None = None, repeats: int = 9) -> Objective:
@@ -396,39 +404,6 @@ def _timed_on(supernet: Supernet, feed: Batch) -> str:
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in feed.items())
     return repr(("latency", shapes, str(supernet.base.dtype), device.type, chip))
-
-
-def _cost(
-    supernet: Supernet,
-    name: str,
-    function: Callable[[Architecture], int],
-    *,
-    arguments: Sequence[object] = (),
-    layer: OfLayer | None = None,
-    adapter: OfAdapter | None = None,
-    unit: str = "",
-) -> Objective:
-    """A cost; ``layer`` and ``adapter`` are what one of them adds to it, up to a constant."""
-    extremes = (supernet.space.largest(), supernet.space.smallest())
-    family = supernet.base.config.model_type
-    depends_on = (name, tuple(arguments), family, supernet.layer_order, [function(point) for point in extremes])
-    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
-    table = None
-    if layer is not None or adapter is not None:
-        largest = sum(layer(part, part.full) for part in supernet.layer_parts) if layer else 0
-        largest += sum(adapter(part, extremes[0]) for part in supernet.adapter_parts) if adapter else 0
-        table = layer_table(supernet, layer, adapter=adapter, constant=function(extremes[0]) - largest)
-    return Objective(
-        name, function, cost=True, unit=unit, related=lambda: related_costs(supernet), additive=table,
-        fingerprint=digest,
-    )  # fmt: skip
-
-
-def related_costs(supernet: Supernet) -> dict[str, Objective]:
-    """The costs that ``within=`` may name for any search over a supernet (MACs at 128 tokens)."""
-    made = [parameters(supernet), total_parameters(supernet), macs(supernet)] if supernet.layer_parts else []
-    made += [adapter_parameters(supernet), adapter_macs(supernet)] if supernet.adapter_parts else []
-    return {objective.name: objective for objective in made}
 
 
 def _measured(

@@ -422,7 +422,8 @@ def test_an_interrupted_run_says_how_it_goes_on(
 
 def test_help_names_every_command(command: Command) -> None:
     ended = command("--help")
-    assert ended.code == 0 and all(name in ended.out for name in ("compress", "family", "info", "search", "export"))
+    commands = ("compress", "family", "info", "search", "export", "score")
+    assert ended.code == 0 and all(name in ended.out for name in commands)
 
 
 def test_a_process_of_its_own_says_one_line_too(place: Place, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ LAYERS = (
     STRANGERS,
     {"repair", "spaces"},
     {"tables"},
+    {"cost_objectives"},
     {"objectives"},
     {"report", "pipeline", "cli", "testing"},
 )

@@ -53,7 +53,9 @@ def flexibert_rows(count: int, *, seed: int = 0) -> list[Row]:
     return rows
 
 
-def lts_row(*, depth: int = 2, width: int = 128, neurons: int | list[int] = 300, ppl: Any = 40.0, fifth: bool = False) -> Row:
+def lts_row(
+    *, depth: int = 2, width: int = 128, neurons: int | list[int] = 300, ppl: Any = 40.0, fifth: bool = False
+) -> Row:
     widths = neurons if isinstance(neurons, list) else [neurons] * depth
     attention = depth * ((5 if fifth else 4) * width**2 + (2 if fifth else 4) * width)
     ffn = sum(2 * width * n + n + width for n in widths)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_elastic.errors import UnsupportedModelError
-from hf_elastic.proxies.subject import Batch, Subject, outputs_of
+from hf_elastic.proxies.subject import Batch, Subject, finite, observed, precise
 
 
 def attention_confidence(subject: Subject) -> float:
@@ -22,7 +24,8 @@ def attention_confidence(subject: Subject) -> float:
 def softmax_confidence(subject: Subject) -> float:
     """``sum over layers of mean(max over heads)`` of attention probabilities ``(B, H, T, T)`` (Serianni & Kalita 2023).
 
-    Their code takes the maximum over dimension 1, which of this tensor are the heads; kept as published.
+    Their code takes the maximum over dimension 1, which of this tensor are the heads; kept as published. A model with
+    another implementation of attention computes it in the eager way for this.
 
     Raises:
         UnsupportedModelError: the model does not return attention probabilities.
@@ -38,8 +41,7 @@ def activation_distance(subject: Subject) -> float:
     """
 
     def agreements(batch: Batch) -> float:
-        with torch.no_grad(), outputs_of(subject.model, subject.roles.ffn_out, inputs=True) as neurons:
-            subject.model(**batch)
+        neurons = observed(subject, batch, subject.roles.ffn_out, inputs=True)
         sequences = len(next(iter(batch.values())))
         return sum(_agreements(a.reshape(sequences, -1, a.shape[-1])[0]) for a in neurons.values())
 
@@ -53,26 +55,56 @@ def _agreements(neurons: Tensor) -> float:
 
 
 def _heads(subject: Subject, batch: Batch) -> list[Tensor]:
-    with torch.no_grad(), outputs_of(subject.model, subject.roles.heads) as outputs:
-        subject.model(**batch)
+    outputs = observed(subject, batch, subject.roles.heads)
     return [part for output in outputs.values() for part in output.chunk(subject.roles.fused, dim=-1)]
 
 
-def _probabilities(subject: Subject, batch: Batch) -> Sequence[Tensor]:
-    with torch.no_grad():
-        output = subject.model(**batch, output_attentions=True)
-    found = output.get("attentions") if isinstance(output, dict) else None
+def _probabilities(subject: Subject, batch: Batch) -> list[Tensor]:
+    found = None
+    if isinstance(subject.model, PreTrainedModel):
+        with torch.no_grad(), _eager(subject.model), _nothing_added(subject.model):
+            output = subject.model(**batch, output_attentions=True)
+        found = output.get("attentions") if isinstance(output, dict) else None
     if not found or any(layer is None for layer in found):
         raise UnsupportedModelError(
-            "the model returns no attention probabilities; load it with attn_implementation='eager'"
+            f"{type(subject.model).__name__} returns no attention probabilities; softmax_confidence needs a model of "
+            "transformers that returns them for output_attentions=True"
         )
-    return tuple(found)
+    return [finite(precise(layer), what="an attention probability") for layer in found]
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a model compute attention so that there are probabilities, and as before at the end."""
+    before = model.config._attn_implementation
+    if before == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _nothing_added(model: nn.Module) -> Iterator[None]:
+    """Takes away what modules have got inside the block: transformers hangs hooks on them that no pickle can hold."""
+    before = [(module, set(module._forward_hooks), set(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, attributes in before:
+            for added in module._forward_hooks.keys() - hooks:
+                del module._forward_hooks[added]
+            for name in vars(module).keys() - attributes:
+                delattr(module, name)
 
 
 def _confidence(tensors: Sequence[Tensor]) -> float:
     return sum(float(tensor.amax(dim=1).mean()) for tensor in tensors)
 
 
-def _mean_over_batches(subject: Subject, measure: object) -> float:
+def _mean_over_batches(subject: Subject, measure: Callable[[Batch], float]) -> float:
     batches = subject.needed()
-    return sum(measure(batch) for batch in batches) / len(batches)  # type: ignore[operator]
+    return sum(measure(batch) for batch in batches) / len(batches)

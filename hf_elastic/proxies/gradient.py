@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_elastic.errors import UnsupportedModelError
-from hf_elastic.proxies.subject import Subject, gradients, ones_pass, oriented, outputs_of, twice_differentiable
+from hf_elastic.proxies.subject import (
+    Subject,
+    derivatives,
+    gradients,
+    mean_gradient,
+    observed,
+    ones_pass,
+    oriented,
+    outputs_of,
+    plain_attention,
+    precise,
+)
 
 
 def grad_norm(subject: Subject) -> float:
@@ -48,38 +59,45 @@ def synaptic_diversity(subject: Subject) -> float:
 def eznas(subject: Subject) -> float:
     """``sum || sigmoid(log |det(A A^T)|) ||_F`` with ``A = sign(G)`` (EZNAS as LPZero ports it to language models).
 
-    Over attention in an encoder, over all projections of a causal model. A singular ``A A^T`` adds 0. The original's
+    Over attention in an encoder, over all projections of a causal model. A singular ``A A^T``, as of every ``G`` with
+    more rows than columns, adds 0; any other adds at least 1/2, for its determinant is a whole number. The original's
     programs are for vision; no official version for language models is known.
     """
     chosen = _or_all(subject, subject.roles.attention)
-    patterns = (g.sign().double() for name, _, g in gradients(subject) if name in chosen)
-    return sum(float(torch.linalg.slogdet(a @ a.t()).logabsdet.sigmoid()) for a in patterns)
+    return sum(float(_log_det(g.sign().double()).sigmoid()) for name, _, g in gradients(subject) if name in chosen)
+
+
+def _log_det(a: Tensor) -> Tensor:
+    """``log |det(A A^T)|``; an LU factorisation would take rounding noise for the pivots of a singular one."""
+    rows, columns = a.shape
+    if rows > columns:
+        return a.new_tensor(-torch.inf)
+    values = torch.linalg.svdvals(a)
+    singular = values[-1] <= values[0] * columns * torch.finfo(a.dtype).eps
+    return a.new_tensor(-torch.inf) if singular else 2 * values.log().sum()
 
 
 def grasp(subject: Subject) -> float:
     """``sum -W * (H G)``, with the Hessian ``H`` (Wang et al. 2020; the sign of zero-cost NAS: larger is better)."""
     weights = subject.weights()
+    leaves = list(weights.values())
     batches = subject.needed()
-    total = [torch.zeros_like(weight) for weight in weights.values()]
-    with twice_differentiable():
+    score = 0.0
+    with plain_attention():
+        total = mean_gradient(subject, weights)
         for batch in batches:
-            found = torch.autograd.grad(subject.differentiated(batch, weights), list(weights.values()))
-            total = [t + g / len(batches) for t, g in zip(total, found, strict=True)]
-        score = 0.0
-        for batch in batches:
-            value = subject.differentiated(batch, weights) / len(batches)
-            found = torch.autograd.grad(value, list(weights.values()), create_graph=True)
-            z = sum((t * g).sum() for t, g in zip(total, found, strict=True))
-            products = torch.autograd.grad(z, list(weights.values()))  # type: ignore[arg-type]
-            score -= sum(float((w.detach() * p).sum()) for w, p in zip(weights.values(), products, strict=True))
+            found = derivatives(subject.differentiated(batch, weights) / len(batches), leaves, create_graph=True)
+            z = sum(((t * g).sum() for t, g in zip(total, found, strict=True)), torch.zeros(()))
+            products = derivatives(z, leaves)
+            score -= sum(float((precise(w) * p).sum()) for w, p in zip(leaves, products, strict=True))
     return score
 
 
 def fisher(subject: Subject) -> float:
     """``sum over weights of 1/2 mean over tokens of (a dL/da)^2`` of its output channel (Turner et al. 2020).
 
-    ``a`` are outputs of a projection. Zero-cost NAS adds over all but the first two dimensions before squaring, which
-    for ``(B, T, O)`` would mix the channels; here each channel is its own.
+    ``a`` are outputs of a projection; of several batches the mean. Zero-cost NAS adds over all but the first two
+    dimensions before squaring, which for ``(B, T, O)`` would mix the channels; here each channel is its own.
     """
     weights = subject.weights()
     batches = subject.needed()
@@ -87,11 +105,10 @@ def fisher(subject: Subject) -> float:
     for batch in batches:
         with outputs_of(subject.model, subject.roles.projections) as outputs:
             value = subject.differentiated(batch, weights)
-        found = torch.autograd.grad(value, list(outputs.values()))
-        for name, g in zip(outputs, found, strict=True):
-            channels = (outputs[name].detach() * g).flatten(0, -2).square().mean(0) / 2  # (O,)
+        for (name, a), g in zip(outputs.items(), derivatives(value, list(outputs.values())), strict=True):
+            channels = (precise(a) * precise(g)).flatten(0, -2).square().mean(0) / 2  # (O,)
             inputs = oriented(subject.model, name, weights[name]).shape[1]
-            total += float(channels.abs().sum()) * inputs / len(batches)
+            total += float(channels.sum()) * inputs / len(batches)
     return total
 
 
@@ -107,7 +124,8 @@ def synflow(subject: Subject) -> float:
 def log_synflow(subject: Subject) -> float:
     """``sum W |log |dR/dW||`` at absolute weights (FreeREA, Cavagnero et al. 2023, as LPZero ports it).
 
-    A gradient that is exactly zero adds nothing.
+    A gradient of zero adds nothing, such as all of queries and keys: where tokens are alike, attention is the same
+    whatever those are. The ports, which run several tokens, add the logarithms of rounding noise there.
     """
     logs = ((w, g.abs().where(g != 0, torch.ones_like(g)).log()) for _, w, g in ones_pass(subject))
     return sum(float((w * log.abs()).sum()) for w, log in logs)
@@ -132,21 +150,17 @@ def jacobian_cosine(subject: Subject) -> float:
     """``1 - 1/(n^2 - n) 1/2 sum |C|^(1/20)``, ``C`` the cosines of a Jacobian's rows less the identity (Celotti 2020).
 
     As Serianni & Kalita (2023) have it: the Jacobian is the gradient of the table of positions, transposed
-    ``(n = D, positions)``. Rows of zeros have cosine 0.
+    ``(n = D, positions)``. ``C`` is exactly 0 on its diagonal (the root would make 0.16 of the rounding of a single
+    1 - 1), and in rows of zeros.
 
     Raises:
         UnsupportedModelError: the model has no table of positions, as LLaMA.
     """
     if subject.roles.positions is None:
         raise UnsupportedModelError("jacobian_cosine needs a table of learned positions, which this model has not")
-    name = subject.roles.positions
-    table = subject.model.get_submodule(name).get_parameter("weight").detach().requires_grad_()
-    batches = subject.needed()
-    total = torch.zeros_like(table)
-    for batch in batches:
-        total += torch.autograd.grad(subject.differentiated(batch, {name: table}), [table])[0] / len(batches)
-    rows = nn.functional.normalize(total.t().double(), dim=1)  # (D, positions)
-    cosines = rows @ rows.t() - torch.eye(len(rows), dtype=torch.double, device=rows.device)
+    gradient = mean_gradient(subject, subject.weights([subject.roles.positions]))[0]
+    rows = nn.functional.normalize(gradient.t().double(), dim=1)  # (D, positions)
+    cosines = (rows @ rows.t()).fill_diagonal_(0)
     count = len(rows)
     return 1 - float(cosines.abs().pow(_ROOT).sum()) / (2 * (count * count - count))
 
@@ -155,22 +169,23 @@ def lpzero(subject: Subject) -> float:
     """What LPZero's search has found, as its code ships it (best effort: the paper prints no formula).
 
     Of an encoder ``mean(a^2)`` of the query projections' outputs, of a causal model ``mean(W^2) + mean(softmax(G)^2)``
-    with the softmax over rows; both as means over layers.
+    with the softmax over the inputs, the first dimension of GPT-2's weights; both as means over layers.
+
+    Raises:
+        UnsupportedModelError: an encoder has no query projections.
     """
     if subject.roles.causal:
-        values = [float(w.square().mean() + g.softmax(0).square().mean()) for _, w, g in gradients(subject)]
+        values = [float(w.square().mean() + g.softmax(1).square().mean()) for _, w, g in gradients(subject)]
         return sum(values) / len(values)
-    names = [name for name in subject.roles.heads if name in subject.roles.heads[::_PER_LAYER]]
+    names, batches = subject.roles.queries, subject.needed()
+    if not names:
+        raise UnsupportedModelError("lpzero looks at the queries of an encoder, and Roles(queries=...) names none")
     total = 0.0
-    batches = subject.needed()
     for batch in batches:
-        with torch.no_grad(), outputs_of(subject.model, names) as outputs:
-            subject.model(**batch)
-        total += sum(float(a.square().mean()) for a in outputs.values()) / len(outputs) / len(batches)
+        for name, output in observed(subject, batch, names).items():
+            queries = output.chunk(subject.roles.fused if name in subject.roles.heads else 1, dim=-1)[0]
+            total += float(queries.square().mean()) / len(names) / len(batches)
     return total
-
-
-_PER_LAYER = 3
 
 
 def _or_all(subject: Subject, names: Sequence[str]) -> Sequence[str]:

@@ -16,6 +16,7 @@ from hf_elastic.errors import DataError
 Floats = NDArray[np.float64]
 
 _FEWEST = 3
+_EITHER = 0.5
 _LEVEL = 0.95
 ALPHAS: Floats = np.arange(-15, 16) / 10
 """The grid of Algorithm 1: -1.5, -1.4, ..., 1.5."""
@@ -119,8 +120,9 @@ def label_free_alpha(attention: ArrayLike, ffn: ArrayLike, parameters: ArrayLike
         phi = (1 - fp) (1 - ap) + af
         alpha = lambda + phi if phi > ap else lambda - phi
 
-    The result is not bounded to Algorithm 1's grid, as in the paper. Where a correlation is undefined (a part that is
-    the same for all) it counts as 0; where ``min(ap, fp)`` is 0 the quotient does, since the paper says nothing.
+    The result is not bounded to Algorithm 1's grid, as in the paper. Where the paper's rule is undefined: if a part is
+    the same for all, 0.5, since every positive weight of the other ranks alike; if ``min(ap, fp)`` is 0, the quotient
+    counts as 0.
 
     Args:
         attention, ffn, parameters: ``(N,)`` of architectures drawn from the space.
@@ -129,6 +131,8 @@ def label_free_alpha(attention: ArrayLike, ffn: ArrayLike, parameters: ArrayLike
         DataError: they differ in length, are fewer than three, or are not finite.
     """
     a, f, p = _checked_parts(attention, ffn, parameters)
+    if np.ptp(a) == 0 or np.ptp(f) == 0:
+        return _EITHER
     ap, fp, af = _tau(a, p), _tau(f, p), _tau(a, f)
     lowest = min(ap, fp)
     strength = abs(max(ap, fp) * (1 - (af / lowest if lowest else 0.0)))

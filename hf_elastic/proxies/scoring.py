@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import nn
@@ -13,8 +15,9 @@ from hf_elastic.errors import DataError, UnsupportedModelError
 from hf_elastic.families import Family
 from hf_elastic.layers import evaluating
 from hf_elastic.proxies import activation, gradient, weight
-from hf_elastic.proxies.roles import Roles, roles_of
+from hf_elastic.proxies.roles import Roles, require_whole, roles_of
 from hf_elastic.proxies.subject import Batch, Subject, Target
+from hf_elastic.streams import checked_batches
 
 Proxy = Callable[[Subject], float]
 
@@ -42,7 +45,7 @@ PROXIES: Mapping[str, Proxy] = {**DATA_FREE, **BASELINES, **ON_DATA}
 def score(
     model: nn.Module,
     name: str,
-    batches: Iterable[Batch] = (),
+    batches: Iterable[Batch] | Batch = (),
     *,
     target: Target = "auto",
     roles: Roles | None = None,
@@ -62,20 +65,46 @@ def score(
         family: row of a model type that hf_elastic does not know.
 
     Raises:
-        DataError: there is no such proxy, batches or labels are missing, or the score is not finite.
-        UnsupportedModelError: the model lacks what the proxy looks at, or a subnet is active in it.
+        DataError: there is no such proxy or target, batches or labels are missing, a batch is no dict of tensors, or
+            the score or what it is made of is not finite.
+        UnsupportedModelError: the model lacks what the proxy looks at, its weights are packed or not loaded, or a
+            subnet is active in it.
     """
     if name not in PROXIES:
         raise DataError(f"there is no proxy {name!r}; known: {', '.join(PROXIES)}")
-    if roles is None:
+    if target not in get_args(Target):
+        raise DataError(f"there is no target {target!r}; known: {', '.join(get_args(Target))}")
+    given = [batches] if isinstance(batches, Mapping) else list(batches)
+    if roles is not None:
+        require_whole(model)
+    else:
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(f"{type(model).__name__} is no transformers model; pass roles=Roles(...)")
         roles = roles_of(model, family)
-    subject = Subject(model, roles, tuple(batches), target)
-    with evaluating(model), torch.random.fork_rng(), torch.enable_grad():
+    subject = Subject(model, roles, tuple(checked_batches(given) if given else ()), target)
+    with evaluating(model), _in_dicts(model), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         found = float(PROXIES[name](subject))
     if not math.isfinite(found):
         raise DataError(
-            f"the score {name!r} of {type(model).__name__} is {found}; score it in float32, and check its weights"
+            f"the score {name!r} of {type(model).__name__} is {found}; check its weights, and score it in float32"
         )
     return found
+
+
+@contextmanager
+def _in_dicts(model: nn.Module) -> Iterator[None]:
+    """Lets modules hold their tensors in dicts inside the block.
+
+    compressed-tensors holds those of a model that it has unpacked in caches, which copy what replaces a weight for one
+    call into the weight itself.
+    """
+    kinds = ("_parameters", "_buffers")
+    held = [(vars(module), kind) for module in model.modules() for kind in kinds]
+    caches = [(state, kind, state[kind]) for state, kind in held if not isinstance(state[kind], dict)]
+    for state, kind, cache in caches:
+        state[kind] = dict(cache.items())
+    try:
+        yield
+    finally:
+        for state, kind, cache in caches:
+            state[kind] = cache

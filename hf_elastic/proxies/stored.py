@@ -74,12 +74,15 @@ def _places(source: str | Path) -> dict[str, Path]:
     """The file of every tensor.
 
     Raises:
-        CheckpointError: there is no safetensors file, the index is damaged, or a shard is missing.
+        CheckpointError: there is no safetensors file, it or the index is damaged, or a shard is missing.
     """
     single = _cached(source, _SINGLE)
     if single is not None:
-        with safe_open(single, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), single)
+        try:
+            with safe_open(single, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{single} cannot be read ({error}); copy it again") from error
     index = _cached(source, _INDEX)
     if index is None:
         raise CheckpointError(f"{source} holds neither {_SINGLE} nor {_INDEX}; save it with safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_elastic.proxies.roles import weight_of
+from hf_elastic.proxies.roles import loaded_weight
 from hf_elastic.proxies.subject import Subject, oriented
 from hf_elastic.proxies.zerolm_table import DEFAULT_ALPHA, matrix_score
 
@@ -12,7 +12,7 @@ from hf_elastic.proxies.zerolm_table import DEFAULT_ALPHA, matrix_score
 def zerolm_parts(subject: Subject) -> tuple[float, float]:
     """ZeroLM's ``S_attention`` and ``S_ffn`` (:mod:`hf_elastic.proxies.zerolm_table`)."""
     model, roles = subject.model, subject.roles
-    whole = {name: oriented(model, name, weight_of(model, name)) for name in roles.projections}
+    whole = {name: oriented(model, name, loaded_weight(model, name)) for name in roles.projections}
     pieces = [whole[n].chunk(roles.fused if n in roles.heads else 1, dim=0) for n in roles.attention]
     attention = sum(matrix_score(piece) for group in pieces for piece in group)
     return attention, sum(matrix_score(whole[name]) for name in roles.ffn)

@@ -1,0 +1,168 @@
+"""Costs as objectives: closed forms of a supernet's architectures, with the tables that exact search reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hf_elastic import costs
+from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.search import Objective
+from hf_elastic.space import Architecture
+from hf_elastic.supernet import Supernet
+from hf_elastic.tables.additive import OfAdapter, OfLayer, layer_table
+from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, layer_memory, memory_bytes
+from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
+
+
+def parameters(supernet: Supernet) -> Objective:
+    """Parameters without embeddings, see :func:`hf_elastic.costs.parameters`."""
+    return _cost(supernet, "parameters", lambda a: costs.parameters(supernet, a), layer=_added_parameters)
+
+
+def total_parameters(supernet: Supernet) -> Objective:
+    """Parameters with embeddings, see :func:`hf_elastic.costs.total_parameters`."""
+    return _cost(supernet, "total_parameters", lambda a: costs.total_parameters(supernet, a), layer=_added_parameters)
+
+
+def _added_parameters(part: LayerPart, shape: LayerShape) -> int:
+    return -costs.removed_parameters(part, shape)
+
+
+def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
+    """MACs of one forward at a stated length, see :func:`hf_elastic.costs.macs`."""
+    return _cost(
+        supernet,
+        "macs",
+        lambda a: costs.macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
+        arguments=(seq_len, batch_size),
+        layer=lambda part, shape: batch_size * costs.layer_macs(part, shape, seq_len=seq_len),
+    )
+
+
+def adapter_parameters(supernet: Supernet) -> Objective:
+    """Parameters of the adapters, see :func:`hf_elastic.costs.adapter_parameters`."""
+    return _cost(
+        supernet,
+        "adapter_parameters",
+        lambda a: costs.adapter_parameters(supernet, a),
+        adapter=lambda part, point: part.parameters(point),
+    )
+
+
+def adapter_macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
+    """MACs of the adapters beside their bases, see :func:`hf_elastic.costs.adapter_macs`."""
+    return _cost(
+        supernet,
+        "adapter_macs",
+        lambda a: costs.adapter_macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
+        arguments=(seq_len, batch_size),
+        adapter=lambda part, point: batch_size * part.macs(point, seq_len=seq_len),
+    )
+
+
+def kv_cache_bytes(supernet: Supernet, *, seq_len: int, batch_size: int = 1) -> Objective:
+    """Bytes of the KV cache after ``seq_len`` tokens, see :func:`hf_elastic.costs.kv_cache_bytes`."""
+    return _cost(
+        supernet,
+        "kv_cache_bytes",
+        lambda a: costs.kv_cache_bytes(supernet, a, seq_len=seq_len, batch_size=batch_size),
+        arguments=(seq_len, batch_size),
+    )
+
+
+def memory(
+    supernet: Supernet, *, batch_size: int = 1, seq_len: int | None = None, dtype: torch.dtype | None = None
+) -> Objective:
+    """Bytes of the exported weights and of the KV cache, see :func:`hf_elastic.tables.budgets.memory_bytes`.
+
+    Args:
+        batch_size: sequences in the cache.
+        seq_len: tokens of each; by default 128, or fewer where the model has fewer positions.
+        dtype: of the export; by default the model's.
+
+    Raises:
+        DataError: the model has no positions for so many tokens.
+    """
+    workload = Workload(batch_size, seq_len)
+    return _cost(
+        supernet,
+        MEMORY,
+        lambda a: memory_bytes(supernet, a, workload=workload, dtype=dtype),
+        arguments=(workload, dtype),
+        layer=lambda part, shape: layer_memory(supernet, part, shape, workload=workload, dtype=dtype),
+    )
+
+
+def predicted_latency(supernet: Supernet, table: LatencyTable) -> Objective:
+    """Whole nanoseconds of a forward of the exported subnet as a latency table predicts them, a sum over layers.
+
+    A limit on it in nanoseconds is an integer; ``within={"predicted_latency": 0.5}`` is a speed-up of two.
+
+    Raises:
+        CheckpointError: the table is of another model, or not finished.
+        DataError: the table does not reach every size of the space.
+    """
+    table.require(supernet)
+    constant = round(NANOSECONDS * table.fit.constant)
+
+    def predicted(architecture: Architecture) -> int:
+        pairs = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
+        return constant + sum(table.nanoseconds(part, shape) for part, shape in pairs)
+
+    measured = (table.setting, table.fit)
+    return _cost(supernet, LATENCY, predicted, arguments=measured, unit="ns", layer=table.nanoseconds)
+
+
+def budget_costs(
+    supernet: Supernet, budgets: Budgets, table: LatencyTable | None = None, *, dtype: torch.dtype | None = None
+) -> dict[str, Objective]:
+    """The costs that :meth:`hf_elastic.tables.budgets.Budgets.limits` names, by name, and the related ones.
+
+    Args:
+        budgets: what is asked for.
+        table: needed for a speed-up or a latency.
+        dtype: of the export; by default the model's.
+    """
+    known = related_costs(supernet)
+    if budgets.needs_table and table is not None:
+        known[LATENCY] = predicted_latency(supernet, table)
+    if budgets.memory is not None:
+        held = budgets.held
+        known[MEMORY] = memory(supernet, batch_size=held.batch_size, seq_len=held.length, dtype=dtype)
+    return known
+
+
+def _cost(
+    supernet: Supernet,
+    name: str,
+    function: Callable[[Architecture], int],
+    *,
+    arguments: Sequence[object] = (),
+    layer: OfLayer | None = None,
+    adapter: OfAdapter | None = None,
+    unit: str = "",
+) -> Objective:
+    """A cost; ``layer`` and ``adapter`` are what one of them adds to it, up to a constant."""
+    extremes = (supernet.space.largest(), supernet.space.smallest())
+    family = supernet.base.config.model_type
+    depends_on = (name, tuple(arguments), family, supernet.layer_order, [function(point) for point in extremes])
+    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    table = None
+    if layer is not None or adapter is not None:
+        largest = sum(layer(part, part.full) for part in supernet.layer_parts) if layer else 0
+        largest += sum(adapter(part, extremes[0]) for part in supernet.adapter_parts) if adapter else 0
+        table = layer_table(supernet, layer, adapter=adapter, constant=function(extremes[0]) - largest)
+    return Objective(
+        name, function, cost=True, unit=unit, related=lambda: related_costs(supernet), additive=table,
+        fingerprint=digest,
+    )  # fmt: skip
+
+
+def related_costs(supernet: Supernet) -> dict[str, Objective]:
+    """The costs that ``within=`` may name for any search over a supernet (MACs at 128 tokens)."""
+    made = [parameters(supernet), total_parameters(supernet), macs(supernet)] if supernet.layer_parts else []
+    made += [adapter_parameters(supernet), adapter_macs(supernet)] if supernet.adapter_parts else []
+    return {objective.name: objective for objective in made}
