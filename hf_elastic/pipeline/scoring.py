@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -225,13 +224,9 @@ def _agreement(values: Floats, truth: Floats, options: RankingOptions) -> dict[s
         return {"spearman": None, "kendall": None}
     found = correlation(values, truth, resamples=options.resamples, seed=options.seed)
     return {
-        "spearman": found.spearman, "spearman_interval": _finite(found.spearman_interval),
-        "kendall": found.kendall, "kendall_interval": _finite(found.kendall_interval),
+        "spearman": found.spearman, "spearman_interval": found.spearman_interval,
+        "kendall": found.kendall, "kendall_interval": found.kendall_interval,
     }  # fmt: skip
-
-
-def _finite(interval: tuple[float, float]) -> tuple[float, float] | None:
-    return interval if all(map(math.isfinite, interval)) else None
 
 
 def _fitted(benchmark: BenchmarkRows, shapes: ShapeBatch, options: RankingOptions) -> RankedProxy:

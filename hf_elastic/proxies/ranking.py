@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 
 _FEWEST = 3
 _EITHER = 0.5
+_WHOLE = 2000  # architectures whose comparisons fit into memory all at once
 _LEVEL = 0.95
 ALPHAS: Floats = np.arange(-15, 16) / 10
 """The grid of Algorithm 1: -1.5, -1.4, ..., 1.5."""
@@ -28,20 +29,19 @@ class Correlation:
 
     Attributes:
         spearman, kendall: coefficients (Kendall's is tau-b, which counts ties).
-        spearman_interval, kendall_interval: 95 % intervals over bootstrap samples of the architectures.
+        spearman_interval, kendall_interval: 95 % intervals over bootstrap samples of the architectures; ``None`` of none.
         count: architectures.
     """
 
     spearman: float
     kendall: float
-    spearman_interval: tuple[float, float]
-    kendall_interval: tuple[float, float]
+    spearman_interval: tuple[float, float] | None
+    kendall_interval: tuple[float, float] | None
     count: int
 
     def __str__(self) -> str:
-        low, high = self.spearman_interval
-        least, most = self.kendall_interval
-        return f"{self.spearman:.3f} [{low:.3f}, {high:.3f}] / {self.kendall:.3f} [{least:.3f}, {most:.3f}]"
+        pairs = ((self.spearman, self.spearman_interval), (self.kendall, self.kendall_interval))
+        return " / ".join(f"{c:.3f} [{i[0]:.3f}, {i[1]:.3f}]" if i else f"{c:.3f}" for c, i in pairs)
 
 
 def correlation(scores: ArrayLike, truth: ArrayLike, *, resamples: int = 400, seed: int = 0) -> Correlation:
@@ -49,7 +49,7 @@ def correlation(scores: ArrayLike, truth: ArrayLike, *, resamples: int = 400, se
 
     Args:
         scores, truth: ``(N,)``, larger is better.
-        resamples: bootstrap samples of the intervals; samples in which either is constant are left out.
+        resamples: bootstrap samples of the intervals, 0 for none; samples in which either is constant are left out.
         seed: of the samples.
 
     Raises:
@@ -58,17 +58,35 @@ def correlation(scores: ArrayLike, truth: ArrayLike, *, resamples: int = 400, se
     found, wanted = checked_scores(scores, name="scores"), checked_scores(truth, name="the truth")
     if len(found) != len(wanted):
         raise DataError(f"{len(found)} scores do not fit {len(wanted)} architectures")
-    draws = np.random.default_rng(seed)
-    pairs = []
-    for _ in range(resamples):
-        rows = draws.integers(len(found), size=len(found))
-        if np.ptp(found[rows]) > 0 and np.ptp(wanted[rows]) > 0:
-            pairs.append(_both(found[rows], wanted[rows]))
+    if resamples < 1:
+        return Correlation(*_both(found, wanted), None, None, len(found))
+    rows = np.random.default_rng(seed).integers(len(found), size=(resamples, len(found)))
+    kept = [r for r in rows if np.ptp(found[r]) > 0 and np.ptp(wanted[r]) > 0] or [np.arange(len(found))]
+    pairs = _resampled(found, wanted, kept) if len(found) <= _WHOLE else [_both(found[r], wanted[r]) for r in kept]
     edges = 100 * (1 - _LEVEL) / 2, 100 * (1 + _LEVEL) / 2
-    spearman, kendall = (
-        tuple(float(v) for v in np.percentile(column, edges)) for column in np.array(pairs or [(np.nan,) * 2]).T
+    low, high = np.percentile(np.array(pairs), edges, axis=0)
+    return Correlation(
+        *_both(found, wanted), (float(low[0]), float(high[0])), (float(low[1]), float(high[1])), len(found)
     )
-    return Correlation(*_both(found, wanted), (spearman[0], spearman[1]), (kendall[0], kendall[1]), len(found))
+
+
+def _resampled(scores: Floats, truth: Floats, rows: list[NDArray[np.int64]]) -> Floats:
+    """Both coefficients of many resamples, ``(R, 2)``: each weighs architectures by how often it has drawn them."""
+    weights = np.array([np.bincount(r, minlength=len(scores)) for r in rows], dtype=np.float64)  # (R, N)
+    signs = [np.sign(values[:, None] - values[None, :]) for values in (scores, truth)]  # (N, N)
+
+    def summed(matrix: Floats) -> Floats:
+        result: Floats = np.einsum("rn,rn->r", weights @ matrix, weights)
+        return result
+
+    kendall = summed(signs[0] * signs[1]) / np.sqrt(summed(np.abs(signs[0])) * summed(np.abs(signs[1])))
+    # The rank of an architecture is how many lie below it, and half of its equals.
+    ranks = [weights @ (0.5 + 0.5 * sign).T for sign in signs]  # (R, N)
+    means = [np.average(rank, axis=1, weights=weights)[:, None] for rank in ranks]
+    first, second = (rank - mean for rank, mean in zip(ranks, means, strict=True))
+    covariance = (weights * first * second).sum(1)
+    spearman = covariance / np.sqrt((weights * first**2).sum(1) * (weights * second**2).sum(1))
+    return np.stack([spearman, kendall], axis=1)
 
 
 def _both(scores: Floats, truth: Floats) -> tuple[float, float]:

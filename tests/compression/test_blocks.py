@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_elastic import CompressionError, DataError, quantize_, sparsify_
 
 CHANGES: dict[str, Callable[[PreTrainedModel, list[dict[str, Tensor]]], object]] = {
-    "sparsify_": lambda model, batches: sparsify_(model, batches),
+    "sparsify_": sparsify_,
     "quantize_": lambda model, batches: quantize_(model, batches, group_size=16),
 }
 EACH = pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))

@@ -35,6 +35,19 @@ def test_intervals_hold_the_coefficient_of_the_population_about_as_often_as_they
     assert 50 <= inside <= 60  # 95 % of 60 are 57
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_intervals_are_those_of_scipys_coefficients_on_resamples(ties: bool) -> None:
+    scores, truth = drawn(40)
+    if ties:
+        scores, truth = scores.round(), truth.round()
+    rows = np.random.default_rng(3).integers(40, size=(50, 40))
+    wanted = [(spearmanr(scores[r], truth[r])[0], kendalltau(scores[r], truth[r])[0]) for r in rows]
+    low, high = np.percentile(np.array(wanted), (2.5, 97.5), axis=0)
+    found = correlation(scores, truth, resamples=50, seed=3)
+    assert found.spearman_interval == pytest.approx((low[0], high[0]), abs=1e-12)
+    assert found.kendall_interval == pytest.approx((low[1], high[1]), abs=1e-12)
+
+
 def test_a_perfect_score_has_no_spread() -> None:
     found = correlation([1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0])
     assert found.kendall == found.spearman == 1.0
@@ -54,6 +67,11 @@ def test_a_perfect_score_has_no_spread() -> None:
 def test_what_cannot_be_ranked_is_refused(scores: list[float], truth: list[float], message: str) -> None:
     with pytest.raises(he.DataError, match=message):
         correlation(scores, truth)
+
+
+def test_without_resamples_there_are_no_intervals() -> None:
+    found = correlation(*drawn(30), resamples=0)
+    assert found.kendall_interval is None and str(found).count("[") == 0
 
 
 def test_algorithm_1_is_its_listing() -> None:
