@@ -176,7 +176,7 @@ def lpzero(subject: Subject) -> float:
     """
     if subject.roles.causal:
         values = [float(w.square().mean() + g.softmax(1).square().mean()) for _, w, g in gradients(subject)]
-        return sum(values) / len(values)
+        return sum(values) / max(1, len(values))
     names, batches = subject.roles.queries, subject.needed()
     if not names:
         raise UnsupportedModelError("lpzero looks at the queries of an encoder, and Roles(queries=...) names none")

@@ -202,7 +202,8 @@ def ones_pass(subject: Subject) -> Iterator[tuple[str, Tensor, Tensor]]:
     single precision).
 
     Raises:
-        UnsupportedModelError: the model takes no ``input_ids``, or a projection is not in its body.
+        UnsupportedModelError: the model takes no ``input_ids`` or cannot be differentiated, or a projection is not in
+            its body.
         DataError: a gradient is not finite.
     """
     body, inside = _body(subject.model)
@@ -219,7 +220,7 @@ def ones_pass(subject: Subject) -> Iterator[tuple[str, Tensor, Tensor]]:
     ones, passed_by = _replaced(body, nn.Embedding, torch.ones_like), _replaced(body, nn.LayerNorm, None)
     with plain_attention(), ones, passed_by:
         output = first_output(functional_call(body, state, args=(), kwargs={"input_ids": _token_id(body)}))
-    found = derivatives(output.sum(), list(weights.values()))
+    found = derivatives(_differentiable(output.sum()), list(weights.values()))
     for name, gradient in zip(weights, found, strict=True):
         finite(gradient, what=f"at absolute weights, in double precision, the gradient of {name}")
     yield from _triples(subject, weights, found)

@@ -52,7 +52,7 @@ def test_a_proxy_of_the_models_own_loss_is_its_definition(name: str, family: str
 
 @pytest.mark.parametrize(
     ("family", "target"),
-    [("bert", "signs"), ("gpt2", "sum"), ("llama", "signs"), slow("bert", "sum"), slow("gpt2", "signs"),
+    [("bert", "signs"), ("gpt2", "sum"), slow("llama", "signs"), slow("bert", "sum"), slow("gpt2", "signs"),
      slow("llama", "sum")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", TARGETED)
@@ -150,7 +150,7 @@ def test_the_row_of_a_supernet_fits_what_is_extracted_of_it() -> None:
     assert score(one, "zerolm", family=supernet.family) == score(one, "zerolm")
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["gpt2", slow("bert"), slow("llama")])
 def test_a_supernet_scores_as_the_model_it_was_made_of(family: str) -> None:
     supernet, stock = supernet_of(family), tiny(family)
     batches = batches_for(stock)
@@ -214,7 +214,7 @@ def test_a_score_that_fails_leaves_everything_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "around"),
-    [("bert", torch.inference_mode), ("llama", torch.no_grad), slow("gpt2", torch.inference_mode)],
+    [("bert", torch.inference_mode), slow("llama", torch.no_grad), slow("gpt2", torch.no_grad)],
 )
 def test_a_frozen_model_in_training_mode_scores_the_same_where_gradients_are_off(family: str, around: Any) -> None:
     dropout = {"bert": "hidden_dropout_prob", "gpt2": "resid_pdrop", "llama": "attention_dropout"}[family]
@@ -266,7 +266,7 @@ def test_a_loss_needs_labels_and_has_to_be_finite() -> None:
 
 @pytest.mark.parametrize(
     ("family", "bad"),
-    [("bert", math.nan), ("gpt2", math.inf), ("llama", math.nan), slow("bert", math.inf), slow("llama", math.inf)],
+    [("bert", math.nan), ("gpt2", math.inf), slow("llama", math.nan), slow("bert", math.inf), slow("llama", math.inf)],
 )
 def test_a_model_that_is_not_finite_has_no_score(family: str, bad: float) -> None:
     model = tiny(family)
@@ -448,7 +448,7 @@ class Wordless(Own):
     [
         (Twice, "fisher", "ffn_in runs twice"), (Twice, "activation_distance", "ffn_out runs twice"),
         (Detached, "snip", "has no gradient by its projections"), (Wordless, "snip", "returned a Tensor where"),
-        (Named, "synflow", "forward takes no input_ids"),
+        (Detached, "synflow", "has no gradient by its projections"), (Named, "synflow", "forward takes no input_ids"),
     ],
 )  # fmt: skip
 def test_models_of_ones_own_that_cannot_be_scored_are_told_why(kind: type[Own], name: str, message: str) -> None:
