@@ -95,6 +95,7 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
     if not layers:
         return model
     from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.offload import remove_dispatch
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
     schemes: list[Any] = [vars(module)[SCHEME] for module in layers.values()]
@@ -110,6 +111,12 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
         compressor = ModelCompressor(quantization_config=QuantizationConfig.from_pretrained(model))
         with torch.no_grad():
             compressor.decompress_model(model)
+    # It leaves caches in place of the dicts of parameters, in which a replaced parameter would overwrite the weight.
+    remove_dispatch(model, onload_tensors=True)
+    for module in model.modules():
+        own = vars(module).get("forward")
+        if getattr(own, "__func__", None) is type(module).forward:
+            del vars(module)["forward"]  # which would hide that of an elastic class
     for name, module in layers.items():
         grid_of(module, name=name)
         vars(module).pop("forward", None)

@@ -204,6 +204,9 @@ def _shape_scores(benchmark: BenchmarkRows, shapes: ShapeBatch, options: Ranking
         return label_free_alpha(*shapes.zerolm_parts(), shapes.parameters)
 
     works = [ranked(name, lambda size=size: size(shapes)) for name, size in SHAPE_BASELINES.items()]  # type: ignore[misc]
+    causal = benchmark.causal
+    if causal is not None:
+        works.append(ranked("capacity", lambda: shapes.capacity(causal=causal)))
     return [
         *works,
         ranked("zerolm, attention only", lambda: shapes.zerolm_parts()[0]),

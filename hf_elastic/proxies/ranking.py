@@ -29,7 +29,7 @@ class Correlation:
 
     Attributes:
         spearman, kendall: coefficients (Kendall's is tau-b, which counts ties).
-        spearman_interval, kendall_interval: 95 % intervals over bootstrap samples of the architectures; ``None`` of none.
+        spearman_interval, kendall_interval: 95 % intervals over bootstrap samples of the architectures, if any.
         count: architectures.
     """
 

@@ -38,6 +38,7 @@ class BenchmarkRows:
         shapes: sizes of the architectures, where the file has them.
         published: ``(N,)`` each, other numbers of the rows by their names in the file, as stored.
         left_out: rows without a truth.
+        causal: whether they are causal language models; ``None`` where the file does not say.
 
     Raises:
         DataError: numbers or shapes are not of as many architectures as the truth.
@@ -49,6 +50,7 @@ class BenchmarkRows:
     shapes: ShapeBatch | None
     published: Mapping[str, Floats]
     left_out: int = 0
+    causal: bool | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.published.items()}
@@ -136,7 +138,7 @@ def read_flexibert(path: str | Path, *, setting: Setting = "specified", truth: s
     published = _columns(metrics, list(metrics[0].data) if metrics else [])
     published |= _columns(rows, [name for name in ("train_seconds",) if name in rows[0].data])
     scores = np.array([row.part("scores").number(truth) for row in rows])
-    return BenchmarkRows(f"FlexiBERT as {setting}", scores, truth, _batch(sizes), published)
+    return BenchmarkRows(f"FlexiBERT as {setting}", scores, truth, _batch(sizes), published, causal=False)
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ def read_lts(path: str | Path, *, truth: str = "valid_ppl") -> BenchmarkRows:
         shapes=_batch([_lts_sizes(row) for row in trained]),
         published=published,
         left_out=len(rows) - len(kept),
+        causal=True,
     )
 
 

@@ -108,6 +108,33 @@ class ShapeBatch:
         attention, ffn = self.zerolm_parts(sigma=sigma)
         return alpha * attention + (1 - alpha) * ffn
 
+    def capacity(self, *, causal: bool) -> Floats:
+        """What limits the task, ``(N,)``: full-rank parameters of a causal model, the separation rank of an encoder.
+
+        Nothing is fitted. Next-token likelihood is limited by what the weights hold: Kaplan et al. (2020,
+        arXiv 2001.08361) find it to depend on the number of parameters and hardly on their shape. What a matrix of
+        ``n x m`` adds to a residual stream has at most rank ``min(n, m)``, so it counts as ``min(n, m)^2``; columns
+        beyond that are redundant directions of the same subspace::
+
+            causal:  sum over matrices of min(n, m)^2
+
+        An encoder that is fine-tuned on sentences is limited by how it relates tokens. Levine et al. (2020,
+        arXiv 2006.12467, theorems 1 and 2) bound the logarithm of the separation rank of self-attention: it grows like
+        ``3^L log_3 d`` while ``L < log_3 d``, where depth is worth more than width, and like ``d L`` beyond; both meet
+        at ``L = log_3 d``::
+
+            encoder: min(3^L, d) max(L, log_3 d)
+
+        Args:
+            causal: which of both.
+        """
+        if causal:
+            smaller = (sizes.min(axis=2) for sizes in (self.attention, self.ffn))
+            found: Floats = sum((side**2).sum(axis=1) for side in smaller)  # type: ignore[assignment]
+            return found
+        threshold = np.log(self.width) / np.log(3)
+        return np.minimum(3.0 ** np.minimum(self.depth, threshold), self.width) * np.maximum(self.depth, threshold)
+
     @property
     def width_depth(self) -> Floats:
         """Sum over the layers of the width of the residual stream, ``(N,)``."""

@@ -259,6 +259,19 @@ def test_a_checkpoint_is_a_base_again_whether_it_ran_or_not(
         assert torch.equal(model(input_ids=ids()).logits, loaded(family, tmp_path / "again")(input_ids=ids()).logits)
 
 
+def test_an_unpacked_model_is_an_ordinary_one(tmp_path: Path) -> None:
+    model = tiny("llama")
+    quantize_(model, group_size=16, method="rtn")
+    save_quantized(model, tmp_path / "out")
+    loaded = unpack_(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for module in loaded.modules():
+        assert type(module._parameters) is dict and type(module._buffers) is dict and "forward" not in vars(module)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    other = {name: torch.zeros_like(parameter) for name, parameter in loaded.named_parameters()}
+    torch.func.functional_call(loaded, other, args=(), kwargs={"input_ids": ids()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
 def test_a_packed_file_is_smaller_and_states_its_layers(tmp_path: Path) -> None:
     model = tiny("llama", hidden_size=64, intermediate_size=256)
     model.save_pretrained(tmp_path / "float")

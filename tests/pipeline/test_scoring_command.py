@@ -70,11 +70,11 @@ def test_a_benchmark_prints_one_table_and_writes_its_numbers(command: Command, f
     assert [cell.strip() for cell in columns(lines[1])] == [
         "proxy", "Spearman [95 %]", "Kendall [95 %]", "us/architecture",
     ]  # fmt: skip
-    names = [columns(line)[0] for line in lines[3:15]]
-    assert names[:7] == [*BASELINES, *ZEROLM[:2], "zerolm, alpha 0.500"]
-    assert names[7].startswith("zerolm, label-free, alpha ") and names[8].startswith("zerolm, fitted, alpha ")
-    assert "+-" in names[8]
-    assert names[9:] == ["Head Confidence (file)", "Constant (file)", "train_seconds (file)"]
+    names = [columns(line)[0] for line in lines[3:16]]
+    assert names[:8] == [*BASELINES, "capacity", *ZEROLM[:2], "zerolm, alpha 0.500"]
+    assert names[8].startswith("zerolm, label-free, alpha ") and names[9].startswith("zerolm, fitted, alpha ")
+    assert "+-" in names[9]
+    assert names[10:] == ["Head Confidence (file)", "Constant (file)", "train_seconds (file)"]
     assert "ties only" in lines[3 + 10] and lines[3 + 10].endswith("-")
     assert "interval over 20 bootstrap samples" in ended.out and "Algorithm 1 on 30 labelled rows" in ended.out
     assert "the labelled ones among them, as in the paper" in ended.out
@@ -142,7 +142,7 @@ def test_settings_of_flexibert_change_sizes_and_not_what_is_stored(command: Comm
         for setting in ("published", "specified", "trained")
     }
     assert all(f"as {setting}" in lines[0] and "[95 %]" not in lines[1] for setting, lines in outs.items())
-    params, stored = ({tuple(columns(lines[row])[1:3]) for lines in outs.values()} for row in (3, 12))
+    params, stored = ({tuple(columns(lines[row])[1:3]) for lines in outs.values()} for row in (3, 13))
     assert len(params) == 3 and len(stored) == 1
 
 

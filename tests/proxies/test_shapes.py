@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,15 @@ from hypothesis import strategies as st
 from tiny_models import tiny
 
 import hf_elastic as he
-from hf_elastic.proxies import SHAPE_BASELINES, ShapeBatch, ZeroLMTable, matrix_score, score
+from hf_elastic.proxies import (
+    SHAPE_BASELINES,
+    ShapeBatch,
+    ZeroLMTable,
+    correlation,
+    matrix_score,
+    read_benchmark,
+    score,
+)
 from hf_elastic.proxies.zerolm_table import projections_of
 
 MATRIX = st.tuples(st.integers(1, 900), st.integers(1, 900))
@@ -122,3 +132,34 @@ def test_shapes_that_cannot_be_are_named(change: dict, message: str) -> None:  #
 def test_candidates_that_have_no_attention_at_all_score_nothing_there() -> None:
     attention, ffn = batch_of([[], []], [[(2, 3)], []]).zerolm_parts()
     assert list(attention) == [0, 0] and list(ffn) == [3, 0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_capacity_is_its_formula(causal: bool) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [[tuple(int(n) for n in pair) for pair in rng.integers(1, 90, size=(3, 2))] for _ in range(8)]
+    depth, width = rng.integers(1, 14, size=8), rng.integers(3, 400, size=8)
+    count = np.ones(8)
+    batch = ShapeBatch.padded(
+        attention=sizes, ffn=sizes[::-1], depth=depth, width=width, parameters=count, decoder_parameters=count
+    )
+    for i, found in enumerate(batch.capacity(causal=causal)):
+        threshold = math.log(width[i], 3)
+        if causal:
+            wanted = sum(min(pair) ** 2 for pair in (*sizes[i], *sizes[::-1][i]))
+        elif depth[i] < threshold:
+            wanted = 3 ** int(depth[i]) * threshold  # depth is worth more
+        else:
+            wanted = int(depth[i]) * int(width[i])
+        assert found == pytest.approx(wanted)
+
+
+def test_capacity_is_above_the_width_of_the_stream_on_both_benchmarks(data_dir: Path) -> None:
+    files = [("flexibert/flexibert.jsonl", 0.741), ("lts/random_GPT2_wt103.jsonl", 0.828)]
+    for file, of_width in files:
+        rows = read_benchmark(data_dir / file)
+        assert rows.shapes is not None and rows.causal is not None
+        capacity = correlation(rows.shapes.capacity(causal=rows.causal), rows.truth, resamples=0)
+        width = correlation(rows.shapes.width_depth, rows.truth, resamples=0)
+        assert width.kendall == pytest.approx(of_width, abs=1e-3)
+        assert capacity.kendall > width.kendall + 0.03 and capacity.spearman > width.spearman + 0.02
