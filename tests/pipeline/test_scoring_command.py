@@ -75,12 +75,12 @@ def test_a_benchmark_prints_one_table_and_writes_its_numbers(command: Command, f
     assert names[8].startswith("zerolm, label-free, alpha ") and names[9].startswith("zerolm, fitted, alpha ")
     assert "+-" in names[9]
     assert names[10:] == ["Head Confidence (file)", "Constant (file)", "train_seconds (file)"]
-    assert "ties only" in lines[3 + 10] and lines[3 + 10].endswith("-")
+    assert "ties only" in lines[3 + 11] and lines[3 + 11].endswith("-")
     assert "interval over 20 bootstrap samples" in ended.out and "Algorithm 1 on 30 labelled rows" in ended.out
     assert "the labelled ones among them, as in the paper" in ended.out
     record = json.loads((tmp_path / "score.json").read_text())
     assert record["benchmark"] == "FlexiBERT as specified" and record["architectures"] == 60
-    assert [row["proxy"] for row in record["rows"]][:9] == [*BASELINES, *ZEROLM]
+    assert [row["proxy"] for row in record["rows"]][:10] == [*BASELINES, "capacity", *ZEROLM]
     assert record["options"]["labelled"] == 30 and record["options"]["truth"] is None
 
 
