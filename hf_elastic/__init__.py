@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic import costs as costs
     from hf_elastic import distillation as distillation
     from hf_elastic import objectives as objectives
+    from hf_elastic import proxies as proxies
     from hf_elastic import spaces as spaces
     from hf_elastic import testing as testing
     from hf_elastic.adapters import ElasticLoraConfig as ElasticLoraConfig
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.pipeline import CompressOptions as CompressOptions
     from hf_elastic.pipeline import CompressResult as CompressResult
     from hf_elastic.pipeline import compress as compress
+    from hf_elastic.proxies import score as score
     from hf_elastic.repair.recovery import RecoverReport as RecoverReport
     from hf_elastic.repair.recovery import recover as recover
     from hf_elastic.repair.refitting import RefitReport as RefitReport
@@ -138,6 +140,7 @@ _HOMES = {
     "compression": ("QuantizationReport", "SparsityReport", "quantize_", "sparsify_", "sparsity_of"),
     "checkpoint": ("ExportReport", "export", "extract", "save_quantized"),
     "packed_format": ("unpack_",),
+    "proxies": ("score",),
     "repair.recovery": ("RecoverReport", "recover"),
     "repair.refitting": ("RefitReport", "refit", "refitted"),
     "repair.teacher_cache": ("TeacherCache", "cache_teacher"),
@@ -147,7 +150,7 @@ _HOMES = {
     "pipeline": ("CompressOptions", "CompressResult", "compress"),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("costs", "distillation", "objectives", "spaces", "testing")
+_MODULES = ("costs", "distillation", "objectives", "proxies", "spaces", "testing")
 
 __all__ = [
     "ActivationError",
@@ -216,6 +219,7 @@ __all__ = [
     "refit",
     "refitted",
     "save_quantized",
+    "score",
     "search_subnets",
     "set_layer_order",
     "sort_by_importance_",
@@ -225,6 +229,7 @@ __all__ = [
     "costs",
     "distillation",
     "objectives",
+    "proxies",
     "spaces",
     "testing",
     "__version__",

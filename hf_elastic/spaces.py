@@ -14,6 +14,7 @@ from hf_elastic.adapters import ElasticLoraConfig, add_lora
 from hf_elastic.conversion import make_elastic
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import SpaceError
+from hf_elastic.space import Choice, Condition, SearchSpace
 from hf_elastic.supernet import Supernet
 
 
@@ -135,6 +136,64 @@ def _ranks_alone(source: str, ranks: dict[str, list[int]]) -> PublishedSpace:
     )  # fmt: skip
     return PublishedSpace(source, None, lora)
 
+
+def flexibert() -> SearchSpace:
+    """FlexiBERT (Tuli et al. 2022, arXiv 2205.11656; arXiv 2503.18646, table VIII): 10,621,440 = 2 (48^2 + 48^4).
+
+    Width and number of layers are one for all; of each layer the operator with its parameter (self-attention
+    ``SA-SDP`` or ``SA-WMA``, linear transform ``LT-DFT`` or ``LT-DCT``, dynamic convolution ``DSC-5`` or ``DSC-9``),
+    the heads, the width of the FFN and how many FFNs are stacked. Its model is none of transformers'; the space is for
+    rankings and searches by closed forms. Operators are ordered by the matrices that they have.
+    """
+    choices = [Choice("hidden_size", (128, 256)), Choice("num_hidden_layers", (2, 4))]
+    operators = ("SA-WMA", "SA-SDP", "DSC-9", "DSC-5", "LT-DFT", "LT-DCT")
+    for layer in range(4):
+        when = () if layer < 2 else (Condition("num_hidden_layers", (4,)),)
+        choices += [
+            Choice(f"layers.{layer}.operator", operators, "categorical", parameters=(5, 4, 3, 2, 1, 1), when=when),
+            Choice(f"layers.{layer}.num_attention_heads", (2, 4), when=when),
+            Choice(f"layers.{layer}.intermediate_size", (512, 1024), when=when),
+            Choice(f"layers.{layer}.num_feed_forward", (1, 3), when=when),
+        ]
+    return SearchSpace(choices)
+
+
+_LTS_DEPTHS, _LTS_WIDTHS = tuple(range(2, 17)), tuple(range(128, 1025, 64))
+
+
+def lts_gpt2(*, width_per_layer: bool = False) -> SearchSpace:
+    """LiteTransformerSearch's GPT-2 (Javaheripi et al. 2022, arXiv 2203.02094; arXiv 2503.18646, table VII).
+
+    2 to 16 layers, widths 128 to 1024 in steps of 64, and of each layer 2, 4 or 8 heads and an FFN of 256 to 4096 in
+    steps of 64, at least twice the width; embeddings of 128, 256 or 512 with a factor of 1, 2 or 4. The width is one
+    for all layers, as in every model: 10^37 architectures. The published "more than 10^54" counts it for each layer.
+
+    The least FFN depends on the width, so each width has an FFN choice of its own. Rows of the benchmark lie off this
+    grid (their FFNs are in steps of 1); the readers take them.
+
+    Args:
+        width_per_layer: the space as it was counted.
+    """
+    choices = [
+        Choice("num_hidden_layers", _LTS_DEPTHS), Choice("embedding_size", (128, 256, 512)),
+        Choice("adaptive_embedding_factor", (1, 2, 4)),
+    ]  # fmt: skip
+    choices += [] if width_per_layer else [Choice("hidden_size", _LTS_WIDTHS)]
+    for layer in range(_LTS_DEPTHS[-1]):
+        deeper = tuple(depth for depth in _LTS_DEPTHS if depth > layer)
+        there = (Condition("num_hidden_layers", deeper),) if len(deeper) < len(_LTS_DEPTHS) else ()
+        choices.append(Choice(f"layers.{layer}.num_attention_heads", (2, 4, 8), when=there))
+        width = f"layers.{layer}.hidden_size" if width_per_layer else "hidden_size"
+        choices += [Choice(width, _LTS_WIDTHS, when=there)] if width_per_layer else []
+        for size in _LTS_WIDTHS:
+            inner = tuple(range(max(256, 2 * size), 4097, 64))
+            when = (*there, Condition(width, (size,)))
+            choices.append(Choice(f"layers.{layer}.intermediate_size.{size}", inner, when=when))
+    return SearchSpace(choices)
+
+
+BENCHMARKED: Mapping[str, Callable[[], SearchSpace]] = {"flexibert": flexibert, "lts-gpt2": lts_gpt2}
+"""Spaces of benchmarks of trained architectures, by name."""
 
 PUBLISHED: Mapping[str, Callable[[PreTrainedConfig], PublishedSpace]] = {
     "lonas-bert": lonas_bert,

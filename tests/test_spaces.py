@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -89,3 +90,27 @@ def test_a_space_may_be_made_twice_and_its_adapters_from_a_seed() -> None:
     assert first.space == second.space
     weights = dict(second.model.named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in first.model.named_parameters())
+
+
+def test_flexibert_has_the_published_size() -> None:
+    space = spaces.flexibert()
+    assert space.size == 2 * (48**2 + 48**4) == 10_621_440
+    shallow = space.canonical({**space.largest(), "num_hidden_layers": 2})
+    assert shallow == space.canonical({**shallow, "layers.3.intermediate_size": 512})  # a layer that is not there
+
+
+def test_litetransformersearch_has_the_published_size_where_the_width_counts_for_each_layer() -> None:
+    ffns = {width: sum(1 for inner in range(256, 4097, 64) if inner >= 2 * width) for width in range(128, 1025, 64)}
+    one, each = spaces.lts_gpt2(), spaces.lts_gpt2(width_per_layer=True)
+    assert one.size == 9 * sum((3 * count) ** depth for count in ffns.values() for depth in range(2, 17))
+    assert each.size == 9 * sum((3 * sum(ffns.values())) ** depth for depth in range(2, 17))
+    assert each.size > 10**54 > one.size
+    rng = random.Random(0)
+    for _ in range(50):
+        point = one.sample(rng)
+        width = point["hidden_size"]
+        assert all(point[f"layers.{i}.intermediate_size.{width}"] >= 2 * int(width) for i in range(16))
+
+
+def test_benchmarked_spaces_have_names() -> None:
+    assert {name: make().size for name, make in spaces.BENCHMARKED.items()}.keys() == {"flexibert", "lts-gpt2"}
