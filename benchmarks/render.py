@@ -339,6 +339,30 @@ def stories_sqft(result: Mapping[str, Any]) -> str:
     )
 
 
+def flexibert(result: Mapping[str, Any]) -> str:
+    """Section about proxies on FlexiBERT."""
+    settings, rows = result["settings"], result["rows"]
+    own, both = ("proxy", "target", "Spearman", "95 %", "Kendall"), ("its Spearman", "its Kendall", "ours with it")
+    scores = {(r["proxy"], r["target"]): {**{n: r[n] for n in own}, "s per row": r["seconds"]} for r in rows}
+    beside = [
+        {"published": r["published"], "ours": f"{r['proxy']} {r['target']}".strip(), "Spearman": r["Spearman"],
+         "Kendall": r["Kendall"], **{name: r[name] for name in both}, "ours / it": r["ours / it"]}
+        for r in rows if r["published"]
+    ]  # fmt: skip
+    size = "" if result["noise"] is None else f" ({result['noise']:.1g} of the size of those of `signs`, median)"
+    parts = [
+        "## Zero-cost proxies on FlexiBERT",
+        f"Random models of {result['architectures']} of the {result['of']} rows of the benchmark at hand, as "
+        f"{settings['setting']}, {settings['batch']} x {settings['length']} tokens ({settings['text']}). Rank "
+        "correlations with GLUE; `signs`: gradients of the last hidden states times fixed signs; `sum`: of their sum, "
+        f"which is constant, so that its gradients are rounding noise{size}.",
+        table(list(scores.values())),
+    ]
+    if beside:
+        parts += ["Beside the published metrics of the same rows (128 x 512 tokens, `sum`):", table(beside)]
+    return "\n\n".join([*parts, machine(result["environment"])])
+
+
 MINILM = {
     "minilm-general": "all-MiniLM-L6-v2, general English",
     "minilm-docs": "all-MiniLM-L6-v2, `make demo` (Python's documentation)",
@@ -352,7 +376,7 @@ SECTIONS = {
     "refit-memory": refit_memory, "predicted-speedup": predicted_speedup, "backbone": backbone,
     "adapters-banking77": adapters, "adapters-sst2": adapters, "stories-adapters": stories_adapters,
     "elastic-lora": elastic_lora, "sparse-peft": sparse_peft, "sqft-banking77": sqft, "sqft-sst2": sqft,
-    "stories-sqft": stories_sqft,
+    "stories-sqft": stories_sqft, "flexibert": flexibert,
 }  # fmt: skip
 
 
