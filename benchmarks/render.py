@@ -363,6 +363,37 @@ def flexibert(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, machine(result["environment"])])
 
 
+def ranking(result: Mapping[str, Any]) -> str:
+    """Section about how scores from sizes rank trained architectures."""
+    settings = result["settings"]
+    return "\n\n".join(
+        [
+            "## Scores without training: how they rank",
+            "`benchmarks/ranking.py`, half of each benchmark: Spearman's and Kendall's coefficients with GLUE "
+            "(FlexiBERT) or with the validation perplexity (LiteTransformerSearch), 95 % bootstrap intervals. "
+            f"`fitted`: alpha by Algorithm 1 on {settings['labelled']} labelled rows, mean and standard deviation of "
+            f"{settings['draws']} draws; `label-free`: by Algorithm 2. The paper has .765 / .532 on FlexiBERT (as "
+            "published) and .979 / .871 on GPT-2; LPZero, the record there, .980 / .886.",
+            table(result["rows"]),
+            machine(result["environment"]),
+        ]
+    )
+
+
+def zerolm(result: Mapping[str, Any]) -> str:
+    """Section about what ZeroLM costs."""
+    parts = [
+        ("svd", "The closed form beside singular values:"), ("shapes", "From sizes alone:"),
+        ("stream", "A checkpoint of a billion parameters in bf16, streamed from its files:"),
+        ("front", "All widths of LoNAS-LLaMA-7B (the paper: 25 minutes for two architectures):"),
+        ("search", "NSGA-II on the same, as a share of the exact front's hypervolume:"),
+    ]  # fmt: skip
+    lines = ["## ZeroLM: what it costs"]
+    for name, title in parts:
+        lines += [title, table(result[name])] if name in result else []
+    return "\n\n".join([*lines, machine(result["environment"])])
+
+
 MINILM = {
     "minilm-general": "all-MiniLM-L6-v2, general English",
     "minilm-docs": "all-MiniLM-L6-v2, `make demo` (Python's documentation)",
@@ -376,7 +407,7 @@ SECTIONS = {
     "refit-memory": refit_memory, "predicted-speedup": predicted_speedup, "backbone": backbone,
     "adapters-banking77": adapters, "adapters-sst2": adapters, "stories-adapters": stories_adapters,
     "elastic-lora": elastic_lora, "sparse-peft": sparse_peft, "sqft-banking77": sqft, "sqft-sst2": sqft,
-    "stories-sqft": stories_sqft, "flexibert": flexibert,
+    "stories-sqft": stories_sqft, "ranking": ranking, "flexibert": flexibert, "zerolm": zerolm,
 }  # fmt: skip
 
 
