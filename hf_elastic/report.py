@@ -165,7 +165,10 @@ def _describe_checkpoint(folder: Path) -> str:
     total, weights = _contents(folder, tensors)
     known = {family.model_type: family for family in FAMILIES}
     model_type = str(config.get("model_type"))
-    if model_type in known:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        elastic = f"quantised ({method}): takes adapters, cannot be cut"
+    elif model_type in known:
         choices = f"intermediate_size, {known[model_type].heads_choice}, skip, num_hidden_layers"
         elastic = f"can be made elastic in {choices}"
     else:
@@ -261,6 +264,8 @@ def _describe_export(folder: Path) -> str:
         f"  layers         {len(there)} of {len(layers)}: FFN {widths}, heads {heads}",
         f"  cost           {cost} at {record['macs_seq_len']} tokens",
     ]
+    if not layers:  # adapters were merged into a base of one shape
+        return lines[0]
     return "\n".join(lines)
 
 

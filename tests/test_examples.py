@@ -225,7 +225,10 @@ def test_the_sqft_example_writes_what_its_pipeline_promises(pipeline: str, quest
     assert "found by 4 evaluations" in done.stdout
     if pipeline.startswith("sqft"):
         assert (questions / "out" / "adapter" / "adapter_config.json").is_file()
-        assert (questions / "out" / "base" / "config.json").is_file() == (pipeline == "sqft")
+        stated = json.loads((questions / "out" / "base" / "config.json").read_text())["quantization_config"]
+        assert stated["quant_method"] == ("bitsandbytes" if pipeline == "sqft-bnb" else "compressed-tensors")
+        written = json.loads((questions / "out" / "adapter" / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == str(questions / "out" / "base")
         return
     assert ("4-bit integers" in done.stdout) == (pipeline == "qa-sparsepeft")
     assert AutoModelForCausalLM.from_pretrained(questions / "out")

@@ -31,7 +31,7 @@ _ROUNDED_AGAIN = 10  # W + s B A is rounded where W x + s B A x was not; stock p
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 NOTES: Mapping[Loadability, str] = {
-    "stock": "ordinary checkpoint of the stock class, smaller and faster",
+    "stock": "ordinary checkpoint of the stock class",
     "stock-padded": "stock class, padded with zeros: same logits, no speed gain (loadability='remote-code' is compact)",
     "remote-code": "loads with trust_remote_code=True, or after `import hf_elastic`",
 }
@@ -128,7 +128,10 @@ def export(
         record = _record(supernet, point, form)
         write_json(folder / ARCHITECTURE_FILE, record)
     path, has_tokenizer = Path(directory), _has_tokenizer(names)
-    note = NOTES[form] if has_tokenizer else f"{NOTES[form]}; {_no_tokenizer(parent)}"
+    shapes = supernet.layer_shapes(point)
+    cut = form == "stock" and any(s != p.full for p, s in zip(supernet.layer_parts, shapes, strict=True))
+    note = f"{NOTES[form]}, smaller and faster" if cut else NOTES[form]
+    note = note if has_tokenizer else f"{note}; {_no_tokenizer(parent)}"
     snippet = _snippet(written, path, form, tokenizer=has_tokenizer, sentences=MODULES in names)
     macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS) if supernet.layer_parts else None
     return ExportReport(

@@ -91,8 +91,9 @@ def quantize_(
         model: an ``nn.Linear`` model (BERT, LLaMA family), dense or sparse. GPT-2's Conv1D has no packed format.
         batches: calibration inputs, ``input_ids`` of ``(B, T)`` and what else the model takes.
         bits: from 2 to 8.
-        group_size: neighbouring inputs that share a scale; ``None``: all of an output. A dict gives one by the end of
-            a layer's name or a regular expression: ``{"down_proj": 43, ".*": 32}``, the first that matches counts.
+        group_size: neighbouring inputs that share a scale; ``None`` or -1: all of an output. A dict gives one by the
+            end of a layer's name or a regular expression: ``{"down_proj": 43, ".*": 32}``, the first that matches
+            counts.
         symmetric: whether zero-points are 0. Asymmetric grids are finer, but their files are of 8 bits: stock
             transformers loads no packed zero-points.
         method: see above.
@@ -173,7 +174,7 @@ def _group_sizes(modules: Mapping[str, nn.Module], given: int | Mapping[str, int
         if by_name is not None and name not in by_name:
             raise CompressionError(f"group_size names no size for {name}; add '.*': 128 at the end")
         size = by_name[name] if by_name is not None else given
-        size = module.in_features if size is None else size
+        size = module.in_features if size in (None, -1) else size
         if type(size) is not int or size < 1 or module.in_features % size:
             raise CompressionError(
                 f"group_size={size!r} does not divide the {module.in_features} inputs of {name}; choose a divisor, or "

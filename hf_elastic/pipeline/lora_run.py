@@ -26,7 +26,7 @@ from hf_elastic.files import only_worker, remove_half_written, whole_folder, wri
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.packed_format import quantised_layers, unpack_, write_weights
 from hf_elastic.pipeline.comparison import recorded
-from hf_elastic.pipeline.compressed_base import compress_base_, has_zeros, own_integers
+from hf_elastic.pipeline.compressed_base import compress_base_, has_zeros, own_integers, plain_quality
 from hf_elastic.pipeline.kept import SORTED, text_digest
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
 from hf_elastic.pipeline.options import CompressOptions
@@ -213,10 +213,13 @@ class LoraRun:
             tokenizer.save_pretrained(folder)
         self.record.note("parent", head=head, labels=len(self._labels()))
 
+    def _parent(self) -> Any:
+        """The checkpoint as it was given."""
+        return unpack_(load_model(self.task, self.options)).to(device_of(self.options))  # type: ignore[arg-type]
+
     def _compress_base(self) -> None:
         """Makes the base sparse, then of integers, and keeps it in the run folder."""
-        model = unpack_(load_model(self.task, self.options))
-        model.to(device_of(self.options))  # type: ignore[arg-type]
+        model = self._parent()
         told = compress_base_(model, self.data.calibration, self.options)
         with whole_folder(self.folder / BASE, overwrite=True) as folder:
             write_weights(model, folder)
@@ -314,6 +317,7 @@ class LoraRun:
         with self.record.stage("export"):
             if self.elastic_base or self.merges:
                 report = export(supernet, found, output, merge=True, source=self.options.model, overwrite=True)
+                self.say(str(report))
                 self.record.note("export", loadability=report.loadability, snippet=report.snippet)
                 return
             folder_of_base = Path(self.given.model).expanduser()
@@ -362,6 +366,9 @@ class LoraRun:
         measures = self.task.measures(supernet, self.data.validation)
         limits = feasibility(supernet, dict(self.options.within or {}))
         rows: list[dict[str, Any]] = []
+        if self.given.compressed and not (self.fresh_head or quantised_layers(parent := self._parent())):
+            quality = plain_quality(self.task, parent, self.data.validation, parent=parent)
+            rows.append({"name": "parent", "adapter_parameters": 0, self.task.quality[-1]: quality})
         if not self.fresh_head:
             with supernet.model.disable_adapter():
                 values = recorded(objectives.evaluated(measures, space.largest()))

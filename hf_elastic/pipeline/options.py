@@ -57,8 +57,9 @@ class CompressOptions:
             ``space`` has its own.
         space: which dimensions become choices; by default FFN widths and layers (and heads with ``any``).
         lora: ranks of elastic adapters, such as ``"r=32,24,16"``: the base stays frozen, adapters are trained on the
-            data. Without ``space`` only ranks are chosen, within ``adapter_parameters`` (by default 0.75), and a plain
-            peft adapter is written; with a space the base is cut too and the merged model is written.
+            data. Without ``space`` only ranks are chosen, within ``adapter_parameters`` (by default 0.75, or 1.0 where
+            they are merged and ranks cost nothing), and a plain peft adapter is written; with a space the base is cut
+            too and the merged model is written.
         sparsity: with ``lora`` and without ``space``: share of the base's weights that Wanda sets to zero before
             adapters (SQFT). Adapters keep the zeros, and the merged sparse model is written.
         bits: likewise, of the integers that GPTQ then rounds the base to; the merged model of integers is written.
@@ -153,6 +154,8 @@ class CompressOptions:
         if not isinstance(self.within, Mapping | None):
             raise SpaceError(f"within={self.within!r} must be a dict such as {{'parameters': 0.6}}")
         default = _WITHIN_ADAPTERS if self.lora is not None and self.space is None else _WITHIN
+        if self.compressed and not self.apart:
+            default = _WITHIN_MERGED
         within = self.within if self.within is not None else {} if others else default
         if self.lora is not None and others:
             raise SpaceError("with lora= limits are given as within=, such as macs=0.7 or adapter_parameters=0.5")
@@ -212,6 +215,7 @@ class CompressOptions:
 
 _WITHIN: Mapping[str, float] = {"parameters": 0.6}
 _WITHIN_ADAPTERS: Mapping[str, float] = {"adapter_parameters": 0.75}
+_WITHIN_MERGED: Mapping[str, float] = {"adapter_parameters": 1.0}  # a rank costs nothing once it is merged
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "task": get_args(TaskName),
     "recipe": get_args(Recipe),

@@ -102,7 +102,9 @@ def silent(chosen: CompressOptions) -> LoraResult:
 def test_sparse_adapters_are_merged_into_one_sparse_model(checkpoint: Find, data: Find, tmp_path: Path) -> None:
     chosen = sqft(checkpoint, data, tmp_path / "out", sparsity=0.5)
     result = silent(chosen)
-    assert [row["name"] for row in result.rows][:3] == ["base without adapters", "largest", "found"]
+    assert [row["name"] for row in result.rows][:4] == ["parent", "base without adapters", "largest", "found"]
+    assert result.rows[0]["perplexity"] != result.rows[1]["perplexity"]
+    assert not any(row.get("over_limit") for row in result.rows), "a rank costs nothing once it is merged"
     base = AutoModelForCausalLM.from_pretrained(result.folder / "base").state_dict()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     layers = [name for name in base if "layers." in name and "proj" in name]
