@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +28,11 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set HF_ELASTIC_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs ``hf-elastic`` with arguments in this process."""
+    from command_line import runner  # found by its name only behind the line above
+
+    return runner(monkeypatch, capsys)

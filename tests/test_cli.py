@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from command_line import Command, Ended
 from safetensors.torch import load_file
 from tiny_checkpoints import (
     classifier,
@@ -29,33 +30,6 @@ FAST = [
     "--recipe", "best", "--minutes", "0", "--evaluations", "6", "--sequence-length", "24", "--batch-size", "8",
     "--device", "cpu",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs ``hf-elastic`` with arguments in this process."""
-
-    def call(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["hf-elastic", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), said.out, said.err)
-
-    return call
 
 
 @dataclass(frozen=True)

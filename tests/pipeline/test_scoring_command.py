@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Command, Ended
 from scipy.stats import kendalltau, spearmanr
 from tiny_benchmarks import flexibert_layer, flexibert_row, flexibert_rows, lts_row, write_lines
 from transformers import AutoModel
 
 import hf_elastic as he
-from hf_elastic.cli import main
 from hf_elastic.pipeline.scoring import RankingOptions, rank_benchmark, score_checkpoint
 from hf_elastic.proxies import fitted_alpha, label_free_alpha, read_benchmark, roles_of, score, zerolm_parts
 from hf_elastic.proxies.subject import Subject
@@ -26,31 +24,10 @@ BASELINES = ["params", "decoder_params", "depth", "width_depth"]
 ZEROLM = ["zerolm, attention only", "zerolm, ffn only", "zerolm", "zerolm, label-free", "zerolm, fitted"]
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
-
-
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def score_command(command: Command) -> Command:
     """Runs ``hf-elastic score`` with arguments in this process."""
-
-    def call(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["hf-elastic", "score", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), said.out, said.err)
-
-    return call
+    return lambda *arguments: command("score", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +39,10 @@ def columns(line: str) -> list[str]:
     return [cell for cell in line.split("  ") if cell]
 
 
-def test_a_benchmark_prints_one_table_and_writes_its_numbers(command: Command, flexibert: Path, tmp_path: Path) -> None:
-    ended = command(flexibert, "--resamples", "20", "--draws", "3", "--json", tmp_path / "score.json")
+def test_a_benchmark_prints_one_table_and_writes_its_numbers(
+    score_command: Command, flexibert: Path, tmp_path: Path
+) -> None:
+    ended = score_command(flexibert, "--resamples", "20", "--draws", "3", "--json", tmp_path / "score.json")
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0] == "FlexiBERT as specified: 60 architectures, truth glue"
@@ -136,9 +115,9 @@ def test_the_same_seed_gives_the_same_table(flexibert: Path) -> None:
     assert numbers(draws=3, seed=1) == numbers(draws=3, seed=1) != numbers(draws=3, seed=2)
 
 
-def test_settings_of_flexibert_change_sizes_and_not_what_is_stored(command: Command, flexibert: Path) -> None:
+def test_settings_of_flexibert_change_sizes_and_not_what_is_stored(score_command: Command, flexibert: Path) -> None:
     outs = {
-        setting: command(flexibert, "--setting", setting, "--resamples", "0", "--draws", "1").out.splitlines()
+        setting: score_command(flexibert, "--setting", setting, "--resamples", "0", "--draws", "1").out.splitlines()
         for setting in ("published", "specified", "trained")
     }
     assert all(f"as {setting}" in lines[0] and "[95 %]" not in lines[1] for setting, lines in outs.items())
@@ -146,9 +125,9 @@ def test_settings_of_flexibert_change_sizes_and_not_what_is_stored(command: Comm
     assert len(params) == 3 and len(stored) == 1
 
 
-def test_a_csv_ranks_its_columns_by_the_truth_that_is_named(command: Command, tmp_path: Path) -> None:
+def test_a_csv_ranks_its_columns_by_the_truth_that_is_named(score_command: Command, tmp_path: Path) -> None:
     (file := tmp_path / "mine.csv").write_text("name,ppl,size\na,30,1\nb,20,3\nc,25,2\nd,10,5\n")
-    ended = command(file, "--truth", "ppl", "--smaller-is-better", "--resamples", "0")
+    ended = score_command(file, "--truth", "ppl", "--smaller-is-better", "--resamples", "0")
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0] == "mine.csv: 4 architectures, truth -ppl"
@@ -156,21 +135,21 @@ def test_a_csv_ranks_its_columns_by_the_truth_that_is_named(command: Command, tm
     assert "Algorithm" not in ended.out
 
 
-def test_rows_left_out_are_told(command: Command, tmp_path: Path) -> None:
+def test_rows_left_out_are_told(score_command: Command, tmp_path: Path) -> None:
     rows = [lts_row(depth=2 + n % 3, width=128 + 16 * n, ppl=50.0 - n + n % 2) for n in range(8)]
     file = write_lines(tmp_path / "lts.jsonl", [*rows, lts_row(ppl=None)])
-    ended = command(file, "--labelled", "5", "--draws", "2", "--resamples", "5")
+    ended = score_command(file, "--labelled", "5", "--draws", "2", "--resamples", "5")
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[0].endswith("8 architectures, truth -valid_ppl, 1 more without it left out")
 
 
 @pytest.mark.parametrize("kind", ["masked-lm", "causal-lm", "gpt2"])
 def test_a_checkpoint_is_scored_as_the_model_that_it_holds(
-    command: Command, checkpoint: Callable[[str], Path], tmp_path: Path, kind: str
+    score_command: Command, checkpoint: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
     folder = checkpoint(kind)
     model = AutoModel.from_pretrained(folder)
-    ended = command(folder, "--json", tmp_path / "score.json")
+    ended = score_command(folder, "--json", tmp_path / "score.json")
     assert ended.code == 0, ended.err
     record = json.loads((tmp_path / "score.json").read_text())
     parts = zerolm_parts(Subject(model, roles_of(model)))
@@ -211,10 +190,10 @@ def alike(rows: int, **change: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_bad_benchmarks_are_one_line(
-    command: Command, tmp_path: Path, rows: list[dict[str, Any]], arguments: list[str], words: str
+    score_command: Command, tmp_path: Path, rows: list[dict[str, Any]], arguments: list[str], words: str
 ) -> None:
     file = write_lines(tmp_path / "rows.jsonl", rows)
-    ended = command(file, *arguments, "--json", tmp_path / "out.json")
+    ended = score_command(file, *arguments, "--json", tmp_path / "out.json")
     assert is_one_line(ended, words)
     assert list(tmp_path.iterdir()) == [file]
 
@@ -226,23 +205,25 @@ def is_one_line(ended: Ended, words: str) -> bool:
     return True
 
 
-def test_a_table_without_anything_to_rank_is_one_line(command: Command, tmp_path: Path) -> None:
+def test_a_table_without_anything_to_rank_is_one_line(score_command: Command, tmp_path: Path) -> None:
     (file := tmp_path / "mine.csv").write_text("name,ppl\na,30\nb,20\nc,25\n")
-    assert is_one_line(command(file, "--truth", "ppl"), "holds nothing to rank beside its truth ppl")
+    assert is_one_line(score_command(file, "--truth", "ppl"), "holds nothing to rank beside its truth ppl")
 
 
-def test_bad_checkpoints_are_one_line(command: Command, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    assert is_one_line(command(tmp_path / "nothing"), "there is no file or folder")
-    assert is_one_line(command(tmp_path / "nothing.csv"), "No such file")
-    assert is_one_line(command("org/name"), "no checkpoint can be read from org/name")
-    assert is_one_line(command(tmp_path), "no checkpoint can be read from")
+def test_bad_checkpoints_are_one_line(
+    score_command: Command, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert is_one_line(score_command(tmp_path / "nothing"), "there is no file or folder")
+    assert is_one_line(score_command(tmp_path / "nothing.csv"), "No such file")
+    assert is_one_line(score_command("org/name"), "no checkpoint can be read from org/name")
+    assert is_one_line(score_command(tmp_path), "no checkpoint can be read from")
     whole = checkpoint("masked-lm")
-    assert is_one_line(command(whole, "--setting", "trained"), "is no benchmark file")
+    assert is_one_line(score_command(whole, "--setting", "trained"), "is no benchmark file")
     cut = Path(shutil.copytree(whole, tmp_path / "cut"))
     (cut / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:3000])
-    assert is_one_line(command(cut), "cannot be read")
+    assert is_one_line(score_command(cut), "cannot be read")
     (tmp_path / "taken").write_text("")
-    assert is_one_line(command(whole, "--json", tmp_path / "taken" / "score.json"), "cannot write")
+    assert is_one_line(score_command(whole, "--json", tmp_path / "taken" / "score.json"), "cannot write")
 
 
 def test_a_score_that_is_the_same_under_a_fitted_alpha_is_told(tmp_path: Path) -> None:
