@@ -248,7 +248,9 @@ def quantize_command(
     bits: Annotated[int, typer.Option(help="From 2 to 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = Default.group_size,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Finer, but files are of 8 bits.")] = False,
-    method: Annotated[QuantizationMethod, typer.Option(help="rtn needs no text, but costs quality.")] = "gptq",
+    method: Annotated[
+        QuantizationMethod, typer.Option(help="rtn rounds without text (the table needs some), but costs quality.")
+    ] = "gptq",
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave, by the end of their name. Repeat.")] = None,
     task: Task = Default.task,
     sequence_length: SequenceLength = Default.sequence_length,

@@ -324,7 +324,7 @@ def _adapter_line(supernet: Supernet) -> list[str]:
         return []
     space = supernet.space
     small, large = (adapter_parameters(supernet, point) for point in (space.smallest(), space.largest()))
-    modules = f"on {len(supernet.adapter_parts)} modules, gone when merged"
+    modules = f"on {len(supernet.adapter_parts)} modules, none once they are merged"
     return [f"  adapters       {count(small)} to {count(large)} parameters ({small / large:.0%} to 100%) {modules}"]
 
 

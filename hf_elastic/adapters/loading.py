@@ -245,7 +245,10 @@ def _read_config(directory: str) -> ElasticLoraConfig:
         raise CheckpointError(f"cannot read an adapter in {directory}: {' '.join(str(error).split())}") from error
     in_weight = config.sparse or config.quantization_aware
     if config.trained_on is None and config.ranks is None and not in_weight:
-        raise CheckpointError(f"the adapter in {directory} has one rank; load it with PeftModel.from_pretrained")
+        raise CheckpointError(
+            f"the adapter in {directory} has one rank; load it with PeftModel.from_pretrained (compress --lora "
+            "keeps its elastic ones in OUTPUT.run/adapters, on OUTPUT.run/base where that was compressed)"
+        )
     return config
 
 

@@ -164,7 +164,8 @@ def _check_config(config: PreTrainedConfig, options: CompressOptions, *, integer
     method = stated.get("quant_method", "unknown method") if isinstance(stated, Mapping) else type(stated).__name__
     if stated is not None and not (integers and method == "compressed-tensors"):
         raise UnsupportedModelError(
-            f"{options.model!r} is quantised ({method}); compress the checkpoint it was made from, in a float dtype"
+            f"{options.model!r} is quantised ({method}); compress the checkpoint it was made from, in a float dtype "
+            "(adapters beside it: hf_elastic.add_lora)"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type == "roberta":  # its positions begin behind that of padding
