@@ -118,9 +118,10 @@ def read_flexibert(path: str | Path, *, setting: Setting = "specified", truth: s
     Matrices count as they are in the source's PyTorch layers, where each is an ``nn.Linear``. Attention: query, key and
     value; one more where it is multiplicative (``WMA``); of a span-based dynamic convolution (``DSC``) query, key,
     value and convolution output to half the hidden size, and the generator of kernels; of a linear transform none. All
-    have one more, the output (of a linear transform the input). The depthwise and pointwise convolutions of ``DSC`` are parameters but no matrices
-    here. FFN: ``num_feed_forward`` widths between the hidden size, so one matrix more than that. Embeddings are of 128,
-    with a projection to the hidden size where that differs; ``decoder_parameters`` are without all of these.
+    have one more, the output (of a linear transform the input). The depthwise and pointwise convolutions of ``DSC`` are
+    parameters but no matrices here. FFN: ``num_feed_forward`` widths between the hidden size, so one matrix more than
+    that. Embeddings are of 128, with a projection to the hidden size where that differs; ``decoder_parameters`` are
+    without all of these.
 
     Args:
         path: JSON lines.
