@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy.stats import spearmanr
@@ -38,6 +38,8 @@ from hf_elastic.families import shifts_labels
 from hf_elastic.layers import evaluating
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.proxies import PROXIES, ZeroLMTable, label_free_alpha, score
+from hf_elastic.proxies.subject import Target
+from hf_elastic.proxies.zerolm_table import DEFAULT_ALPHA
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -288,8 +290,9 @@ def proxy(
     supernet: Supernet,
     name: str,
     *,
-    batches: Iterable[Batch] = (),
-    alpha: float | None = None,
+    batches: Iterable[Batch] | Batch = (),
+    target: Target = "auto",
+    alpha: float | Literal["label-free"] | None = None,
     table: ZeroLMTable | None = None,
 ) -> Objective:
     """A zero-cost proxy (:mod:`hf_elastic.proxies`) of a subnet as it would be extracted; larger is better.
@@ -301,13 +304,18 @@ def proxy(
     Args:
         name: one of ``hf_elastic.proxies.PROXIES``.
         batches: inputs, for the proxies that need data.
-        alpha: ZeroLM's weight of attention; by default its Algorithm 2 on 200 architectures of the space.
+        target: what gradients are of, see :func:`hf_elastic.proxies.score`.
+        alpha: ZeroLM's weight of attention; by default 0.5. ``"label-free"``: by its Algorithm 2 on 200 architectures
+            of the space, which is unbounded: where the parts hardly agree it may turn the score round, and is refused.
         table: of ``zerolm``, by default that of the supernet's weights. One streamed by
             ``hf_elastic.proxies.checkpoint_table`` serves a supernet on the meta device.
 
     Raises:
-        DataError: there is no such proxy, batches are missing, or the table is of another model.
+        DataError: there is no such proxy, batches are missing, an option is not for this proxy, the table is of another
+            model, or a label-free weight is outside of 0 to 1.
     """
+    if name != "zerolm" and (alpha is not None or table is not None):
+        raise DataError(f"alpha and table are of zerolm, not of {name}; leave them out")
     if name == "zerolm":
         return _zerolm(supernet, alpha, table if table is not None else ZeroLMTable.of_model(supernet.base))
     if name in _SIZES:
@@ -319,15 +327,15 @@ def proxy(
         return _additive_proxy(supernet, name, contribution, constant=constant)
     if name not in PROXIES:
         raise DataError(f"there is no proxy {name!r}; known: {', '.join(PROXIES)}")
-    data = [_on_device(batch, supernet.model) for batch in batches]
+    data = [_on_device(batch, supernet.model) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
     merge = True if supernet.adapter_parts else None
 
     def measure(architecture: Architecture) -> float:
         padded = supernet.loadability(architecture) == "stock-padded" and supernet.family.static_type is not None
         form = "remote-code" if padded else None  # neurons of padding would count
-        return score(extract(supernet, architecture, loadability=form, merge=merge), name, data)  # type: ignore[arg-type]
+        return score(extract(supernet, architecture, loadability=form, merge=merge), name, data, target=target)  # type: ignore[arg-type]
 
-    return _measured(supernet, name, measure, batches=data, direction="maximize")
+    return _measured(supernet, name, measure, batches=data, direction="maximize", mode=target)
 
 
 _ALPHA_SAMPLES = 200
@@ -339,21 +347,33 @@ _SIZES: Mapping[str, OfLayer] = {
 }
 
 
-def _zerolm(supernet: Supernet, alpha: float | None, table: ZeroLMTable) -> Objective:
-    if len(table.layers) != len(supernet.layer_parts):
-        raise DataError(f"the table is of {len(table.layers)} layers, the supernet has {len(supernet.layer_parts)}")
-    if alpha is None:
+def _zerolm(supernet: Supernet, given: float | str | None, table: ZeroLMTable) -> Objective:
+    wanted = ZeroLMTable.expected(supernet.base, family=supernet.family).sizes
+    if table.sizes != wanted:
+        raise DataError(
+            f"the table is of another model: of {len(table.sizes)} layers, the first {table.sizes[:1]}; the supernet "
+            f"has {len(wanted)}, the first {wanted[:1]} (units, size of one, other side)"
+        )
+    alpha = DEFAULT_ALPHA if given is None else given
+    if alpha == "label-free":
         rng = random.Random(0)
         drawn = [supernet.space.sample(rng) for _ in range(_ALPHA_SAMPLES)]
         parts = [table.parts(supernet.layer_shapes(architecture)) for architecture in drawn]
         attention, ffn = zip(*parts, strict=True)
         alpha = label_free_alpha(attention, ffn, [costs.parameters(supernet, a) for a in drawn])
+        if not 0 <= alpha <= 1:
+            raise DataError(
+                f"Algorithm 2 gives alpha={alpha:.3g} here, which would count a part of a model against it; pass alpha="
+            )
+    if isinstance(alpha, str) or not math.isfinite(alpha):
+        raise DataError(f"alpha={alpha!r} must be a number, or 'label-free'")
+    weight = float(alpha)
 
     def contribution(part: LayerPart, shape: LayerShape) -> float:
         of_attention, of_ffn = table.layers[part.index].parts(shape)
-        return alpha * of_attention + (1 - alpha) * of_ffn
+        return weight * of_attention + (1 - weight) * of_ffn
 
-    return _additive_proxy(supernet, "zerolm", contribution, mode=f"{alpha}{table.parts()}")
+    return _additive_proxy(supernet, "zerolm", contribution, mode=f"{weight}{table.parts()}")
 
 
 def _additive_proxy(

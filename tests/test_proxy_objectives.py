@@ -11,7 +11,17 @@ import torch
 from tiny_models import inputs, space, supernet_of, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_elastic import DataError, ElasticConfig, ElasticLoraConfig, add_lora, extract, make_elastic, objectives, spaces
+from hf_elastic import (
+    DataError,
+    ElasticConfig,
+    ElasticLoraConfig,
+    UnsupportedModelError,
+    add_lora,
+    extract,
+    make_elastic,
+    objectives,
+    spaces,
+)
 from hf_elastic import search_subnets as search
 from hf_elastic.proxies import PROXIES, ZeroLMTable, checkpoint_table, score
 
@@ -23,7 +33,7 @@ SUMS = ("params", "decoder_params", "zerolm")
 def test_a_subnet_scores_what_its_extracted_model_does(family: str, name: str) -> None:
     supernet = supernet_of(family)
     batch = inputs(supernet.base)
-    goal = objectives.proxy(supernet, name, batches=[batch], alpha=0.5)
+    goal = objectives.proxy(supernet, name, batches=batch)
     assert goal.direction == "maximize" and (goal.additive is not None) == (name in SUMS)
     rng = random.Random(0)
     compared = 0
@@ -88,6 +98,35 @@ def test_what_cannot_be_scored_is_said(tmp_path: Any) -> None:
     with pytest.raises(DataError, match="needs batches"):
         objectives.proxy(supernet, "snip")(supernet.space.largest())
     tiny("llama", num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="the table is of 2 layers, the supernet has 3"):
+    with pytest.raises(DataError, match=r"another model: of 2 layers, .* the supernet has 3"):
         objectives.proxy(supernet, "zerolm", table=checkpoint_table(tmp_path))
+    narrow = ZeroLMTable.of_model(tiny("llama", intermediate_size=32))
+    with pytest.raises(DataError, match="the table is of another model"):
+        objectives.proxy(supernet, "zerolm", table=narrow)
+    with pytest.raises(DataError, match="alpha and table are of zerolm, not of snip"):
+        objectives.proxy(supernet, "snip", alpha=0.5)
+    with pytest.raises(DataError, match="must be a number, or 'label-free'"):
+        objectives.proxy(supernet, "zerolm", alpha="half")  # type: ignore[arg-type]
+    with torch.device("meta"):
+        empty = make_elastic(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2)), ElasticConfig(intermediate_size=[0.5]))
+    with pytest.raises(UnsupportedModelError, match=r"meta device; pass table=checkpoint_table"):
+        objectives.proxy(empty, "zerolm")
+
+
+def test_more_of_a_model_scores_more_and_a_guess_that_would_say_otherwise_is_refused() -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=64,
+    )  # fmt: skip
+    space_of = ElasticConfig(num_key_value_heads=[0.5, 0.75, 1.0], intermediate_size=[0.25, 0.5, 1.0])
+    supernet = make_elastic(LlamaForCausalLM(config), space_of)
+    goal = objectives.proxy(supernet, "zerolm")
+    rng = random.Random(0)
+    assert all(goal(supernet.space.sample(rng)) <= goal(supernet.space.largest()) for _ in range(50))
+    try:
+        guessed = objectives.proxy(supernet, "zerolm", alpha="label-free")
+    except DataError as error:
+        assert "would count a part of a model against it" in str(error)
+    else:
+        assert guessed(supernet.space.smallest()) < guessed(supernet.space.largest())
     assert set(SUMS) <= set(PROXIES)

@@ -134,9 +134,12 @@ class Ranking:
         lines.append(aligned([header, *(row.cells() for row in self.rows)]))
         if options.resamples:
             lines.append(f"[95 %]: interval over {options.resamples} bootstrap samples of the architectures")
+        if benchmark.shapes is not None:
+            lines.append("label-free: alpha by Algorithm 2 of ZeroLM, from both parts and params of all rows")
+        if benchmark.shapes is not None and options.labelled > len(benchmark.truth):
+            lines.append(f"fitted: left out, {len(benchmark.truth)} rows are fewer than --labelled {options.labelled}")
         if any(row.alpha_sd is not None for row in self.rows):
             lines += [
-                "label-free: alpha by Algorithm 2 of ZeroLM, from both parts and params of all rows",
                 f"fitted: alpha by Algorithm 1 on {options.labelled} labelled rows, mean +- sd of {options.draws} "
                 "draws; measured on all rows, the labelled ones among them, as in the paper",
             ]
@@ -170,13 +173,11 @@ def rank_benchmark(
         tell: is called with the scores done and to be done.
 
     Raises:
-        DataError: the truth is the same for all or of fewer than three architectures, there are fewer rows than are to
-            be labelled, or nothing to rank.
+        DataError: the truth is the same for all or of fewer than three architectures, or there is nothing to rank.
+            (Where there are fewer rows than are to be labelled, the fitted alpha is left out, and said so.)
     """
     checked_scores(benchmark.truth, name=f"{benchmark.name}: the truth {benchmark.truth_name}")
-    shapes, count = benchmark.shapes, len(benchmark.truth)
-    if shapes is not None and options.labelled > count:
-        raise DataError(f"labelled={options.labelled} is more than the {count} architectures of {benchmark.name}")
+    shapes = benchmark.shapes
     works = _shape_scores(benchmark, shapes, options) if shapes is not None else []
     works += [_stored_score(benchmark, name, options) for name in benchmark.published]
     if not works:
@@ -213,7 +214,7 @@ def _shape_scores(benchmark: BenchmarkRows, shapes: ShapeBatch, options: Ranking
         ranked("zerolm, ffn only", lambda: shapes.zerolm_parts()[1]),
         ranked("zerolm", shapes.zerolm, lambda: DEFAULT_ALPHA),
         ranked("zerolm, label-free", lambda: shapes.zerolm(label_free()), label_free),
-        lambda: _fitted(benchmark, shapes, options),
+        *([lambda: _fitted(benchmark, shapes, options)] if options.labelled <= len(shapes) else []),
     ]
 
 
@@ -244,7 +245,9 @@ def _fitted(benchmark: BenchmarkRows, shapes: ShapeBatch, options: RankingOption
     started = time.perf_counter()
     for draw in range(options.draws):
         rows = np.random.default_rng([options.seed, draw]).choice(count, size=options.labelled, replace=False)
-        alphas.append(fitted_alpha(parts[0][rows], parts[1][rows], benchmark.truth[rows]))
+        drawn = (parts[0][rows], parts[1][rows], benchmark.truth[rows])
+        tied = np.ptp(drawn[2]) == 0 or np.ptp(drawn[0]) == np.ptp(drawn[1]) == 0
+        alphas.append(DEFAULT_ALPHA if tied else fitted_alpha(*drawn))  # rows alike say nothing
     seconds = (time.perf_counter() - started) / options.draws
     for alpha in alphas:
         scores = alpha * parts[0] + (1 - alpha) * parts[1]

@@ -124,6 +124,9 @@ def fitted_alpha(attention: ArrayLike, ffn: ArrayLike, truth: ArrayLike) -> floa
         DataError: as :func:`correlation`.
     """
     parts = _checked_parts(attention, ffn, truth)
+    checked_scores(parts[2], name="the truth")
+    if np.ptp(parts[0]) == 0 and np.ptp(parts[1]) == 0:
+        raise DataError("both parts are the same for all architectures, so no weight of them ranks anything")
     taus = np.array([_tau(alpha * parts[0] + (1 - alpha) * parts[1], parts[2]) for alpha in ALPHAS])
     order = np.lexsort((np.abs(ALPHAS - 0.5), -np.round(taus, 12)))
     return float(ALPHAS[order[:2]].mean())

@@ -244,7 +244,7 @@ def read_lts(path: str | Path, *, truth: str = "valid_ppl") -> BenchmarkRows:
     return BenchmarkRows(
         name=f"LiteTransformerSearch {trained[0].data.get('space', '')}".strip(),
         truth=-np.array([value for _, value in kept]),
-        truth_name=f"-{truth}",
+        truth_name=f"-{truth}" if isinstance(trained[0].data["ppl"], dict) else "-ppl",
         shapes=_batch([_lts_sizes(row) for row in trained]),
         published=published,
         left_out=len(rows) - len(kept),
@@ -252,10 +252,17 @@ def read_lts(path: str | Path, *, truth: str = "valid_ppl") -> BenchmarkRows:
     )
 
 
+_ONE_PERPLEXITY = "valid_ppl"  # what the one number of a row is
+
+
 def _perplexity(row: _Row, name: str) -> float | None:
     held = row.data.get("ppl")
     if isinstance(held, dict):
+        if "ppl" not in name:
+            raise DataError(f"truth {name!r} is no perplexity; there are {', '.join(k for k in held if 'ppl' in k)}")
         return row.part("ppl").number(name) if held.get(name) is not None else None
+    if held is not None and name not in (_ONE_PERPLEXITY, "ppl"):
+        raise DataError(f"{row.where}: ppl is one number, so there is no truth {name!r}; leave it out")
     return row.number("ppl") if held is not None else None
 
 

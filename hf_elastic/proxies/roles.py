@@ -13,7 +13,7 @@ from hf_elastic.families import FAMILIES, Family, family_of, layers_of, submodul
 from hf_elastic.layers import ElasticProjection, SkippableModule
 from hf_elastic.packed_format import is_packed, is_quantised
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     """
     module = module_of(model, name)
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in _FLOATS:  # noqa: PLR2004
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in FLOATS:  # noqa: PLR2004
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) holds no matrix of floats to score; unpack a quantised model first"
         )

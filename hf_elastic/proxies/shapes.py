@@ -99,12 +99,16 @@ class ShapeBatch:
         Args:
             sigma: standard deviation of all matrices, where the batch has none of its own. It scales all scores alike.
         """
+        if not 0 < sigma < np.inf:
+            raise DataError(f"sigma={sigma!r} must be a finite number above 0")
         parts = ((self.attention, self.attention_std), (self.ffn, self.ffn_std))
         attention, ffn = (_expected(sizes, sigma if std is None else std) for sizes, std in parts)
         return attention, ffn
 
     def zerolm(self, alpha: float = DEFAULT_ALPHA, *, sigma: float = 1.0) -> Floats:
         """``alpha S_attention + (1 - alpha) S_ffn``, ``(N,)``, of :meth:`zerolm_parts`."""
+        if not np.isfinite(alpha):
+            raise DataError(f"alpha={alpha!r} must be a finite number")
         attention, ffn = self.zerolm_parts(sigma=sigma)
         return alpha * attention + (1 - alpha) * ffn
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hf_elastic.errors import CheckpointError, UnsupportedModelError
 from hf_elastic.families import Family
+from hf_elastic.proxies.roles import FLOATS
 from hf_elastic.proxies.zerolm_table import Floats, Projection, ZeroLMTable, projections_of, slice_energies, table_of
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -64,7 +65,7 @@ def skeleton(source: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, local_files_only=True, **_HUB)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModel.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises whatever its parts raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"no checkpoint can be read from {source}: {reason}") from error
     return model
@@ -107,9 +108,12 @@ def _cached(source: str | Path, name: str) -> Path | None:
 
 def _find(name: str, places: dict[str, Path], *, source: str | Path) -> tuple[Path, str]:
     """File and name of a weight; a model with a head stores its body under a prefix."""
-    for key, file in places.items():
-        if key == name or key.endswith(f".{name}"):
-            return file, key
+    found = [name] if name in places else [key for key in places if key.endswith(f".{name}")]
+    found = [key for key in found if key.count(".") == min(other.count(".") for other in found)]
+    if len(found) > 1:
+        raise CheckpointError(f"{source} has several weights that may be {name!r}: {', '.join(found[:3])}")
+    if found:
+        return places[found[0]], found[0]
     packed = f"{name}_packed"
     if any(key == packed or key.endswith(f".{packed}") for key in places):
         raise UnsupportedModelError(f"{source} holds packed integers; load it, unpack_ it, use ZeroLMTable.of_model")
@@ -130,7 +134,8 @@ def _energies(tensors: Any, key: str, projection: Projection) -> Floats:
     blocks: list[Floats] = []
     for start in range(0, rows, step):
         block: Tensor = stored[start : min(rows, start + step)]
-        if not block.is_floating_point():
-            raise UnsupportedModelError(f"{key} holds integers; load the model, and use ZeroLMTable.of_model")
+        if block.dtype not in FLOATS:
+            kind = str(block.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(f"{key} holds {kind}; load the model in floats, and use ZeroLMTable.of_model")
         blocks.append(slice_energies(block, dim=projection.dim))
     return np.concatenate(blocks) if projection.dim == 0 else np.sum(blocks, axis=0)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_elastic.errors import DataError
+from hf_elastic.errors import DataError, UnsupportedModelError
 from hf_elastic.families import Family, layers_of
 from hf_elastic.parts import LayerShape
 from hf_elastic.proxies.roles import row_of, weight_of
@@ -128,6 +128,10 @@ class ZeroLMTable:
             DataError: a weight is not finite.
         """
         weights = projections_of(model, family)
+        if any(found.weight.is_meta for found in weights.values()):
+            raise UnsupportedModelError(
+                "the weights are on the meta device; pass table=checkpoint_table(...), or ZeroLMTable.expected(model)"
+            )
         return table_of(model, {n: slice_energies(p.weight.detach(), dim=p.dim) for n, p in weights.items()}, family)
 
     @classmethod
@@ -149,6 +153,12 @@ class ZeroLMTable:
             shape = found.weight.shape
             energies[name] = np.full(shape[found.dim], deviation**2 * shape[1 - found.dim])
         return table_of(model, energies, family)
+
+    @property
+    def sizes(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        """Units, the size of one, and the other side of every matrix, layer by layer: what a model has to fit."""
+        prefixes = ((*layer.queries, *layer.keys, *layer.ffn) for layer in self.layers)
+        return tuple(tuple((p.units, p.size, p.other) for p in layer) for layer in prefixes)
 
     def parts(self, shapes: tuple[LayerShape, ...] | None = None) -> tuple[float, float]:
         """``S_attention`` and ``S_ffn`` of a subnet, or of the whole model."""

@@ -110,6 +110,13 @@ def test_algorithm_2_is_its_equations(seed: int) -> None:
     assert label_free_alpha(a, f, p) == pytest.approx(strength + (1 if phi > ap else -1) * phi)
 
 
+def test_algorithm_1_refuses_what_ranks_nothing() -> None:
+    with pytest.raises(he.DataError, match="the truth are ties only"):
+        fitted_alpha([1.0, 2.0, 3.0], [2.0, 1.0, 3.0], [1.0, 1.0, 1.0])
+    with pytest.raises(he.DataError, match="both parts are the same"):
+        fitted_alpha([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.0, 2.0, 3.0])
+
+
 def test_algorithm_2_gives_a_number_where_a_part_never_changes() -> None:
     assert label_free_alpha([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 0.5
     with pytest.raises(he.DataError, match="not finite"):

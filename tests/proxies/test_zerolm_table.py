@@ -148,7 +148,8 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     [
         (lambda w: w.half().fill_(float("inf")), he.DataError, "not finite"),
         (lambda w: w[:3].clone(), he.CheckpointError, "its config says"),
-        (lambda w: w.to(torch.int8), he.UnsupportedModelError, "holds integers"),
+        (lambda w: w.to(torch.int8), he.UnsupportedModelError, "holds int8"),
+        (lambda w: w.to(torch.float8_e4m3fn), he.UnsupportedModelError, "holds float8_e4m3fn"),
     ],
 )
 def test_weights_that_cannot_be_scored_are_named(change, error, message, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -158,6 +159,25 @@ def test_weights_that_cannot_be_scored_are_named(change, error, message, tmp_pat
     state["model.layers.1.mlp.up_proj.weight"] = change(state["model.layers.1.mlp.up_proj.weight"])
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(error, match=message):
+        checkpoint_table(tmp_path)
+
+
+def test_the_body_is_found_beside_another_one(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    drafts = {f"draft.{name}": torch.zeros_like(tensor) for name, tensor in state.items() if ".layers." in name}
+    save_file({**drafts, **state}, file, metadata={"format": "pt"})
+    assert checkpoint_table(tmp_path).parts() == pytest.approx(ZeroLMTable.of_model(model).parts())
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "abc"}, {"hidden_size": -4}, {"num_attention_heads": 0}])
+def test_a_damaged_config_is_named(change: dict[str, object], tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stated, **change}))
+    with pytest.raises(he.CheckpointError, match="no checkpoint can be read"):
         checkpoint_table(tmp_path)
 
 
