@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -318,13 +318,11 @@ def proxy(
         raise DataError(f"alpha and table are of zerolm, not of {name}; leave them out")
     if name == "zerolm":
         return _zerolm(supernet, alpha, table if table is not None else ZeroLMTable.of_model(supernet.base))
+    if name in ("params", "decoder_params"):
+        counted = total_parameters(supernet) if name == "params" else parameters(supernet)
+        return replace(counted, name=name, direction="maximize")
     if name in _SIZES:
-        contribution, constant = _SIZES[name], 0.0
-        if name in ("params", "decoder_params"):
-            embeddings_too = name == "params"
-            whole = (costs.total_parameters if embeddings_too else costs.parameters)(supernet, supernet.space.largest())
-            constant = whole - sum(contribution(part, part.full) for part in supernet.layer_parts)
-        return _additive_proxy(supernet, name, contribution, constant=constant)
+        return _additive_proxy(supernet, name, _SIZES[name])
     if name not in PROXIES:
         raise DataError(f"there is no proxy {name!r}; known: {', '.join(PROXIES)}")
     data = [_on_device(batch, supernet.model) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
@@ -340,8 +338,6 @@ def proxy(
 
 _ALPHA_SAMPLES = 200
 _SIZES: Mapping[str, OfLayer] = {
-    "params": lambda part, shape: -costs.removed_parameters(part, shape),
-    "decoder_params": lambda part, shape: -costs.removed_parameters(part, shape),
     "depth": lambda part, shape: float(not shape.skipped),
     "width_depth": lambda part, shape: float(part.hidden_size * (not shape.skipped)),
 }
@@ -376,19 +372,17 @@ def _zerolm(supernet: Supernet, given: float | str | None, table: ZeroLMTable) -
     return _additive_proxy(supernet, "zerolm", contribution, mode=f"{weight}{table.parts()}")
 
 
-def _additive_proxy(
-    supernet: Supernet, name: str, contribution: OfLayer, *, constant: float = 0.0, mode: str = ""
-) -> Objective:
+def _additive_proxy(supernet: Supernet, name: str, contribution: OfLayer, *, mode: str = "") -> Objective:
     """A proxy that is a sum over layers; its table is its definition."""
 
     def total(architecture: Architecture) -> float:
         shapes = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
-        return constant + math.fsum(contribution(part, shape) for part, shape in shapes)
+        return math.fsum(contribution(part, shape) for part, shape in shapes)
 
     digest = hashlib.sha256(repr((name, mode, supernet.layer_order, total(supernet.space.largest()))).encode())
     return Objective(
         name, total, "maximize", related=lambda: related_costs(supernet), fingerprint=digest.hexdigest(),
-        additive=layer_table(supernet, contribution, constant=constant),
+        additive=layer_table(supernet, contribution),
     )  # fmt: skip
 
 

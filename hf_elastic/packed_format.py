@@ -155,7 +155,7 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
         for key in known:
             state.pop(prefix + key, None)
         # In half precision the compressor's own division would round some weights to the integer beside theirs.
-        local = {"weight": grid.nearest(module.weight).float(), SCALE: grid.scale.float(), ZERO: grid.zero}
+        local = {"weight": module.weight.detach().float(), SCALE: grid.scale.float(), ZERO: grid.zero}
         compressor: Any = BaseCompressor.get_value_from_registry(_format(scheme))
         packed = {**compressor.compress(local, scheme), SCALE: grid.scale}
         if not torch.equal(_stored_integers(packed, scheme), grid.integers(module.weight)):
@@ -168,10 +168,14 @@ def _stored_integers(packed: dict[str, Tensor], scheme: Any) -> Tensor:
     """The integers ``(O, I)`` of a layer as a file holds them."""
     if "weight_packed" not in packed:
         return packed["weight"]
+    shape = torch.Size(packed["weight_shape"].tolist())
+    return _from_int32(packed["weight_packed"], int(scheme.weights.num_bits), shape)
+
+
+def _from_int32(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    shape = torch.Size(packed["weight_shape"].tolist())
-    found: Tensor = unpack_from_int32(packed["weight_packed"], int(scheme.weights.num_bits), shape)
+    found: Tensor = unpack_from_int32(packed, bits, shape)
     return found
 
 
@@ -258,13 +262,10 @@ def _weights_in(tensors: Any, *, bits: set[int]) -> Iterator[tuple[str, Tensor]]
 
 
 def _unpacked(tensors: Any, name: str, *, bits: set[int]) -> Tensor:
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
     shape = torch.Size(tensors.get_tensor(name.removesuffix("_packed") + "_shape").tolist())
     packed = tensors.get_tensor(name)
     width = round(packed.shape[1] * 32 / shape[1]) if len(bits) != 1 else next(iter(bits))
-    found: Tensor = unpack_from_int32(packed, width, shape)
-    return found
+    return _from_int32(packed, width, shape)
 
 
 def _shifted(tensors: Any, name: str, names: set[str]) -> Tensor:

@@ -473,4 +473,4 @@ def _recognise(
         check_base(config.trained_on, bases, layers=layers, model=model, kept=config)
         return
     configs[adapter] = copy.copy(config)
-    configs[adapter].trained_on = described_base(bases, layers=layers, model=model)
+    configs[adapter].trained_on = described_base(bases, layers=layers, model=model, kept=config)

@@ -82,30 +82,39 @@ def _alternatives(pattern: str) -> list[str]:
 
 
 def described_base(
-    bases: Mapping[str, nn.Module], *, layers: Sequence[LayerPart] = (), model: nn.Module | None = None
+    bases: Mapping[str, nn.Module],
+    *,
+    layers: Sequence[LayerPart] = (),
+    model: nn.Module | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Writes down what adapters are trained on, so that another base is noticed.
 
-    Entries of some adapted weights, from the first to the last, and of the embeddings; how many zeros the adapted
-    weights have; their precision; a digest of scales and of many integers where they carry grids; the base's space.
+    Entries of some adapted weights, from the first to the last, and of the embeddings; their precision; the base's
+    space; and of what a merge is to keep, how many zeros the adapted weights have, and a digest of scales and integers.
 
     Args:
         bases: adapted modules by name.
         layers: elastic layers of the base.
         model: what they stand in.
+        kept: says what merging is to keep.
     """
     names = list(bases)
     chosen = sorted({round(i * (len(names) - 1) / max(1, _MODULES - 1)) for i in range(_MODULES)} if names else ())
     weights = {name: bases[name].get_parameter("weight") for name in names}
     floats = [w for w in weights.values() if w.is_floating_point() and not w.is_meta]
     return {
-        "space": SearchSpace(join_choices(part.choices for part in layers)).digest if layers else None,
+        "space": _space(layers),
         "weights": {names[place]: _sample(weights[names[place]]) for place in chosen},
         "embeddings": {} if model is None else {n: _sample(m.weight) for n, m in _embeddings(model).items()},
-        "zeros": sum(int((w == 0).sum()) for w in floats),
         "dtype": str(floats[0].dtype).removeprefix("torch.") if floats else None,
-        "integers": _digest(bases),
+        "zeros": sum(int((w == 0).sum()) for w in floats) if kept is not None and kept.sparse else None,
+        "integers": _digest(bases) if kept is not None and kept.quantization_aware else None,
     }
+
+
+def _space(layers: Sequence[LayerPart]) -> str | None:
+    return SearchSpace(join_choices(part.choices for part in layers)).digest if layers else None
 
 
 def check_base(
@@ -139,10 +148,9 @@ def check_base(
         other = len(ours) != len(theirs) or math.dist(ours, theirs) > _TOLERANCE * math.hypot(*theirs)
         if theirs and ours and other:
             raise CheckpointError(f"the adapters were trained on another base: its {name} has other weights")
-    if kept is not None:
+    if kept is not None and (kept.sparse or kept.quantization_aware):
         _check_what_is_kept(known, bases, kept)
-    found = described_base({}, layers=layers)
-    if known["space"] != found["space"]:
+    if known["space"] != _space(layers):
         raise CheckpointError(
             "the adapters were trained in another space of their base; make the base elastic with the ElasticConfig "
             "that they were trained with, before they are put onto it"
@@ -154,7 +162,7 @@ def _check_what_is_kept(known: Mapping[str, Any], bases: Mapping[str, nn.Module]
     weights = [module.get_parameter("weight") for module in bases.values()]
     if any(weight.is_meta for weight in weights):
         return
-    found = described_base(bases)
+    found = described_base(bases, kept=kept)
     # In half precision the smallest weights may become zero.
     if kept.sparse and abs(found["zeros"] - known["zeros"]) > _NEW_ZEROS * sum(w.numel() for w in weights):
         raise CheckpointError(

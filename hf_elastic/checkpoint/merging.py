@@ -13,7 +13,8 @@ from hf_elastic.parts import AdapterPart
 from hf_elastic.quantgrid import pruned_share
 from hf_elastic.supernet import Supernet
 
-_SPARSE = 0.01  # share of zeros from which on a weight counts as sparse: a few zeros are there by chance
+SPARSE = 0.01
+"""Share of zeros from which on a weight counts as sparse: a few zeros are there by chance."""
 
 
 def check_merge(supernet: Supernet, merge: bool | None, *, form: str, allow_dense: bool) -> None:
@@ -54,7 +55,7 @@ def _check_kept(part: AdapterPart, name: str, *, allow_dense: bool) -> None:
     """Refuses a merge that would lose the integers or the zeros of its base."""
     if part.quantization_aware:  # zeros that are there by rounding are not the user's
         pruned = 0.0 if part.sparse or allow_dense else pruned_share(part.base, name=name)
-        if pruned >= _SPARSE:
+        if pruned >= SPARSE:
             raise ExportError(
                 f"{name} had {pruned:.0%} zeros before it was quantised and its adapter was trained without "
                 "sparse=True: merging fills them; train with sparse=True too, or say allow_dense=True"
@@ -67,7 +68,7 @@ def _check_kept(part: AdapterPart, name: str, *, allow_dense: bool) -> None:
         )
     weight = part.base.get_parameter("weight")
     zeros = float((weight == 0).float().mean())
-    if not part.sparse and not allow_dense and zeros >= _SPARSE:
+    if not part.sparse and not allow_dense and zeros >= SPARSE:
         raise ExportError(
             f"{name} has {zeros:.0%} zeros and its adapter was trained without sparse=True: merging would fill them; "
             "use extract_adapter, train with sparse=True, or say allow_dense=True"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_elastic.adapters import load_adapter
 from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.companions import copy_companions
+from hf_elastic.checkpoint.merging import SPARSE
 from hf_elastic.compression import quantize_, sparsify_, sparsity_of
 from hf_elastic.errors import CheckpointError, CompressionError
 from hf_elastic.files import read_json, whole_folder
@@ -60,10 +61,7 @@ def has_zeros(model: PreTrainedModel) -> bool:
     """Whether a share of the weights is zero by pruning, which a merge is to keep."""
     layers = quantised_layers(model)
     shares = [pruned_share(module, name=name) for name, module in layers.items()] or [sparsity_of(model).share]
-    return max(shares) >= _SPARSE
-
-
-_SPARSE = 0.01
+    return max(shares) >= SPARSE
 
 
 @dataclass(frozen=True)

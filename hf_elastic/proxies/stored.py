@@ -52,7 +52,7 @@ def checkpoint_table(source: str | Path, *, family: Family | None = None) -> Zer
                 energies |= {name: _energies(tensors, key, wanted[name]) for name, key in keys}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}); copy it again") from error
-    return table_of(model, energies, family)
+    return table_of(model, wanted, energies, family=family)
 
 
 def skeleton(source: str | Path) -> PreTrainedModel:

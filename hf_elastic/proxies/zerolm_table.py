@@ -132,7 +132,8 @@ class ZeroLMTable:
             raise UnsupportedModelError(
                 "the weights are on the meta device; pass table=checkpoint_table(...), or ZeroLMTable.expected(model)"
             )
-        return table_of(model, {n: slice_energies(p.weight.detach(), dim=p.dim) for n, p in weights.items()}, family)
+        energies = {name: slice_energies(found.weight.detach(), dim=found.dim) for name, found in weights.items()}
+        return table_of(model, weights, energies, family=family)
 
     @classmethod
     def expected(cls, model: PreTrainedModel, *, family: Family | None = None) -> ZeroLMTable:
@@ -147,12 +148,12 @@ class ZeroLMTable:
         row = row_of(model.config.model_type, family)
         sigma = float(getattr(model.config, "initializer_range", 0.02))
         scaled = sigma / np.sqrt(2 * model.config.num_hidden_layers) if row.fused else sigma
-        energies = {}
-        for name, found in projections_of(model, family).items():
+        projections, energies = projections_of(model, family), {}
+        for name, found in projections.items():
             deviation = scaled if found.inward else sigma
             shape = found.weight.shape
             energies[name] = np.full(shape[found.dim], deviation**2 * shape[1 - found.dim])
-        return table_of(model, energies, family)
+        return table_of(model, projections, energies, family=family)
 
     @property
     def sizes(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
@@ -211,12 +212,18 @@ def _paths(row: Family) -> tuple[str, ...]:
     return tuple(dict.fromkeys((row.query, row.key, row.value, row.attention_out, *row.ffn_in, row.ffn_out)))
 
 
-def table_of(model: PreTrainedModel, energies: Mapping[str, Floats], family: Family | None = None) -> ZeroLMTable:
-    """Assembles a table from the squared norms of each matrix's slices along its ``dim``, by module name."""
+def table_of(
+    model: PreTrainedModel,
+    projections: Mapping[str, Projection],
+    energies: Mapping[str, Floats],
+    *,
+    family: Family | None = None,
+) -> ZeroLMTable:
+    """Assembles a table from :func:`projections_of`, and the squared norms of their slices along ``dim``, by name."""
     row = row_of(model.config.model_type, family)
     layers = layers_of(model, row)
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    others = {name: found.weight.shape[1 - found.dim] for name, found in projections_of(model, family).items()}
+    others = {name: found.weight.shape[1 - found.dim] for name, found in projections.items()}
     scores = []
     for index, layer in enumerate(layers):
         names = {path: f"{prefix}.{index}.{path}" for path in _paths(row)}
