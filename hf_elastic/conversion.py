@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_elastic.blocks import ROLES, make_block_parts
 from hf_elastic.declaration import ElasticConfig, resolve_sizes, skip_kinds
 from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import Family, family_of, layers_of, submodule
@@ -20,16 +21,19 @@ from hf_elastic.supernet import Supernet
 DEPTH = "num_hidden_layers"
 
 
-def make_elastic(model: PreTrainedModel, config: ElasticConfig, *, family: Family | None = None) -> Supernet:
+def make_elastic(
+    model: PreTrainedModel, config: ElasticConfig | None = None, *, family: Family | None = None
+) -> Supernet:
     """Makes dimensions of a stock model switchable, in place, and returns the handle.
 
     No weight changes and no parameter is renamed; the largest architecture, active afterwards, gives
-    bit-identical logits.
+    bit-identical logits. An ``elastic_bert`` or ``elastic_gpt2`` model needs no config: the choice is the block of each
+    layer, out of ``candidate_blocks`` of the model's own config, or the only one.
 
     Args:
         model: a BERT, RoBERTa, DistilBERT, LLaMA, Qwen2, Qwen3, Mistral or GPT-2 model as ``from_pretrained``
-            returned it, with any head.
-        config: which dimensions become choices.
+            returned it, with any head; or an ``elastic_bert`` or ``elastic_gpt2`` one.
+        config: which dimensions of a stock model become choices.
         family: a row for a model type we lack; prove it with ``hf_elastic.testing.check_family``.
 
     Raises:
@@ -38,6 +42,10 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig, *, family: Famil
         SpaceError: a size is larger than the model, heads do not divide, or nothing is left to choose.
     """
     _check_model(model)
+    if config is None and model.config.model_type in ROLES:
+        for part in make_block_parts(model):
+            make_part_holder(part.layer, [part])
+        return Supernet(model)
     if not isinstance(config, ElasticConfig):
         raise SpaceError(f"config is a {type(config).__name__}, expected ElasticConfig(intermediate_size=[...], ...)")
     row = _with_static_class(family_of(model, family), model)

@@ -8,27 +8,33 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hf_elastic import costs
+from hf_elastic.blocks import BlockPart
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
-from hf_elastic.tables.additive import OfAdapter, OfLayer, layer_table
-from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, layer_memory, memory_bytes
+from hf_elastic.tables.additive import OfAdapter, OfBlock, OfLayer, layer_table
+from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, block_memory, layer_memory, memory_bytes
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
 
 
 def parameters(supernet: Supernet) -> Objective:
     """Parameters without embeddings, see :func:`hf_elastic.costs.parameters`."""
-    return _cost(supernet, "parameters", lambda a: costs.parameters(supernet, a), layer=_added_parameters)
+    return _cost(supernet, "parameters", lambda a: costs.parameters(supernet, a), layer=_added_parameters, block=_held)
 
 
 def total_parameters(supernet: Supernet) -> Objective:
     """Parameters with embeddings, see :func:`hf_elastic.costs.total_parameters`."""
-    return _cost(supernet, "total_parameters", lambda a: costs.total_parameters(supernet, a), layer=_added_parameters)
+    count = costs.total_parameters
+    return _cost(supernet, "total_parameters", lambda a: count(supernet, a), layer=_added_parameters, block=_held)
 
 
 def _added_parameters(part: LayerPart, shape: LayerShape) -> int:
     return -costs.removed_parameters(part, shape)
+
+
+def _held(part: BlockPart, block: str) -> int:
+    return part.parameters(block)
 
 
 def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
@@ -39,6 +45,7 @@ def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size:
         lambda a: costs.macs(supernet, a, seq_len=seq_len, batch_size=batch_size),
         arguments=(seq_len, batch_size),
         layer=lambda part, shape: batch_size * costs.layer_macs(part, shape, seq_len=seq_len),
+        block=lambda part, block: batch_size * part.macs(block, seq_len=seq_len),
     )
 
 
@@ -93,6 +100,7 @@ def memory(
         lambda a: memory_bytes(supernet, a, workload=workload, dtype=dtype),
         arguments=(workload, dtype),
         layer=lambda part, shape: layer_memory(supernet, part, shape, workload=workload, dtype=dtype),
+        block=lambda part, block: block_memory(supernet, part, block, workload=workload, dtype=dtype),
     )
 
 
@@ -142,19 +150,22 @@ def _cost(
     *,
     arguments: Sequence[object] = (),
     layer: OfLayer | None = None,
+    block: OfBlock | None = None,
     adapter: OfAdapter | None = None,
     unit: str = "",
 ) -> Objective:
-    """A cost; ``layer`` and ``adapter`` are what one of them adds to it, up to a constant."""
+    """A cost; ``layer``, ``block`` and ``adapter`` are what one of them adds to it, up to a constant."""
     extremes = (supernet.space.largest(), supernet.space.smallest())
     family = supernet.base.config.model_type
-    depends_on = (name, tuple(arguments), family, supernet.layer_order, [function(point) for point in extremes])
+    sizes = (supernet.layer_order, [part.choices for part in supernet.block_parts])
+    depends_on = (name, tuple(arguments), family, sizes, [function(point) for point in extremes])
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     table = None
-    if layer is not None or adapter is not None:
+    if layer is not None or adapter is not None or block is not None:
         largest = sum(layer(part, part.full) for part in supernet.layer_parts) if layer else 0
         largest += sum(adapter(part, extremes[0]) for part in supernet.adapter_parts) if adapter else 0
-        table = layer_table(supernet, layer, adapter=adapter, constant=function(extremes[0]) - largest)
+        largest += sum(block(part, part.chosen(extremes[0])) for part in supernet.block_parts) if block else 0
+        table = layer_table(supernet, layer, block=block, adapter=adapter, constant=function(extremes[0]) - largest)
     return Objective(
         name, function, cost=True, unit=unit, related=lambda: related_costs(supernet), additive=table,
         fingerprint=digest,
@@ -163,6 +174,7 @@ def _cost(
 
 def related_costs(supernet: Supernet) -> dict[str, Objective]:
     """The costs that ``within=`` may name for any search over a supernet (MACs at 128 tokens)."""
-    made = [parameters(supernet), total_parameters(supernet), macs(supernet)] if supernet.layer_parts else []
+    made = [parameters(supernet), total_parameters(supernet), macs(supernet)]
+    made = made if supernet.layer_parts or supernet.block_parts else []
     made += [adapter_parameters(supernet), adapter_macs(supernet)] if supernet.adapter_parts else []
     return {objective.name: objective for objective in made}

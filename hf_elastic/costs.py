@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 LATENCY_TOKENS = 128
 """Tokens at which MACs are stated and latency is measured; the latter with fewer where a model has fewer positions."""
+BLOCK_HEADS = ("pooler.dense", "classifier", "score")
+"""Linears outside the layers of a static model that see one token of a sequence."""
 _LOADABILITY_SAMPLES = 500
 _PRINT_LATENCY_LIMIT = 500_000_000  # parameters: above, one CPU forward takes seconds
 
@@ -51,7 +53,10 @@ def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
     """
     supernet.space.validate(architecture)
     largest = sum(p.numel() for p in _plain_parameters(supernet))
-    return largest - sum(removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
+    blocks = sum(
+        own.numel() for part in supernet.block_parts for own in part.layer.parameters()
+    ) - sum(part.parameters(part.chosen(architecture)) for part in supernet.block_parts)
+    return largest - blocks - sum(removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
 
 
 def _plain_parameters(supernet: Supernet) -> Iterable[nn.Parameter]:
@@ -97,6 +102,7 @@ def macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_
     """
     supernet.space.validate(architecture)
     layers = sum(layer_macs(p, p.shape(architecture), seq_len=seq_len) for p in supernet.layer_parts)
+    layers += sum(p.macs(p.chosen(architecture), seq_len=seq_len) for p in supernet.block_parts)
     return batch_size * (layers + fixed_macs(supernet, seq_len=seq_len))
 
 
@@ -125,10 +131,11 @@ def kv_cache_bytes(
         ArchitectureError: the architecture is not a point of the space.
     """
     supernet.space.validate(architecture)
-    if not supernet.family.causal:
+    if not supernet.causal:
         return 0
     size = (dtype or supernet.base.dtype).itemsize
-    values = 0
+    blocks = supernet.block_shapes(architecture)
+    values = sum(2 * shape.num_attention_heads * shape.head_dim * seq_len for shape in blocks)
     shapes = supernet.layer_shapes(architecture)
     empty = all(shape.skipped for shape in shapes)
     for part, shape in zip(supernet.layer_parts, shapes, strict=True):
@@ -175,14 +182,15 @@ def layer_macs(part: LayerPart, shape: LayerShape, *, seq_len: int) -> int:
 
 def fixed_macs(supernet: Supernet, *, seq_len: int) -> int:
     """MACs outside the layers (output head, pooler, classifier), for one sequence of ``seq_len`` tokens."""
-    row = supernet.family
-    inside = {id(m) for part in supernet.layer_parts for m in part.layer.modules()}
+    one_token_heads = BLOCK_HEADS if supernet.block_parts else supernet.family.one_token_heads
+    layers = [part.layer for part in supernet.layer_parts] + [part.layer for part in supernet.block_parts]
+    inside = {id(module) for layer in layers for module in layer.modules()}
     every_token = "TokenClassification" in type(supernet.base).__name__
     total = 0
     for name, module in supernet.plain_modules():
         if id(module) in inside or not isinstance(module, nn.Linear):
             continue
-        one_token = not every_token and any(name == h or name.endswith("." + h) for h in row.one_token_heads)
+        one_token = not every_token and any(name == h or name.endswith("." + h) for h in one_token_heads)
         total += (1 if one_token else seq_len) * module.in_features * module.out_features
     return total
 
@@ -284,7 +292,7 @@ def describe(supernet: Supernet) -> str:
     """What ``print(supernet)`` shows: size of the space, costs, latency, shares of each loadability."""
     space = supernet.space
     low, high = space.smallest(), space.largest()
-    if not supernet.layer_parts:
+    if not (supernet.layer_parts or supernet.block_parts):
         lines = [f"{type(supernet.base).__name__} with elastic adapters", _size_line(space), *_adapter_line(supernet)]
         return "\n".join([*lines, _active_line(supernet)])
     tokens = LATENCY_TOKENS
@@ -295,7 +303,7 @@ def describe(supernet: Supernet) -> str:
     small_macs, large_macs = macs(supernet, low, seq_len=tokens), macs(supernet, high, seq_len=tokens)
     return "\n".join(
         [
-            f"{type(supernet.base).__name__} supernet ({supernet.family.model_type})",
+            f"{type(supernet.base).__name__} supernet ({supernet.base.config.model_type})",
             _size_line(space),
             f"  parameters     {count(small)} to {count(large)} without embeddings "
             f"({small / large:.0%} to 100%), plus {count(embedding_parameters(supernet))} in embeddings",

@@ -17,7 +17,8 @@ from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.families import FAMILIES
 from hf_elastic.files import read_json
 from hf_elastic.packed_format import stated_quantisation, stored_weights
-from hf_elastic.supernet import SPACE_FILE, Supernet
+from hf_elastic.supernet import Supernet
+from hf_elastic.supernet_folder import SPACE_FILE
 
 Row = Mapping[str, Any]
 

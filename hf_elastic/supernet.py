@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_elastic import costs
 from hf_elastic.activation import Activation, adapter_names
+from hf_elastic.blocks import BlockPart, BlockShape, blocks_loadability
 from hf_elastic.errors import (
     ActivationError,
     ArchitectureError,
@@ -24,7 +24,7 @@ from hf_elastic.errors import (
     UnsupportedModelError,
 )
 from hf_elastic.families import FAMILIES, Family
-from hf_elastic.files import file_digest, read_json, whole_folder, write_json
+from hf_elastic.files import file_digest, whole_folder, write_json
 from hf_elastic.layers import PartHolder, Region, plain_children, without_wrappers
 from hf_elastic.parts import (
     AdapterPart,
@@ -37,10 +37,18 @@ from hf_elastic.parts import (
     shapes_loadability,
 )
 from hf_elastic.space import Architecture, SearchSpace, Value
+from hf_elastic.supernet_folder import (
+    FORMAT,
+    SPACE_FILE,
+    can_be_read,
+    class_named,
+    load_model,
+    parent_of,
+    read_record,
+    save_generation_config,
+)
 
-SPACE_FILE = "search_space.json"
 ADAPTER_FOLDER = "adapter"
-FORMAT = 1
 
 
 class Supernet:
@@ -113,6 +121,12 @@ class Supernet:
     def refresh_space(self) -> None:
         """Joins the choices of the parts again, after the order of layers changed their conditions."""
         self._state.space = self._joined()
+
+    def resized(self) -> None:
+        """Joins the choices again after sizes of blocks changed; where the largest was active, the largest now is."""
+        was_largest = self.active == self.space.largest()
+        self.refresh_space()
+        self._restore(self.space.largest() if was_largest else self._carried(self.active))
 
     def _joined(self) -> SearchSpace:
         return SearchSpace(join_choices(part.choices for part in self.parts))
@@ -239,6 +253,11 @@ class Supernet:
         return tuple(part for part in self.parts if isinstance(part, LayerPart))
 
     @property
+    def block_parts(self) -> tuple[BlockPart, ...]:
+        """The parts that are a choice between candidate blocks, in order."""
+        return tuple(part for part in self.parts if isinstance(part, BlockPart))
+
+    @property
     def adapter_parts(self) -> tuple[AdapterPart, ...]:
         """The parts that are adapters on a projection, in order."""
         return self._state.adapter_parts
@@ -300,12 +319,21 @@ class Supernet:
         Raises:
             UnsupportedModelError: the model has no elastic layers (only adapters or routers).
         """
+        if self.block_parts:
+            raise UnsupportedModelError(
+                "the layers of this model are candidate blocks, which have no family row; extract a subnet and use that"
+            )
         if not self.layer_parts:
             raise UnsupportedModelError(
                 "the model has no elastic layers, only adapters; call hf_elastic.make_elastic on the model before "
                 "get_peft_model to choose widths, heads or layers too"
             )
         return self.layer_parts[0].family
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model decodes left to right and fills a KV cache."""
+        return self.block_parts[0].roles.causal if self.block_parts else self.family.causal
 
     def layer_shapes(self, architecture: Architecture) -> tuple[LayerShape, ...]:
         """Static shape of every layer in an architecture.
@@ -315,6 +343,15 @@ class Supernet:
         """
         self.space.validate(architecture)
         return tuple(part.shape(architecture) for part in self.layer_parts)
+
+    def block_shapes(self, architecture: Architecture) -> tuple[BlockShape, ...]:
+        """The block of every layer in an architecture, with its sizes as they are now.
+
+        Raises:
+            ArchitectureError: the architecture is not a point of this space.
+        """
+        self.space.validate(architecture)
+        return tuple(part.shape(architecture) for part in self.block_parts)
 
     def loadability(self, architecture: Architecture) -> Loadability:
         """What the architecture needs to load once exported; known before any search or training.
@@ -328,6 +365,8 @@ class Supernet:
             ArchitectureError: the architecture is not a point of this space.
         """
         shapes = self.layer_shapes(architecture)
+        if self.block_parts:
+            return blocks_loadability(self.block_shapes(architecture), self.base.config)
         if not shapes:
             return "stock"  # only adapters are elastic, so the model's shapes are the parent's
         return shapes_loadability(
@@ -359,11 +398,12 @@ class Supernet:
                 generation config; nothing is left half-written.
         """
         config = self.base.__dict__.get("_hf_elastic_config")
-        if config is None:
+        if config is None and not self._saves_itself():
             raise CheckpointError(
                 f"this handle on a {type(self.model).__name__} holds no ElasticConfig, so it cannot be saved; save the "
                 "supernet that make_elastic returned, and adapters by the PeftModel's own save_pretrained"
             )
+        own = self.block_parts or self.layer_parts
         with whole_folder(directory, overwrite=overwrite) as folder:
             save_generation_config(self.base, folder)
             with self.activate(self.space.largest()):
@@ -374,14 +414,18 @@ class Supernet:
             record = {
                 "format": FORMAT,
                 "class": type(self.base).__name__,
-                "elastic_config": config.to_dict(),
-                "family": None if self.family in FAMILIES else self.family.to_dict(),
+                "elastic_config": None if config is None else config.to_dict(),
+                "family": None if config is None or self.family in FAMILIES else self.family.to_dict(),
                 "layer_order": list(self.layer_order),
-                "parent": _parent_of(self.base),
-                "space_digest": SearchSpace(join_choices(part.choices for part in self.layer_parts)).digest,
+                "parent": parent_of(self.base),
+                "space_digest": SearchSpace(join_choices(part.choices for part in own)).digest,
                 "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
             }
             write_json(folder / SPACE_FILE, record)
+
+    def _saves_itself(self) -> bool:
+        """Whether the model's config says the space: every layer has candidates, of which it keeps the sizes."""
+        return bool(self.block_parts) and self.base.config.candidate_blocks is not None
 
     @classmethod
     def from_pretrained(
@@ -400,10 +444,12 @@ class Supernet:
         from hf_elastic.conversion import ElasticConfig, make_elastic  # conversion builds on this module
 
         folder = Path(directory)
-        record = _read_record(folder)
-        config = ElasticConfig.from_dict({**record["elastic_config"], "layer_order": record["layer_order"]})
+        record = read_record(folder)
+        config, stated = None, record.get("elastic_config")
+        if stated is not None:
+            config = ElasticConfig.from_dict({**stated, "layer_order": record["layer_order"]})
         row = None if record.get("family") is None else Family.from_dict(record["family"])
-        model = _load_model(folder, model_class or _class_named(record["class"]), kwargs)
+        model = load_model(folder, model_class or class_named(record["class"]), kwargs)
         supernet = make_elastic(model, config, family=row)
         if supernet.space.digest != record["space_digest"]:
             raise CheckpointError(
@@ -416,7 +462,7 @@ class Supernet:
                 f"hf_elastic.load_adapter(supernet.model, {str(folder / ADAPTER_FOLDER)!r})",
                 stacklevel=2,
             )
-        if isinstance(parent, str) and _can_be_read(parent) and not (folder / "tokenizer_config.json").is_file():
+        if isinstance(parent, str) and can_be_read(parent) and not (folder / "tokenizer_config.json").is_file():
             model.config._name_or_path = parent
         return supernet
 
@@ -425,76 +471,3 @@ class Supernet:
 
     def __str__(self) -> str:
         return costs.describe(self)
-
-
-def save_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the generation config alone, before any work is done, as transformers refuses to write some.
-
-    Raises:
-        CheckpointError: transformers refuses to write it.
-    """
-    if not model.can_generate():
-        return
-    try:
-        model.generation_config.save_pretrained(folder)
-    except ValueError as error:
-        raise CheckpointError(
-            f"transformers does not write this generation config: {' '.join(str(error).split())}; "
-            "correct model.generation_config"
-        ) from error
-
-
-def _parent_of(model: PreTrainedModel) -> str:
-    """Folder, absolute, or Hub name that a model was loaded from; empty when it was made from a config."""
-    name = str(model.config._name_or_path or "")
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-
-
-def _can_be_read(parent: str) -> bool:
-    """Whether a parent may still be there: a folder that is, or a name on the Hub."""
-    return bool(parent) and (not Path(parent).is_absolute() or Path(parent).is_dir())
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    """Reads ``search_space.json`` and checks the weights against it."""
-    file = folder / SPACE_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} is no saved supernet, it has no {SPACE_FILE}; write one with "
-            "Supernet.save_pretrained, or load an exported model by from_pretrained of its own class"
-        )
-    record = read_json(file)
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{file} has format {record.get('format')!r}, this version reads {FORMAT}")
-    kinds = {"class": str, "elastic_config": dict, "layer_order": list, "space_digest": str, "weights": dict}
-    if bad := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind) or not record[name]]:
-        raise CheckpointError(f"{file} says nothing usable about {', '.join(bad)}; copy the folder again")
-    for name, digest in record["weights"].items():
-        if Path(name).name != name or file_digest(folder / name) != digest:
-            raise CheckpointError(
-                f"{folder / name} is truncated or is not the file this supernet was saved with; copy the folder again"
-            )
-    return record
-
-
-def _class_named(name: str) -> type[PreTrainedModel]:
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise CheckpointError(f"{SPACE_FILE} names {name!r}, which is no model of transformers; pass model_class=")
-    return found
-
-
-def _load_model(folder: Path, model_class: type[PreTrainedModel], kwargs: dict[str, Any]) -> PreTrainedModel:
-    options = {"dtype": "auto", **kwargs, "output_loading_info": True}
-    try:
-        loaded: Any = model_class.from_pretrained(folder, **options)
-        model, report = loaded
-    except Exception as error:  # transformers raises whatever its parts raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"cannot load {folder} as {model_class.__name__}: {lines[0]}") from error
-    if wrong := sorted(str(key) for keys in report.values() for key in keys):
-        raise CheckpointError(
-            f"the weights in {folder} do not fit its config.json ({len(wrong)} tensors, e.g. {wrong[0]}); "
-            "copy the folder again"
-        )
-    return model

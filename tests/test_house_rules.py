@@ -26,10 +26,13 @@ LAYERS = (
     {"architecture", "counting"},
     {"space"},
     {"search"},
-    {"layers", "quantgrid", "packed_format", "distillation", "least_squares", "models"},
+    {
+        "layers", "quantgrid", "packed_format", "distillation", "least_squares", "models",
+        "head_similarity", "head_merging",
+    },
     {
         "families", "parts", "activation", "supernet", "declaration", "conversion", "importance", "costs", "streams",
-        "fingerprints",
+        "fingerprints", "blocks", "supernet_folder",
     },
     STRANGERS,
     {"repair", "spaces"},

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +22,11 @@ from hf_elastic.checkpoint.extraction import extract
 from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
 from hf_elastic.layers import evaluating
-from hf_elastic.models import source_files
+from hf_elastic.models import MODEL_TYPES, source_files
 from hf_elastic.packed_format import integer_bits, quantised_layers, write_weights
 from hf_elastic.space import Architecture, Value
-from hf_elastic.supernet import Loadability, Supernet, save_generation_config
+from hf_elastic.supernet import Loadability, Supernet
+from hf_elastic.supernet_folder import save_generation_config
 
 ARCHITECTURE_FILE = "architecture.json"
 _ROUNDED_AGAIN = 10  # W + s B A is rounded where W x + s B A x was not; stock peft's merge differs as much
@@ -133,10 +135,8 @@ def export(
     note = f"{NOTES[form]}, smaller and faster" if cut else NOTES[form]
     note = note if has_tokenizer else f"{note}; {_no_tokenizer(parent)}"
     snippet = _snippet(written, path, form, tokenizer=has_tokenizer, sentences=MODULES in names)
-    macs = costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS) if supernet.layer_parts else None
-    return ExportReport(
-        path, form, note, snippet, names, difference, macs, sparsity=zero_share(written), bits=integer_bits(written)
-    )
+    macs, zeros, bits = record["macs"], zero_share(written), integer_bits(written)
+    return ExportReport(path, form, note, snippet, names, difference, macs, sparsity=zeros, bits=bits)
 
 
 def save_quantized(
@@ -197,6 +197,8 @@ def _no_tokenizer(parent: str) -> str:
 
 def _form_of(model: PreTrainedModel | None, supernet: Supernet) -> Loadability | None:
     """The form that a model has already, where that is not for the architecture to say."""
+    if model is not None and supernet.block_parts:
+        return "remote-code" if model.config.model_type in MODEL_TYPES else None
     compact = model is not None and supernet.layer_parts and model.config.model_type == supernet.family.static_type
     return "remote-code" if compact else None
 
@@ -250,7 +252,8 @@ def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrai
     return difference
 
 
-def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -> dict[str, object]:
+def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -> dict[str, Any]:
+    shapes = supernet.block_shapes(architecture) or supernet.layer_shapes(architecture)
     return {
         "architecture": dict(architecture),
         "digest": architecture.digest,
@@ -259,10 +262,10 @@ def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -
         "family": supernet.base.config.model_type,
         "parent": str(supernet.base.config._name_or_path),
         "layer_order": list(supernet.layer_order),
-        "layers": [asdict(shape) for shape in supernet.layer_shapes(architecture)],
+        "layers": [asdict(shape) for shape in shapes],
         "parameters": costs.parameters(supernet, architecture),
         "total_parameters": costs.total_parameters(supernet, architecture),
-        "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS) if supernet.layer_parts else None,
+        "macs": costs.macs(supernet, architecture, seq_len=costs.LATENCY_TOKENS) if shapes else None,
         "macs_seq_len": costs.LATENCY_TOKENS,
         "versions": {name: version(name) for name in ("transformers", "torch")},
     }

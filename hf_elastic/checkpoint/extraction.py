@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_elastic.checkpoint.block_extraction import block_model
 from hf_elastic.checkpoint.merging import base_weights, check_merge
 from hf_elastic.checkpoint.static_form import static_class, static_config, static_state_dict
 from hf_elastic.errors import ExportError
@@ -64,6 +65,9 @@ def extract(
     _check_form(supernet, form, natural)
     check_merge(supernet, merge, form=form, allow_dense=allow_dense)
     with supernet.plain() as parent:
+        if supernet.block_parts:
+            kind, config, path = block_model(supernet, point, form=form)
+            return _build(kind, config, state=path, parent=parent)
         if not supernet.layer_parts:
             with supernet.activate(point):
                 weights = {name: tensor.clone() for name, tensor in base_weights(supernet, merge=bool(merge)).items()}
@@ -117,6 +121,8 @@ def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
             f"export with loadability={natural!r}, or "
             f"search a space made with ElasticConfig(loadability={form!r})"
         )
+    if supernet.block_parts:
+        return
     if form == "remote-code" and (not supernet.layer_parts or supernet.family.static_type is None):
         raise ExportError(
             f"{type(supernet.base).__name__} has no static class to hold per-layer shapes; "

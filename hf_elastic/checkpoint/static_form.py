@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -141,6 +142,27 @@ def static_state_dict(stock_model: StockModel, state_dict: Mapping[str, Tensor])
     if decoder in renamed:
         renamed.setdefault(bias, renamed[decoder])
     return renamed
+
+
+def stock_class(static: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Returns the stock class of BERT or GPT-2 that computes what a static class does with standard blocks.
+
+    Raises:
+        ExportError: there is none.
+    """
+    names = {name: stock for stock, (_, name) in STATIC_CLASSES.items() if stock[:4] in ("Bert", "GPT2")}
+    if static.__name__ not in names:
+        raise ExportError(f"{static.__name__} has no stock class; export with loadability='remote-code'")
+    return getattr(transformers, names[static.__name__])
+
+
+def stock_config(config: PreTrainedConfig, *, intermediate_size: int) -> PreTrainedConfig:
+    """Translates the config of a static BERT or GPT-2 into the stock one, with one width for all layers."""
+    kind = {"elastic_bert": transformers.BertConfig, "elastic_gpt2": transformers.GPT2Config}[config.model_type]
+    known = set(kind().to_dict()) - _DROPPED
+    fields = {name: value for name, value in config.to_dict().items() if name in known}
+    fields["n_inner" if kind is transformers.GPT2Config else "intermediate_size"] = intermediate_size
+    return kind(**fields)
 
 
 def _class_of(stock_model: StockModel) -> type[PreTrainedModel]:

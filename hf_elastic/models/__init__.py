@@ -13,7 +13,8 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-_SHARED = "elastic_layers"
+_SHARED = ("elastic_layers", "elastic_blocks")
+_FURTHER = {"elastic_bert": ("elastic_bert_layers",), "elastic_gpt2": ("elastic_gpt2_layers",)}
 _FAMILIES = ("bert", "llama", "gpt2")
 MODEL_TYPES = tuple(f"elastic_{family}" for family in _FAMILIES)
 _ENCODER_HEADS = (
@@ -77,5 +78,5 @@ def source_files(model_type: str) -> tuple[Path, ...]:
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model_type={model_type!r} has no files here; known: {', '.join(MODEL_TYPES)}")
     folder = Path(__file__).parent
-    names = (f"configuration_{model_type}", f"modeling_{model_type}", _SHARED)
+    names = (f"configuration_{model_type}", f"modeling_{model_type}", *_FURTHER.get(model_type, ()), *_SHARED)
     return tuple(folder / f"{name}.py" for name in names)

@@ -12,7 +12,9 @@ from .elastic_layers import PerLayerShapes
 class ElasticBertConfig(PerLayerShapes, BertConfig):
     """A :class:`~transformers.BertConfig` with per-layer shapes, and with what RoBERTa and DistilBERT do differently.
 
-    Per layer (``per_layer_config``): ``intermediate_size``, ``num_attention_heads``, ``skip``.
+    Per layer (``per_layer_config``): ``intermediate_size``, ``num_attention_heads``, ``head_dim``, ``block``,
+    ``bottleneck_head_dim``, ``skip``. With ``candidate_blocks`` every layer holds several blocks of which one is
+    computed: the body of a supernet, from which :func:`hf_elastic.make_elastic` makes a choice per layer.
 
     Attributes:
         head_dim: size of a head, whatever the number of heads; by default ``hidden_size // num_attention_heads``.
@@ -27,6 +29,18 @@ class ElasticBertConfig(PerLayerShapes, BertConfig):
             ``hidden_dropout_prob``.
         token_classifier_dropout: dropout before a token classifier; by default as for a sequence classifier.
         qa_dropout: dropout before the question answering head.
+        embedding_size: dimensions of the word embeddings where these differ from the hidden size, to which a linear
+            map takes them; the masked-language head then maps back before its tied decoder, as ALBERT's does.
+        trigram_input: a token is embedded with the next and the one before it side by side, as MobileBERT does.
+        block: kind of the layers, one of :data:`~hf_elastic.models.elastic_blocks.BLOCKS`.
+        bottleneck_size: width of bottleneck blocks, by default a quarter of the hidden size.
+        bottleneck_head_dim: size of a head in a bottleneck block, whatever the number of heads; by default
+            ``bottleneck_size // num_attention_heads``.
+        bottleneck_act: activation of the FFN in bottleneck blocks.
+        candidate_blocks: blocks that every layer holds; ``intermediate_size`` is then the width that is allocated.
+        candidate_widths: per layer and candidate, the width that is in use; by default all.
+        candidate_heads: per layer and candidate, which heads are in use: ``None`` for all, a list of those that stay,
+            or into how many heads all the weights are split.
     """
 
     model_type = "elastic_bert"
@@ -34,6 +48,7 @@ class ElasticBertConfig(PerLayerShapes, BertConfig):
         "intermediate_size": "intermediate_size",
         "num_attention_heads": "num_attention_heads",
     }
+    per_layer_extras: ClassVar[tuple[str, ...]] = ("head_dim", "block", "bottleneck_head_dim")
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_elastic_bert.ElasticBertConfig",
         "AutoModel": "modeling_elastic_bert.ElasticBertModel",
@@ -52,6 +67,15 @@ class ElasticBertConfig(PerLayerShapes, BertConfig):
     attention_output_dropout_prob: float | int | None = None
     token_classifier_dropout: float | int | None = None
     qa_dropout: float | int = 0.0
+    embedding_size: int | None = None
+    trigram_input: bool = False
+    block: str = "standard"
+    bottleneck_size: int | None = None
+    bottleneck_head_dim: int | None = None
+    bottleneck_act: str = "relu"
+    candidate_blocks: list[str] | None = None
+    candidate_widths: list[list[int]] | None = None
+    candidate_heads: list[list[list[int] | int | None]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:

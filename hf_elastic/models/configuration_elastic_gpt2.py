@@ -13,15 +13,20 @@ class ElasticGPT2Config(PerLayerShapes, GPT2Config):
     """A :class:`~transformers.GPT2Config` with per-layer shapes.
 
     Per layer (``per_layer_config``): ``n_inner``, ``n_head`` (or by their common names ``intermediate_size``,
-    ``num_attention_heads``), ``skip``.
+    ``num_attention_heads``), ``head_dim``, ``block``, ``bottleneck_head_dim``, ``skip``. With ``candidate_blocks``
+    every layer holds several blocks of which one is computed: the body of a supernet, from which
+    :func:`hf_elastic.make_elastic` makes a choice per layer.
 
     Attributes:
         head_dim: size of a head, whatever the number of heads; by default ``n_embd // n_head``.
         n_inner: FFN width; by default ``4 * n_embd``.
+        block, bottleneck_size, bottleneck_head_dim, bottleneck_act, candidate_blocks, candidate_widths,
+            candidate_heads: as in ``elastic_bert``; the blocks are causal and pre-norm here, with GPT-2's LayerNorm.
     """
 
     model_type = "elastic_gpt2"
     per_layer_names: ClassVar[dict[str, str]] = {"intermediate_size": "n_inner", "num_attention_heads": "n_head"}
+    per_layer_extras: ClassVar[tuple[str, ...]] = ("head_dim", "block", "bottleneck_head_dim")
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_elastic_gpt2.ElasticGPT2Config",
         "AutoModel": "modeling_elastic_gpt2.ElasticGPT2Model",
@@ -30,6 +35,13 @@ class ElasticGPT2Config(PerLayerShapes, GPT2Config):
     }
 
     head_dim: int | None = None
+    block: str = "standard"
+    bottleneck_size: int | None = None
+    bottleneck_head_dim: int | None = None
+    bottleneck_act: str = "relu"
+    candidate_blocks: list[str] | None = None
+    candidate_widths: list[list[int]] | None = None
+    candidate_heads: list[list[list[int] | int | None]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:

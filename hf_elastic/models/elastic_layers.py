@@ -5,6 +5,8 @@ This file travels with a checkpoint as remote code: it imports nothing but trans
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .elastic_blocks import check_blocks, complete_blocks, head_size
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as Base
 else:
@@ -15,7 +17,7 @@ SUBLAYERS = ("attention", "mlp")
 
 
 class PerLayerShapes(Base):
-    """Mixin for a config whose layers may differ in width, in heads, and in which sublayers they have.
+    """Mixin for a config whose layers may differ in width, in heads, in their block and in which sublayers they have.
 
     The shapes sit in transformers' own ``per_layer_config``: a mapping from layer number to what differs from the
     global config. ``skip`` lists sublayers that a layer does not have. The common names ``intermediate_size`` and
@@ -24,6 +26,8 @@ class PerLayerShapes(Base):
 
     # Field of this family for each size that may differ per layer.
     per_layer_names: ClassVar[dict[str, str]]
+    # Further fields that may differ per layer: the block and the sizes of its heads.
+    per_layer_extras: ClassVar[tuple[str, ...]] = ()
     # Auto class -> "file.Class", what a checkpoint lists for processes without hf_elastic.
     auto_classes: ClassVar[dict[str, str]]
 
@@ -35,6 +39,8 @@ class PerLayerShapes(Base):
                 number: {names.get(name, name): value for name, value in layer.items()}
                 for number, layer in shapes.items()
             }
+        if self.per_layer_extras:
+            complete_blocks(self, kwargs.get("per_layer_config"))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -45,7 +51,12 @@ class PerLayerShapes(Base):
                 size.
         """
         if self.is_heterogeneous:
-            allowed = set(self.per_layer_names.values())
+            allowed = {*self.per_layer_names.values(), *self.per_layer_extras}
+            if self.per_layer_extras and self.candidate_blocks is not None:
+                raise ValueError(
+                    "a config with candidate_blocks says sizes by candidate_widths and candidate_heads; leave out "
+                    "per_layer_config"
+                )
             unknown = sorted((self.per_layer_attributes or set()) - allowed)
             if unknown:
                 raise ValueError(
@@ -61,6 +72,8 @@ class PerLayerShapes(Base):
         for name in ("head_dim", *self.per_layer_names.values()):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; a sublayer is left out by skip")
+        if self.per_layer_extras:
+            check_blocks(self)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the config, naming the classes that load it where hf_elastic is not installed."""
@@ -86,10 +99,12 @@ def write_cache_filler(cache: Any, hidden_states: Any, layer_idx: int) -> None:
 
 def static_cache_shapes(config: Any) -> tuple[list[int], list[int]]:
     """Heads and head sizes of a preallocated KV cache, per layer; (1, 1) where the filler goes."""
+    if getattr(config, "candidate_blocks", None) is not None:
+        raise ValueError("a supernet has no one shape of a preallocated cache: use a dynamic one, or extract a subnet")
     heads, sizes = [], []
     for layer in config.per_layer_config:
         present = "attention" not in skipped_sublayers(layer)
         groups = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         heads.append(groups if present else 1)
-        sizes.append(layer.head_dim if present else 1)
+        sizes.append(head_size(layer, getattr(layer, "block", "")) if present else 1)
     return heads, sizes

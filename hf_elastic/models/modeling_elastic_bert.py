@@ -3,7 +3,6 @@
 Parameters have BERT's names. The numerics are those of the stock modeling files of transformers.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
@@ -19,200 +17,20 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.bert.modeling_bert import (
-    BertIntermediate,
-    BertLMPredictionHead,
-    BertOnlyMLMHead,
-    BertOutput,
-    eager_attention_forward,
-)
-from transformers.pytorch_utils import apply_chunking_to_forward
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.bert.modeling_bert import BertLMPredictionHead, BertOnlyMLMHead
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_elastic_bert import ElasticBertConfig
-from .elastic_layers import skipped_sublayers
-
-
-class ElasticBertEmbeddings(nn.Module):
-    """Words, positions and, unless ``type_vocab_size`` is 0, token types; then LayerNorm and dropout."""
-
-    def __init__(self, config: ElasticBertConfig) -> None:
-        super().__init__()
-        # RoBERTa gives padding the position of the padding token, which then takes no gradient.
-        self.padding_idx = config.pad_token_id if config.positions_skip_padding else None
-        self.first_position = 0 if self.padding_idx is None else self.padding_idx + 1
-        hidden = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, hidden, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden, padding_idx=self.padding_idx)
-        self.has_token_types = config.type_vocab_size > 0
-        if self.has_token_types:
-            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
-        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = self._positions(input_ids, embeddings)
-        if self.has_token_types:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros(embeddings.shape[:-1], dtype=torch.long, device=embeddings.device)
-            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
-        embeddings = embeddings + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embeddings))
-
-    def _positions(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor) -> torch.Tensor:
-        if self.padding_idx is None or input_ids is None:
-            count = torch.arange(embeddings.shape[1], device=embeddings.device)
-            return (count + self.first_position).unsqueeze(0)  # (1, T)
-        real = input_ids.ne(self.padding_idx).int()
-        return (torch.cumsum(real, dim=1).type_as(real) * real).long() + self.padding_idx  # (B, T)
-
-
-class ElasticBertSelfAttention(nn.Module):
-    """Bidirectional attention whose heads come from a layer's config; ``config`` is the model's, shared."""
-
-    def __init__(self, config: ElasticBertConfig, shape: Any, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_attention_heads = shape.num_attention_heads
-        self.attention_head_size = shape.head_dim
-        self.all_head_size = self.num_attention_heads * self.attention_head_size
-        self.scaling = self.attention_head_size**-0.5
-        self.query = nn.Linear(shape.hidden_size, self.all_head_size)
-        self.key = nn.Linear(shape.hidden_size, self.all_head_size)
-        self.value = nn.Linear(shape.hidden_size, self.all_head_size)
-        self.dropout = nn.Dropout(shape.attention_probs_dropout_prob)
-        self.is_causal = False
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens = hidden_states.shape[:-1]
-        by_head = (*tokens, -1, self.attention_head_size)
-        query = self.query(hidden_states).view(by_head).transpose(1, 2)  # (B, H, T, head_dim)
-        key = self.key(hidden_states).view(by_head).transpose(1, 2)
-        value = self.value(hidden_states).view(by_head).transpose(1, 2)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        mixed, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout.p if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return mixed.reshape(*tokens, -1).contiguous(), weights  # (B, T, H * head_dim)
-
-
-class ElasticBertSelfOutput(nn.Module):
-    """From the heads back to the hidden size, with the residual and its LayerNorm."""
-
-    def __init__(self, shape: Any) -> None:
-        super().__init__()
-        dropout = shape.attention_output_dropout_prob
-        self.dense = nn.Linear(shape.num_attention_heads * shape.head_dim, shape.hidden_size)
-        self.LayerNorm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
-        self.dropout = nn.Dropout(shape.hidden_dropout_prob if dropout is None else dropout)
-
-    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
-
-
-class ElasticBertAttention(nn.Module):
-    """Attention sublayer, with the stock names of its two halves."""
-
-    def __init__(self, config: ElasticBertConfig, shape: Any, layer_idx: int) -> None:
-        super().__init__()
-        self.self = ElasticBertSelfAttention(config, shape, layer_idx)
-        self.output = ElasticBertSelfOutput(shape)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        mixed, _ = self.self(hidden_states, attention_mask, **kwargs)
-        return self.output(mixed, hidden_states)
-
-
-class ElasticBertLayer(GradientCheckpointingLayer):
-    """A post-norm layer; a sublayer it skips has no modules, its LayerNorm neither: it is the identity."""
-
-    def __init__(self, config: ElasticBertConfig, layer_idx: int) -> None:
-        super().__init__()
-        shape = config.per_layer_config[layer_idx]
-        skipped = skipped_sublayers(shape)
-        self.chunk_size_feed_forward = shape.chunk_size_feed_forward
-        self.has_attention, self.has_mlp = "attention" not in skipped, "mlp" not in skipped
-        if self.has_attention:
-            self.attention = ElasticBertAttention(config, shape, layer_idx)
-        if self.has_mlp:
-            self.intermediate = BertIntermediate(shape)
-            self.output = BertOutput(shape)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if self.has_attention:
-            hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
-        if self.has_mlp:
-            hidden_states = apply_chunking_to_forward(
-                self.feed_forward_chunk, self.chunk_size_feed_forward, 1, hidden_states
-            )
-        return hidden_states
-
-    def feed_forward_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.output(self.intermediate(hidden_states), hidden_states)
-
-
-class ElasticBertEncoder(nn.Module):
-    """The stack of layers."""
-
-    def __init__(self, config: ElasticBertConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.layer = nn.ModuleList(ElasticBertLayer(config, i) for i in range(config.num_hidden_layers))
-
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return hidden_states
-
-
-class ElasticBertPooler(nn.Module):
-    """Dense layer and activation on the first token; BERT's pooler, RoBERTa's and DistilBERT's classifier body."""
-
-    def __init__(self, config: ElasticBertConfig, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.pooler_activation]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.dense(self.dropout(hidden_states[:, 0])))  # (B, D)
+from .elastic_bert_layers import (
+    ElasticBertEmbeddings,
+    ElasticBertEncoder,
+    ElasticBertLayer,
+    ElasticBertPooler,
+    ElasticBertSelfAttention,
+)
+from .elastic_blocks import NoNorm
 
 
 class ElasticBertPreTrainedModel(PreTrainedModel):
@@ -232,6 +50,9 @@ class ElasticBertPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, BertLMPredictionHead):
+            init.zeros_(module.bias)
+        elif isinstance(module, NoNorm):
+            init.ones_(module.weight)
             init.zeros_(module.bias)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -301,6 +122,11 @@ class ElasticBertForMaskedLM(ElasticBertPreTrainedModel):
         self.bert = ElasticBertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
         self.cls.predictions.transform.transform_act_fn = ACT2FN[config.mlm_activation or config.hidden_act]
+        words = config.embedding_size or config.hidden_size
+        if words != config.hidden_size:
+            self.cls.predictions.transform.dense = nn.Linear(config.hidden_size, words)
+            self.cls.predictions.transform.LayerNorm = nn.LayerNorm(words, eps=config.layer_norm_eps)
+            self.cls.predictions.decoder = nn.Linear(words, config.vocab_size)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -13,88 +13,16 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_elastic_gpt2 import ElasticGPT2Config
-from .elastic_layers import skipped_sublayers, static_cache_shapes, write_cache_filler
-
-
-class ElasticGPT2Attention(GPT2Attention):
-    """The stock attention over as many heads as a layer's config says.
-
-    Args:
-        config: the model's config, shared, so that ``set_attn_implementation`` reaches every layer.
-        shape: the layer's config.
-        layer_idx: slot in the KV cache.
-    """
-
-    def __init__(self, config: ElasticGPT2Config, shape: Any, layer_idx: int) -> None:
-        # Not the stock constructor, which wants heads that fill the hidden size.
-        nn.Module.__init__(self)
-        self.config = config
-        self.layer_idx = layer_idx
-        self.embed_dim = shape.hidden_size
-        self.num_heads = shape.num_attention_heads
-        self.head_dim = shape.head_dim
-        self.split_size = self.num_heads * self.head_dim
-        self.scaling = self.head_dim**-0.5 if shape.scale_attn_weights else 1.0
-        if shape.scale_attn_by_inverse_layer_idx:
-            self.scaling /= layer_idx + 1
-        self.reorder_and_upcast_attn = shape.reorder_and_upcast_attn
-        self.is_cross_attention = False
-        self.is_causal = True
-        self.c_attn = Conv1D(3 * self.split_size, self.embed_dim)
-        self.c_proj = Conv1D(self.embed_dim, self.split_size)
-        self.attn_dropout = nn.Dropout(shape.attn_pdrop)
-        self.resid_dropout = nn.Dropout(shape.resid_pdrop)
-
-
-class ElasticGPT2Block(GradientCheckpointingLayer):
-    """A pre-norm layer; a sublayer it skips has no modules and adds nothing to the residual stream."""
-
-    def __init__(self, config: ElasticGPT2Config, layer_idx: int) -> None:
-        super().__init__()
-        shape = config.per_layer_config[layer_idx]
-        skipped = skipped_sublayers(shape)
-        self.layer_idx = layer_idx
-        self.has_attention, self.has_mlp = "attention" not in skipped, "mlp" not in skipped
-        if self.has_attention:
-            self.ln_1 = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
-            self.attn = ElasticGPT2Attention(config, shape, layer_idx)
-        if self.has_mlp:
-            self.ln_2 = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
-            self.mlp = GPT2MLP(shape.n_inner, shape)
-        # GPT-2 starts these smaller. The stock rule asks the modules around them, which transformers does not
-        # initialise in custom code, for they hold no parameters of their own.
-        for module in self.modules():
-            if isinstance(module, (GPT2Attention, GPT2MLP)):
-                module.c_proj.into_residual = True  # type: ignore[assignment]
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if self.has_attention:
-            mixed, _ = self.attn(
-                self.ln_1(hidden_states),
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
-            hidden_states = mixed + hidden_states
-        else:
-            write_cache_filler(past_key_values, hidden_states, self.layer_idx)
-        if self.has_mlp:
-            hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
-        return hidden_states
+from .elastic_gpt2_layers import ElasticGPT2Attention, ElasticGPT2Block, make_layer
+from .elastic_layers import static_cache_shapes
 
 
 class ElasticGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -120,7 +48,7 @@ class ElasticGPT2Model(ElasticGPT2PreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
         self.wpe = nn.Embedding(config.max_position_embeddings, self.embed_dim)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(ElasticGPT2Block(config, i) for i in range(config.num_hidden_layers))
+        self.h = nn.ModuleList(make_layer(config, i) for i in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()

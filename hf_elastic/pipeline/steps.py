@@ -19,7 +19,8 @@ from hf_elastic.pipeline.training import device_of
 from hf_elastic.report import aligned
 from hf_elastic.search import Evaluation, SearchResult, search_subnets
 from hf_elastic.space import Architecture
-from hf_elastic.supernet import SPACE_FILE, Supernet
+from hf_elastic.supernet import Supernet
+from hf_elastic.supernet_folder import SPACE_FILE
 
 
 def open_for_export(folder: Path) -> tuple[Supernet, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from hf_elastic.blocks import BlockPart
 from hf_elastic.parts import AdapterPart, LayerPart, LayerShape, join_choices
 from hf_elastic.search import AdditiveTable
 from hf_elastic.space import Choice, SearchSpace, Value
 from hf_elastic.supernet import Supernet
 
 OfLayer = Callable[[LayerPart, LayerShape], float]
+OfBlock = Callable[[BlockPart, str], float]
 OfAdapter = Callable[[AdapterPart, Mapping[str, Value]], float]
 
 
@@ -17,6 +19,7 @@ def layer_table(
     supernet: Supernet,
     contribution: OfLayer | None = None,
     *,
+    block: OfBlock | None = None,
     adapter: OfAdapter | None = None,
     constant: float = 0.0,
 ) -> AdditiveTable | None:
@@ -25,22 +28,28 @@ def layer_table(
     Args:
         supernet: its layers, each with the adapters inside, are the groups; adapters outside of elastic layers are
             grouped by the choice that they follow. The keys of a group are the canonical points of its choices; what
-            has no choice adds to the constant.
+            has no choice adds to the constant. Candidate blocks are groups of their own.
         contribution: what a layer in a shape adds; ``None``: nothing.
+        block: what a candidate block of a layer adds; ``None``: nothing.
         adapter: what an adapter adds in an architecture; ``None``: nothing.
         constant: what every architecture has.
 
     Returns:
         The table; ``None`` where a part of the supernet is neither, so that choices would be missing.
     """
-    if len(supernet.layer_parts) + len(supernet.adapter_parts) != len(supernet.parts):
+    known = len(supernet.layer_parts) + len(supernet.block_parts) + len(supernet.adapter_parts)
+    if known != len(supernet.parts):
         return None
-    groups, tables = [], []
+    groups: list[tuple[str, ...]] = [(part.name,) for part in supernet.block_parts]
+    tables: list[dict[tuple[Value, ...], float]] = [
+        {(name,): block(part, name) if block else 0 for name in part.blocks} for part in supernet.block_parts
+    ]
     for layer, adapters in _grouped(supernet):
         choices = join_choices([*([layer.choices] if layer else []), *(part.choices for part in adapters)])
 
         points: Iterable[Mapping[str, Value]] = SearchSpace(choices).architectures() if choices else ({},)
-        names, values = tuple(choice.name for choice in choices), {}
+        names = tuple(choice.name for choice in choices)
+        values: dict[tuple[Value, ...], float] = {}
         for point in points:
             own = contribution(layer, layer.shape(point)) if layer and contribution else 0
             around = sum(adapter(part, point) for part in adapters) if adapter else 0

@@ -16,6 +16,7 @@ from fractions import Fraction
 import torch
 
 from hf_elastic import costs
+from hf_elastic.blocks import BlockPart
 from hf_elastic.errors import CheckpointError, DataError, InfeasibleError, SpaceError
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.search import Objective
@@ -347,7 +348,22 @@ def layer_memory(
     return itemsize * (cache - costs.removed_parameters(part, shape))
 
 
+def block_memory(
+    supernet: Supernet, part: BlockPart, block: str, *, workload: Workload, dtype: torch.dtype | None = None
+) -> int:
+    """What a candidate block adds to :func:`memory_bytes`, its cache included."""
+    cache = 0
+    if part.roles.causal:
+        shape, length = part.shape_of(block), fitting_length(supernet, workload.length)
+        cache = workload.batch_size * 2 * shape.num_attention_heads * shape.head_dim * length
+    return _itemsize(supernet, dtype) * (part.parameters(block) + cache)
+
+
 def _cache_bytes(supernet: Supernet, architecture: Architecture, *, workload: Workload, itemsize: int) -> int:
+    if supernet.block_parts:
+        length, batch = fitting_length(supernet, workload.length), workload.batch_size
+        cached = costs.kv_cache_bytes(supernet, architecture, seq_len=length, batch_size=batch)
+        return cached // _itemsize(supernet, None) * itemsize
     pairs = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
     return itemsize * sum(_layer_cache(supernet, part, shape, workload=workload) for part, shape in pairs)
 

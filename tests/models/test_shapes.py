@@ -201,11 +201,11 @@ def test_every_rotary_type_works_with_heads_that_differ(rope: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "per_layer", "message"),
     [
-        ("elastic_bert", {0: {"head_dim": 4}}, "only intermediate_size, num_attention_heads and skip may differ"),
+        ("elastic_bert", {0: {"hidden_size": 4}}, "only block, .* num_attention_heads and skip may differ"),
         ("elastic_bert", {0: {"skip": ["norm"]}}, "it can skip attention and mlp"),
         ("elastic_bert", {0: {"intermediate_size": 0}}, "intermediate_size=0 must be at least 1"),
         ("elastic_llama", {0: {"num_attention_heads": 3}}, "must be a multiple of num_key_value_heads=4"),
-        ("elastic_gpt2", {0: {"n_embd": 4}}, "only n_head, n_inner and skip may differ"),
+        ("elastic_gpt2", {0: {"n_embd": 4}}, "only block, .* n_head, n_inner and skip may differ"),
         ("elastic_bert", {9: {"intermediate_size": 4}}, r"in the range \[0, 4\)"),
     ],
 )
