@@ -8,7 +8,7 @@ keeps nothing the loss is 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,11 +19,12 @@ from hf_elastic.errors import TrainingError
 
 Divergence = Literal["forward", "reverse", "mse"]
 Pooling = Literal["mean", "cls", "last"]
-StateDistance = Literal["mse", "cosine", "relative"]
+StateDistance = Literal["mse", "cosine", "relative", "pearson"]
 
 IGNORED_LABEL = -100  # what the losses of transformers leave out
 
 _LOG_ZERO = -1e4  # log-probability of what cannot be: its exponential is 0, and half precision holds it
+_SPREAD = 1e-6  # added to a deviation before something is divided by it
 
 
 def logits_loss(
@@ -73,6 +74,54 @@ def logits_loss(
     target, source = (log_t, log_s) if divergence == "forward" else (log_s, log_t)
     per_position = F.kl_div(source, target, reduction="none", log_target=True).sum(-1)  # (...)
     return temperature**2 * masked_mean(per_position, mask, count=count)
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Compute how badly a student's class probabilities correlate with a teacher's, by sample and by class.
+
+    With :math:`P = \mathrm{softmax}(z / \tau)`, :math:`(N, C)`, and Pearson's correlation :math:`\rho`:
+    :math:`\beta \tau^2 \big(1 - \frac{1}{N} \sum_i \rho(P^s_{i:}, P^t_{i:})\big) +
+    \gamma \tau^2 \big(1 - \frac{1}{C} \sum_c \rho(P^s_{:c}, P^t_{:c})\big)` (DIST: Huang et al. 2022, arXiv
+    2205.10536; in ELM, arXiv 2510.27037, all factors are 1). We differ in small probabilities: each row and column is
+    divided by its largest entry before 1e-6 is added to its norm, which would silence rare classes otherwise. What is
+    constant has a correlation of 0. The second term depends on the batch; of one sample it is 0.
+
+    Args:
+        student_logits, teacher_logits: ``(..., C)``, the teacher's without gradient; every kept position is a sample.
+        mask: ``(...)``, non-zero for the positions that count; all by default.
+        beta, gamma: factors of the terms of samples and of classes.
+        temperature: :math:`\tau > 0`.
+
+    Raises:
+        TrainingError: shapes do not fit, the temperature is not positive, or there is one class.
+    """
+    _check_same_shape(student_logits, teacher_logits, what="logits")
+    _check_temperature(temperature)
+    if student_logits.shape[-1] == 1:
+        raise TrainingError("logits of one class have no correlation; use prediction='kl' and divergence='mse'")
+    kept, both = _kept(mask, student_logits[..., 0]), (student_logits, teacher_logits.detach())
+    student, teacher = ((logits[kept].float() / temperature).softmax(-1) for logits in both)  # (N, C)
+    if not len(student):
+        return student.sum()
+    loss = beta * (1 - _correlation(student, teacher, dim=1).mean())
+    if len(student) > 1:
+        loss = loss + gamma * (1 - _correlation(student, teacher, dim=0).mean())
+    return temperature**2 * loss
+
+
+def _correlation(x: Tensor, y: Tensor, *, dim: int) -> Tensor:
+    """Pearson's correlation of non-negative values along a dimension; 0 where they are constant."""
+    x, y = (v / v.detach().amax(dim, keepdim=True).clamp(min=1e-30) for v in (x, y))
+    x, y = (v - v.mean(dim, keepdim=True) for v in (x, y))
+    return (x * y).sum(dim) / ((x.norm(dim=dim) + _SPREAD) * (y.norm(dim=dim) + _SPREAD))
 
 
 class TopK(NamedTuple):
@@ -267,7 +316,8 @@ def hidden_state_loss(
     ``mse``: :math:`\frac{1}{D} \| h^s - h^t \|^2`; ``cosine``: :math:`1 - \cos(h^s, h^t)` (Jiao et al. 2020,
     arXiv 1909.10351, Eq. 9, without a learned projection: the residual stream of a subnet is as wide as its
     teacher's). ``relative``: :math:`\sum \| h^s - h^t \|^2 / \sum \| h^t \|^2` over the tokens of the batch, the
-    share of the teacher's energy that is missed; it needs no factor that depends on the model.
+    share of the teacher's energy that is missed; it needs no factor that depends on the model. ``pearson``:
+    :func:`pearson_hidden_loss`.
 
     Args:
         student: states ``(B, T, D)``; entry 0 is the embedding, entry ``i + 1`` the output of layer ``i``, as
@@ -276,7 +326,7 @@ def hidden_state_loss(
         mask: ``(B, T)``, non-zero for the tokens that count; all by default.
         pairs: entries to compare, (of the student, of the teacher); by default each with its equal. See
             :func:`layer_pairs` for skipped layers.
-        distance: which of the three.
+        distance: which of the four.
 
     Raises:
         TrainingError: Shapes differ, an entry does not exist, or no pair is given.
@@ -290,20 +340,70 @@ def hidden_state_loss(
         pairs = [(i, i) for i in range(len(student))]
     if not pairs:
         raise TrainingError("a hidden-state loss needs at least one pair of layers")
-    measure = _state_distance(distance)
     terms: list[Tensor] = []
     for i, j in pairs:
         if not (0 <= i < len(student) and 0 <= j < len(teacher)):
             raise TrainingError(
                 f"pair ({i}, {j}) is outside the {len(student)} and {len(teacher)} hidden states of student and teacher"
             )
-        _check_same_shape(student[i], teacher[j], what="hidden states")
-        wanted = teacher[j].detach().float()
-        term = masked_mean(measure(student[i].float(), wanted), mask)
-        if distance == "relative":
-            term = term / masked_mean(wanted.square().mean(-1), mask).clamp(min=torch.finfo(torch.float32).tiny)
-        terms.append(term)
+        terms.append(_state_distance(student[i], teacher[j].detach(), mask=mask, distance=distance))
     return torch.stack(terms).mean()
+
+
+def pearson_hidden_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""Compute the squared distance of hidden states after each channel is standardised over the kept tokens.
+
+    With :math:`\hat h = (h - \mu) / (\sigma + 10^{-6})` by channel, :math:`\mu` and the unbiased :math:`\sigma` taken
+    over the :math:`N` kept tokens of the batch, :math:`\frac{1}{N D} \sum \| \hat h^s - \hat h^t \|^2`: about
+    :math:`2 (1 - \rho)` for a channel's Pearson correlation :math:`\rho`, blind to its scale and its shift.
+
+    The hidden loss of ELM (arXiv 2510.27037), after PKD, Pearson correlation distillation for detectors (Cao et al.
+    2022, arXiv 2207.02039). There channels are standardised along tokens; whether those of a sequence or of the batch,
+    and with padding or without, is not known for certain. Here all kept tokens of the batch are taken together, so
+    the loss depends on which sequences are in it. A constant channel is 0 once standardised.
+
+    Args:
+        student, teacher: ``(B, T, D)``, the teacher's without gradient.
+        mask: ``(B, T)``, non-zero for the tokens that count; all by default.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) for fewer than two kept tokens.
+
+    Raises:
+        TrainingError: The shapes differ.
+    """
+    _check_same_shape(student, teacher, what="hidden states")
+    kept = _kept(mask, student[..., 0]).unsqueeze(-1)  # (B, T, 1)
+    difference = _standardised(student.float(), kept) - _standardised(teacher.detach().float(), kept)
+    return masked_mean(difference.square().mean(-1), mask)
+
+
+def _standardised(values: Tensor, kept: Tensor) -> Tensor:
+    """Channels of ``(B, T, D)`` with mean 0 and deviation 1 over the kept tokens, 0 elsewhere."""
+    tokens, count = tuple(range(values.dim() - 1)), kept.sum()
+    values = torch.where(kept, values, 0.0)
+    for _ in range(2):  # once more takes away what rounding leaves of a large mean
+        values = torch.where(kept, values - values.sum(tokens) / count.clamp(min=1), 0.0)
+    variance = values.square().sum(tokens) / (count - 1).clamp(min=1)  # (D,)
+    safe = torch.where(variance > 0, variance, 1.0)  # the slope of a root is infinite at 0
+    return values / (safe.sqrt() * (variance > 0) + _SPREAD)
+
+
+def layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """Return the teacher's layer for each of a student's: for ``l``, ``(l + 1) * teacher_layers / student_layers - 1``.
+
+    Both count from 0, so the last learns from the last (ELM, arXiv 2510.27037).
+
+    Raises:
+        TrainingError: The teacher's depth is not a multiple of the student's.
+    """
+    if student_layers < 1 or teacher_layers < 1 or teacher_layers % student_layers:
+        depths = [str(n) for n in range(1, teacher_layers + 1) if teacher_layers % n == 0]
+        raise TrainingError(
+            f"a teacher's {teacher_layers} layers are no multiple of a student's {student_layers}; "
+            f"with this teacher the student may have {', '.join(depths)} layers"
+        )
+    return tuple(range(teacher_layers // student_layers - 1, teacher_layers, teacher_layers // student_layers))
 
 
 def layer_pairs(kept: Sequence[int], *, layers: int) -> tuple[tuple[int, int], ...]:
@@ -347,23 +447,33 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, *, count: Tensor | f
     Raises:
         TrainingError: The shapes differ.
     """
-    if mask is None:
-        mask = torch.ones_like(values, dtype=torch.bool)
-    elif mask.shape != values.shape:
-        raise TrainingError(f"a mask of shape {_shape(mask)} does not fit values of shape {_shape(values)}")
-    kept = mask.bool()
+    kept = _kept(mask, values)
     # where(), not a product: a position that does not count may hold inf or nan.
     total = torch.where(kept, values, torch.zeros_like(values)).sum()
     return total / (kept.sum().clamp(min=1) if count is None else count)
 
 
-def _state_distance(distance: StateDistance) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function of two ``(B, T, D)`` tensors that gives ``(B, T)``."""
-    if distance in ("mse", "relative"):
-        return lambda student, teacher: (student - teacher).square().mean(-1)
+def _kept(mask: Tensor | None, values: Tensor) -> Tensor:
+    """Which values a mask of their shape keeps, as booleans; all without one."""
+    if mask is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    if mask.shape != values.shape:
+        raise TrainingError(f"a mask of shape {_shape(mask)} does not fit values of shape {_shape(values)}")
+    return mask.bool()
+
+
+def _state_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None, distance: StateDistance) -> Tensor:
+    """Distance of one pair of states, without the teacher's graph."""
+    if distance == "pearson":
+        return pearson_hidden_loss(student, teacher, mask=mask)
+    _check_same_shape(student, teacher, what="hidden states")
+    student, teacher = student.float(), teacher.float()
     if distance == "cosine":
-        return lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1)
-    raise TrainingError(f"unknown distance {distance!r}; allowed: 'mse', 'cosine', 'relative'")
+        return masked_mean(1 - F.cosine_similarity(student, teacher, dim=-1), mask)
+    if distance not in ("mse", "relative"):
+        raise TrainingError(f"unknown distance {distance!r}; allowed: 'mse', 'cosine', 'relative', 'pearson'")
+    missed = masked_mean((student - teacher).square().mean(-1), mask)
+    return missed if distance == "mse" else missed / masked_mean(teacher.square().mean(-1), mask).clamp(min=1e-37)
 
 
 def _check_temperature(temperature: float) -> None:

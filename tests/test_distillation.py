@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_elastic.distillation import (
+    dist_loss,
     embedding_loss,
     hidden_state_loss,
     label_mask,
+    layer_map,
     layer_pairs,
     logits_loss,
     masked_mean,
+    pearson_hidden_loss,
     pooled,
     relational_loss,
     top_k_distribution,
@@ -217,6 +222,13 @@ def test_layers_that_do_not_exist_or_are_not_in_order_are_refused(kept: list[int
         lambda: hidden_state_loss([drawn(1, 2, 3)], [drawn(1, 2, 3)], distance="far"),  # type: ignore[arg-type]
         lambda: pooled(drawn(1, 2, 3), pooling="max"),  # type: ignore[arg-type]
         lambda: masked_mean(drawn(2, 3), torch.ones(3)),
+        lambda: pearson_hidden_loss(drawn(1, 2, 3), drawn(1, 2, 4)),
+        lambda: pearson_hidden_loss(drawn(1, 2, 3), drawn(1, 2, 3), mask=torch.ones(2)),
+        lambda: dist_loss(drawn(2, 3), drawn(2, 4)),
+        lambda: dist_loss(drawn(2, 3), drawn(2, 3), temperature=0),
+        lambda: dist_loss(drawn(2, 1), drawn(2, 1)),
+        lambda: dist_loss(drawn(2, 3), drawn(2, 3), mask=torch.ones(3)),
+        lambda: layer_map(5, 12),
     ],
 )
 def test_what_does_not_fit_raises_one_line(call) -> None:  # type: ignore[no-untyped-def]
@@ -308,3 +320,186 @@ def test_a_top_k_that_cannot_be_is_refused() -> None:
         top_k_distribution(drawn(4, 9), 3, temperature=0)
     with pytest.raises(TrainingError, match="one class"):
         top_k_loss(drawn(4, 1), top_k_distribution(drawn(4, 1), 1))
+
+
+# --- relational distillation
+
+
+def channels_by_hand(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Standardised kept tokens ``(N, D)`` in float64, channel by channel."""
+    rows = [hidden[b, t].double() for b in range(len(hidden)) for t in range(hidden.shape[1]) if mask[b, t]]
+    columns = []
+    for channel in range(hidden.shape[-1]):
+        values = torch.stack([row[channel] for row in rows])
+        mean = sum(values) / len(values)
+        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        columns.append((values - mean) / (variance**0.5 + 1e-6))
+    return torch.stack(columns, dim=-1)
+
+
+def test_pearson_distance_standardises_channels_over_the_kept_tokens_of_the_batch() -> None:
+    student, teacher = 3 * drawn(3, 5, 4) + 1, drawn(3, 5, 4, seed=1) - 20
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    student.requires_grad_()
+    expected = (channels_by_hand(student, mask) - channels_by_hand(teacher, mask)).square().mean()
+    (by_hand,) = torch.autograd.grad(expected, student)
+    loss = pearson_hidden_loss(student, teacher, mask=mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(student.grad, by_hand, rtol=1e-4, atol=1e-7)
+    kept = mask.bool().numpy()
+    rho = [
+        np.corrcoef(student.detach().numpy()[kept, c].astype(np.float64), teacher.numpy()[kept, c])[0, 1]
+        for c in range(4)
+    ]
+    count = kept.sum()
+    assert loss.item() == pytest.approx((count - 1) / count * 2 * (1 - np.mean(rho)), rel=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 4), tokens=st.integers(2, 5), padding=st.integers(0, 3), seed=st.integers(0, 99))
+def test_pearson_distance_sees_neither_padding_nor_scale_and_shift_of_channels(
+    rows: int, tokens: int, padding: int, seed: int
+) -> None:
+    student, teacher = drawn(rows, tokens, 3, seed=seed), drawn(rows, tokens, 3, seed=seed + 1)
+    plain = pearson_hidden_loss(student, teacher)
+    scale, shift = drawn(3, seed=seed + 2).exp(), 5 * drawn(3, seed=seed + 3)
+    moved = pearson_hidden_loss(scale * student + shift, teacher * scale.flip(0) - shift)
+    torch.testing.assert_close(moved, plain, rtol=2e-3, atol=1e-4)
+    mask = torch.cat([torch.ones(rows, tokens), torch.zeros(rows, padding)], 1)
+    filled = [
+        torch.cat([x, torch.full((rows, padding, 3), value)], 1).requires_grad_()
+        for x, value in ((student, math.inf), (teacher, math.nan))
+    ]
+    loss = pearson_hidden_loss(*filled, mask=mask)
+    loss.backward()
+    torch.testing.assert_close(loss, plain)
+    assert filled[0].grad is not None and torch.isfinite(filled[0].grad).all() and filled[1].grad is None
+    assert not filled[0].grad[:, tokens:].any()
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.3, 1234.567])
+def test_constant_channels_have_a_finite_pearson_distance_and_gradient(constant: float) -> None:
+    student, teacher = drawn(2, 7, 3), drawn(2, 7, 3, seed=1)
+    student[..., 1] = constant
+    teacher[..., 2] = constant
+    student.requires_grad_()
+    loss = pearson_hidden_loss(student, teacher)
+    loss.backward()
+    rho = np.corrcoef(student.detach().numpy()[..., 0].ravel(), teacher.numpy()[..., 0].ravel())[0, 1]
+    # A constant channel is all zeros, whose distance from a standardised one is (N - 1) / N.
+    assert loss.item() == pytest.approx(13 / 14 * (2 * (1 - rho) + 1 + 1) / 3, rel=1e-3)
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+    both = pearson_hidden_loss(torch.full((2, 7, 1), constant), torch.full((2, 7, 1), constant - 1))
+    assert both.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_fewer_than_two_tokens_have_no_pearson_distance(kept: int) -> None:
+    student, mask = drawn(2, 3, 4).requires_grad_(), torch.zeros(2, 3)
+    mask[1, :kept] = 1
+    loss = pearson_hidden_loss(student, drawn(2, 3, 4, seed=1), mask=mask)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad is not None and not student.grad.any()
+
+
+def test_pearson_is_a_distance_of_hidden_states_and_computes_in_single_precision() -> None:
+    student, teacher = [drawn(2, 3, 4, seed=n) for n in (0, 1)], [drawn(2, 3, 4, seed=n) for n in (2, 3)]
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = sum(pearson_hidden_loss(s, t, mask=mask) for s, t in zip(student, teacher, strict=True)) / 2
+    found = hidden_state_loss(student, teacher, mask=mask, distance="pearson")
+    torch.testing.assert_close(found, torch.as_tensor(expected))
+    half = pearson_hidden_loss(student[0].bfloat16(), teacher[0].bfloat16())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, pearson_hidden_loss(student[0].bfloat16().float(), teacher[0].bfloat16().float()))
+
+
+def rho_by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x, y = x - sum(x) / len(x), y - sum(y) / len(y)
+    return sum(x * y) / (sum(x * x) ** 0.5 * sum(y * y) ** 0.5)
+
+
+def dist_by_hand(student: torch.Tensor, teacher: torch.Tensor, *, factors: tuple[float, float], tau: float) -> Any:
+    """DIST in float64, correlation by correlation."""
+    p, q = (torch.stack([row.double() / tau for row in z]).softmax(-1) for z in (student, teacher))
+    rows = [rho_by_hand(p[i], q[i]) for i in range(len(p))]
+    columns = [rho_by_hand(p[:, c], q[:, c]) for c in range(p.shape[1])]
+    inter, intra = (tau**2 * (1 - sum(part) / len(part)) for part in (rows, columns))
+    return factors[0] * inter + factors[1] * intra
+
+
+@pytest.mark.parametrize(("beta", "gamma", "tau"), [(1.0, 1.0, 1.0), (2.0, 0.5, 1.0), (1.0, 1.0, 3.0), (0.0, 1.0, 0.7)])
+def test_dist_correlates_the_probabilities_of_each_sample_and_of_each_class(
+    beta: float, gamma: float, tau: float
+) -> None:
+    student, teacher = 2 * drawn(6, 5), 2 * drawn(6, 5, seed=1)
+    student.requires_grad_()
+    expected = dist_by_hand(student, teacher, factors=(beta, gamma), tau=tau)
+    (by_hand,) = torch.autograd.grad(expected, student)
+    loss = dist_loss(student, teacher, beta=beta, gamma=gamma, temperature=tau)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(student.grad, by_hand.float(), rtol=1e-3, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(2, 5), classes=st.integers(2, 6), seed=st.integers(0, 99))
+def test_dist_sees_neither_shifts_of_logits_nor_the_order_of_samples_and_classes(
+    rows: int, classes: int, seed: int
+) -> None:
+    student, teacher = drawn(rows, classes, seed=seed), drawn(rows, classes, seed=seed + 1)
+    loss = dist_loss(student, teacher)
+    assert -1e-5 <= loss.item() <= 4 + 1e-5
+    shifted = dist_loss(student + drawn(rows, 1, seed=seed + 2), teacher - drawn(rows, 1, seed=seed + 3))
+    torch.testing.assert_close(shifted, loss, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dist_loss(student.flip(0, 1), teacher.flip(0, 1)), loss, rtol=1e-4, atol=1e-4)
+
+
+def test_dist_of_equal_logits_is_zero_also_where_most_classes_are_rare() -> None:
+    logits = 8 * drawn(6, 5000)
+    assert dist_loss(logits, logits.clone()).item() == pytest.approx(0, abs=2e-3)
+    teacher = 8 * drawn(6, 5000, seed=1)
+    expected = dist_by_hand(logits, teacher, factors=(1.0, 1.0), tau=1.0)
+    assert dist_loss(logits, teacher).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_dist_takes_the_kept_positions_as_samples() -> None:
+    student, teacher = drawn(2, 3, 4), drawn(2, 3, 4, seed=1)
+    mask = torch.tensor([[1, 0, 1], [0, 1, 1]])
+    expected = dist_loss(student[mask.bool()], teacher[mask.bool()])
+    student[~mask.bool()], teacher[~mask.bool()] = math.nan, math.inf
+    student.requires_grad_()
+    loss = dist_loss(student, teacher, mask=mask)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+
+
+def test_one_sample_has_no_correlation_of_classes_and_none_has_nothing() -> None:
+    student, teacher = drawn(1, 5).requires_grad_(), drawn(1, 5, seed=1)
+    rho = rho_by_hand(student.detach()[0].double().softmax(-1), teacher[0].double().softmax(-1))
+    assert dist_loss(student, teacher).item() == pytest.approx(1 - rho.item(), rel=1e-4)
+    nothing = dist_loss(student, teacher, mask=torch.zeros(1))
+    nothing.backward()
+    assert nothing.item() == 0 and student.grad is not None and not student.grad.any()
+
+
+def test_dist_of_constant_probabilities_has_a_finite_gradient() -> None:
+    student = torch.zeros(4, 5, requires_grad=True)
+    loss = dist_loss(student, drawn(4, 5))
+    loss.backward()
+    assert loss.item() == pytest.approx(2) and student.grad is not None and torch.isfinite(student.grad).all()
+    certain = torch.full((4, 5), -1e4).index_fill(1, torch.tensor([2]), 1e4).requires_grad_()
+    loss = dist_loss(certain, drawn(4, 5))
+    loss.backward()
+    assert torch.isfinite(loss) and certain.grad is not None and torch.isfinite(certain.grad).all()
+
+
+def test_layers_of_a_student_learn_from_the_same_share_of_a_teachers_depth() -> None:
+    assert layer_map(12, 12) == tuple(range(12))
+    assert layer_map(6, 12) == (1, 3, 5, 7, 9, 11)
+    assert layer_map(1, 3) == (2,)
+    for student, teacher in ((5, 12), (24, 12), (0, 12)):
+        with pytest.raises(TrainingError, match=rf"{teacher} layers .* {student};.* 1, 2, 3, 4, 6, 12 layers"):
+            layer_map(student, teacher)

@@ -17,12 +17,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_elastic.errors import CheckpointError
 from hf_elastic.files import read_json, write_json
+from hf_elastic.training.fit_layers import FIT_FILE
 
 MARKER = "elastic_complete.json"
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
-_ARGUMENTS = "training_args.bin"
+_NO_WEIGHTS = ("training_args.bin", FIT_FILE)  # of the model
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, in bytes
 
 
@@ -105,7 +106,7 @@ def incompleteness(checkpoint: str | Path) -> str | None:
         return str(error)
     if missing := sorted(needed - {file.name for file in files}):
         return f"{missing[0]} is missing"
-    if not any(file.suffix in (".safetensors", ".bin") and file.name != _ARGUMENTS for file in files):
+    if not any(file.suffix in (".safetensors", ".bin") and file.name not in _NO_WEIGHTS for file in files):
         return "it has no weights"
     for file in files:
         wrong_size = file.name in sizes and file.stat().st_size != sizes[file.name]

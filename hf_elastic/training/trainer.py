@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_elastic.errors import CheckpointError, TrainingError
 from hf_elastic.families import shifts_labels
@@ -17,13 +19,15 @@ from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.callbacks import Period, SubnetSamplingCallback, check_run, checked_period
 from hf_elastic.training.decay import ActiveSliceStep
+from hf_elastic.training.fit_layers import FIT_FILE, FitLayers
 from hf_elastic.training.resume import (
     CompleteCheckpointCallback,
     checked_checkpoint,
     last_complete_checkpoint,
 )
 from hf_elastic.training.sampling import SamplingRule
-from hf_elastic.training.targets import Distillation, LossContext, Signal, detached, state_pairs
+from hf_elastic.training.sublayers import LayerStates, captured
+from hf_elastic.training.targets import Distillation, LossContext, Relation, Signal, detached, state_pairs
 
 # The mixin stands before any Trainer class; to a type checker it is one.
 _Below: Any = Trainer if TYPE_CHECKING else object
@@ -40,9 +44,10 @@ class _Draw:
 class _StepCallback(TrainerCallback):
     """Keeps the slices of a step together with the Trainer's own order of events."""
 
-    def __init__(self, supernet: Supernet, slices: ActiveSliceStep) -> None:
+    def __init__(self, supernet: Supernet, slices: ActiveSliceStep, *, fit: FitLayers | None) -> None:
         self.supernet = supernet
         self.slices = slices
+        self.fit = fit
         self.micro_step = 0
 
     def on_train_begin(
@@ -56,6 +61,8 @@ class _StepCallback(TrainerCallback):
     ) -> None:
         self.slices.forget()
         self.micro_step = 0
+        if self.fit is not None:
+            self.fit.zero_grad()  # the Trainer does so for the model alone
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,8 +101,12 @@ class ElasticTrainerMixin(_Below):
         freeze_inactive: Whether entries that no subnet of the step used keep their value; otherwise momentum
             may still move those that were used earlier.
 
+    Attributes:
+        fit_layers: Maps of the student's states to the teacher's width, for ``Distillation(fit=True)``.
+
     Raises:
         TrainingError: The arguments do not go together.
+        UnsupportedModelError: Student or teacher of a relational distillation is of a family that we do not know.
         ArchitectureError: An architecture is not a point of the supernet's space.
     """
 
@@ -127,11 +138,15 @@ class ElasticTrainerMixin(_Below):
         if not args:
             kwargs.setdefault("model", supernet.model)
         super().__init__(*args, **kwargs)
-        self._elastic_events = _StepCallback(supernet, self._elastic_slices)
-        self.add_callback(self._elastic_events)
-        self.add_callback(CompleteCheckpointCallback())
         if self.distillation is not None and self.distillation.teacher is not None:
             self._prepare_teacher(self.distillation.teacher)
+        self._elastic_relation: Relation | None = None
+        self.fit_layers: FitLayers | None = None
+        if self.distillation is not None and self.distillation.target == "relational":
+            self._relate(self.distillation)
+        self._elastic_events = _StepCallback(supernet, self._elastic_slices, fit=self.fit_layers)
+        self.add_callback(self._elastic_events)
+        self.add_callback(CompleteCheckpointCallback())
 
     def _prepare_teacher(self, teacher: nn.Module) -> None:
         if teacher is self.supernet.model:
@@ -140,6 +155,58 @@ class ElasticTrainerMixin(_Below):
             )
         teacher.to(self.args.device)
         teacher.eval()
+
+    def _relate(self, plan: Distillation) -> None:
+        self._elastic_relation = Relation(plan, self.supernet, seed=self.args.seed)
+        self.fit_layers = self._elastic_relation.fit
+        if self.fit_layers is None:
+            return
+        if self.lr_scheduler is not None:
+            raise TrainingError(
+                "the scheduler in optimizers= knows nothing of the fit layers that are added to the optimizer; give "
+                "optimizers=(optimizer, None) and choose lr_scheduler_type="
+            )
+        self.fit_layers.to(self.args.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer, as the Trainer below does, and let it train the fit layers too."""
+        given = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        if self.fit_layers is None:
+            return optimizer
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        decay = optimizer.defaults.get("weight_decay", 0.0) if given else self.args.weight_decay
+        if not all(id(parameter) in held for parameter in self.fit_layers.parameters()):
+            for group in self.fit_layers.parameter_groups(weight_decay=decay):
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.fit_layers is None:
+            return super()._clip_grad_norm(model)
+        both = [*model.parameters(), *self.fit_layers.parameters()]
+        return self.accelerator.clip_grad_norm_(both, self.args.max_grad_norm)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.fit_layers is not None and self.args.should_save:  # before what the Trainer writes last
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.fit_layers.save_to(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.fit_layers is not None:
+            self.fit_layers.load_from(resume_from_checkpoint)
+        elif (Path(resume_from_checkpoint) / FIT_FILE).is_file():
+            raise CheckpointError(
+                f"{resume_from_checkpoint} was saved by a run with fit layers, which this run has not; give "
+                "Distillation(target='relational', fit=True), or start again"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.fit_layers is not None:
+            self.fit_layers.load_from(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as ``Trainer.train``; ``resume_from_checkpoint=True`` takes the newest *whole* checkpoint.
@@ -180,6 +247,8 @@ class ElasticTrainerMixin(_Below):
                     losses.append(super().training_step(model, dict(inputs), num_items_in_batch))
         finally:
             self._elastic_draw = self._elastic_teacher = None
+        if self.fit_layers is not None and self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            self.fit_layers.average_gradients()  # they are outside of what DDP wraps
         return torch.stack(losses).sum()
 
     def _drawn(self) -> Sequence[Architecture]:
@@ -216,16 +285,18 @@ class ElasticTrainerMixin(_Below):
     ) -> tuple[Tensor, Any]:
         plan = self.distillation
         assert plan is not None
+        relation, in_place = self._elastic_relation, plan.teacher is None and given is None
         asked = {**inputs, **plan.forward_arguments}
         hard: Tensor | None = None
-        if self._has_labels(inputs):
-            hard, outputs = super().compute_loss(
-                model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+        if self._has_labels(inputs) and not (relation is not None and plan.label_weight == 0 and not in_place):
+            with captured(None if relation is None else relation.student) as seen:
+                hard, outputs = super().compute_loss(
+                    model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+            states = seen.states()
         else:
-            outputs = model(**asked)
-        signal = plan.signal(outputs, inputs)
-        in_place = plan.teacher is None and given is None
+            outputs, states = self._run_unlabelled(model, asked)
+        signal = plan.signal(outputs, inputs, states=states)
         if in_place and self._elastic_draw is not None and hard is None:
             raise TrainingError(
                 "the batch has neither labels nor a teacher's embeddings, so nothing can be learned; "
@@ -239,14 +310,37 @@ class ElasticTrainerMixin(_Below):
             self._elastic_teacher = self._compute_teacher_signal(inputs) if given is None else given
         context = LossContext(
             inputs=inputs,
-            pairs=state_pairs(self.supernet, self.supernet.active) if plan.target == "hidden_states" else None,
+            pairs=self._compared_layers(),
             shifted=shifts_labels(self.supernet.model),
+            fit=self.fit_layers,
             **self._normalisation(num_items_in_batch),
         )
         soft = plan.weight * plan.loss(signal, self._elastic_teacher, context=context)
         if hard is None or plan.label_weight == 0:
             return soft, outputs
         return soft + plan.label_weight * hard, outputs
+
+    def _run_unlabelled(self, model: nn.Module, asked: dict[str, Any]) -> tuple[Any, LayerStates | None]:
+        """Run the active subnet without labels; return its output, and its states where they are compared."""
+        if self._elastic_relation is None:
+            return model(**asked), None
+        plain = {name: value for name, value in asked.items() if name not in self.label_names}
+        with captured(self._elastic_relation.student) as seen:
+            # DDP waits for the parameters behind whatever its module returns, so it must return the states too, and
+            # the loss must take them from there: the head that leads to the output may have no part in it.
+            joined = self.model.register_forward_hook(lambda module, args, output: (output, seen.states()))
+            try:
+                outputs, states = model(**plain)
+            finally:
+                joined.remove()
+        return outputs, states
+
+    def _compared_layers(self) -> tuple[tuple[int, int], ...] | None:
+        """Return which entries of the states of the active subnet and of the teacher are compared, ``None``: all."""
+        if self._elastic_relation is not None:
+            return self._elastic_relation.pairs
+        assert self.distillation is not None
+        return state_pairs(self.supernet, self.supernet.active) if self.distillation.target == "hidden_states" else None
 
     def _is_largest(self) -> bool:
         return self._elastic_draw is not None and self._elastic_draw.architecture == self.supernet.space.largest()
@@ -267,15 +361,19 @@ class ElasticTrainerMixin(_Below):
         assert plan is not None
         plain = {name: value for name, value in inputs.items() if name not in self.label_names}
         asked = {**plain, **plan.forward_arguments}
+        place = None if self._elastic_relation is None else self._elastic_relation.teacher
         with torch.no_grad(), self.accelerator.autocast():
             if plan.teacher is not None:
-                return detached(plan.signal(plan.teacher(**asked), plain))
+                with captured(place) as seen:
+                    outputs = plan.teacher(**asked)
+                return detached(plan.signal(outputs, plain, states=seen.states()))
             model = self.supernet.model
             training = model.training
             model.eval()
             try:
-                with self.supernet.activate(self.supernet.space.largest()):
-                    return detached(plan.signal(model(**asked), plain))
+                with self.supernet.activate(self.supernet.space.largest()), captured(place) as seen:
+                    outputs = model(**asked)
+                return detached(plan.signal(outputs, plain, states=seen.states()))
             finally:
                 model.train(training)
 
@@ -303,7 +401,8 @@ class ElasticTrainerMixin(_Below):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Evaluate a batch; without labels the loss is that of the distillation, and ``compute_metrics`` gets
-        the subnet's and the teacher's signal (embeddings, for instance) as predictions and labels."""
+        the subnet's and the teacher's signal (embeddings, for instance) as predictions and labels; none of a
+        relational distillation, which has too many."""
         inputs = dict(inputs)
         if self.distillation is None or self._has_labels(inputs):
             self._pop_teacher_column(inputs)
@@ -312,7 +411,7 @@ class ElasticTrainerMixin(_Below):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True)
         teacher, self._elastic_teacher = self._elastic_teacher, None
-        if prediction_loss_only:
+        if prediction_loss_only or self._elastic_relation is not None:
             return loss.detach(), None, None
         return loss.detach(), detached(self.distillation.signal(outputs, inputs)), teacher
 
