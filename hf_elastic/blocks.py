@@ -24,6 +24,7 @@ from hf_elastic.models.elastic_blocks import (
     Runs,
     SlicedConv1D,
     SlicedLinear,
+    check_heads,
     parameters_in_use,
     sizes_in_use,
 )
@@ -120,7 +121,13 @@ class BlockPart:
         return (Choice(self.name, self.blocks, "categorical", counts),)
 
     def module(self, block: str) -> Any:
-        """The module of a block."""
+        """The module of a block.
+
+        Raises:
+            SpaceError: the layer has no such block.
+        """
+        if block not in self.blocks:
+            raise SpaceError(f"layer {self.index} has no block {block!r}; it has {', '.join(self.blocks)}")
         return self.layer.candidates[block] if isinstance(self.layer, CandidateBlocks) else self.layer
 
     def projection(self, block: str, path: str) -> Any:
@@ -173,7 +180,17 @@ class BlockPart:
         config.candidate_widths = _replaced(widths, (self.index, self.blocks.index(block)), width)
 
     def set_heads(self, block: str, heads: Heads) -> None:
-        """Says which heads of a block are in use."""
+        """Says which heads of a block are in use.
+
+        Raises:
+            SpaceError: the block has no such heads, or its dimensions do not divide into so many.
+        """
+        size = self.projection(block, self.roles.attention).config_head_size
+        count = _inputs(self.projection(block, self.roles.attention_out)) // size
+        try:
+            check_heads(heads, count=count, size=size)
+        except ValueError as error:
+            raise SpaceError(f"{block} in layer {self.index}: {error}") from None
         self.module(block).set_heads(heads)
         self.heads[block] = heads
         if isinstance(self.layer, CandidateBlocks):
@@ -266,18 +283,32 @@ def make_block_parts(model: PreTrainedModel) -> list[BlockPart]:
         raise UnsupportedModelError(
             f"a {type(model).__name__} holds no candidate blocks; those of type {' and '.join(ROLES)} do"
         )
-    parts = []
     layers: Any = model.base_model.get_submodule(roles.layers)
+    parts = []
     for index, layer in enumerate(layers):
         candidates = isinstance(layer, CandidateBlocks)
         if not candidates and not (layer.has_attention and layer.has_mlp):
             raise UnsupportedModelError(f"layer {index} skips a sublayer, which a block of a space does not")
         blocks = tuple(layer.candidates) if candidates else (model.config.per_layer_config[index].block or STANDARD,)
-        part = BlockPart(layer, index, model, roles, blocks)
-        if not candidates:
+        parts.append(BlockPart(layer, index, model, roles, blocks))
+    for part in parts:
+        if not isinstance(part.layer, CandidateBlocks):
             _make_sliceable(part)
-        parts.append(part)
     return parts
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuses adapters on a model of candidate blocks: no block would be extracted with what they learnt.
+
+    Raises:
+        UnsupportedModelError: a module of it has one.
+    """
+    wrapped = [name for name, module in model.named_modules() if "base_layer" in dict(module.named_children())]
+    if wrapped:
+        raise UnsupportedModelError(
+            f"{wrapped[0]} has an adapter, which cannot follow candidate blocks; give it to extract(supernet, "
+            "architecture) instead"
+        )
 
 
 def _make_sliceable(part: BlockPart) -> None:
@@ -291,34 +322,44 @@ def _make_sliceable(part: BlockPart) -> None:
             projection.__class__ = SlicedLinear if isinstance(projection, nn.Linear) else SlicedConv1D
 
 
-def blocks_loadability(shapes: Sequence[BlockShape], config: Any) -> Literal["stock", "stock-padded", "remote-code"]:
+def blocks_loadability(
+    shapes: Sequence[BlockShape], model: PreTrainedModel
+) -> Literal["stock", "stock-padded", "remote-code"]:
     """Loadability of blocks (:meth:`hf_elastic.Supernet.loadability`).
 
     A stock class holds standard blocks whose heads are as large as in its own config; where they differ in width or
     have lost heads, after padding with zeros.
     """
-    size = config.hidden_size // config.num_attention_heads
+    config, heads = model.config, config_heads(model.config)
+    size = config.hidden_size // heads
     standard = all(shape.block == STANDARD and shape.head_dim == size for shape in shapes)
-    if not standard or size * config.num_attention_heads != config.hidden_size or not _is_plain(config):
+    if not standard or size * heads != config.hidden_size or not _is_plain(model):
         return "remote-code"
-    whole = {shape.num_attention_heads for shape in shapes} == {config.num_attention_heads}
+    whole = {shape.num_attention_heads for shape in shapes} == {heads}
     return "stock" if whole and len({shape.intermediate_size for shape in shapes}) == 1 else "stock-padded"
 
 
-def _is_plain(config: Any) -> bool:
+def _is_plain(model: PreTrainedModel) -> bool:
     """Whether all but the layers of a static model is as the stock class of its family has it."""
+    config: Any = model.config
     if config.model_type == "elastic_gpt2":
         return True
     words = config.embedding_size in (None, config.hidden_size) and not config.trigram_input
     heads = config.pooler_activation == "tanh" and config.mlm_activation in (None, config.hidden_act)
     dropouts = (config.pooler_dropout, config.qa_dropout) == (0, 0) and config.token_classifier_dropout is None
     positions = config.type_vocab_size > 0 and not config.positions_skip_padding
-    return words and heads and dropouts and positions and config.attention_output_dropout_prob is None
+    pools = model.base_model is not model or "pooler" in dict(model.named_children())
+    return words and heads and dropouts and positions and pools and config.attention_output_dropout_prob is None
 
 
 def config_width(config: Any) -> int:
-    """FFN width of a static config, whatever its family calls it."""
-    return int(getattr(config, config.per_layer_names["intermediate_size"]))
+    """FFN width of a static config, of the layers that say no other."""
+    return int(vars(config)[config.per_layer_names["intermediate_size"]])
+
+
+def config_heads(config: Any) -> int:
+    """Heads of a static config, of the layers that say no other number."""
+    return int(vars(config)[config.per_layer_names["num_attention_heads"]])  # no attribute where layers differ
 
 
 def _replaced(table: Sequence[Sequence[Any]], place: tuple[int, int], value: Any) -> list[list[Any]]:
@@ -329,6 +370,10 @@ def _replaced(table: Sequence[Sequence[Any]], place: tuple[int, int], value: Any
 
 def _outputs(projection: nn.Module) -> int:
     return int(projection.out_features if isinstance(projection, nn.Linear) else projection.nf)  # type: ignore[arg-type]
+
+
+def _inputs(projection: nn.Module) -> int:
+    return int(projection.in_features if isinstance(projection, nn.Linear) else projection.nx)  # type: ignore[arg-type]
 
 
 def _regions(projection: SlicedLinear | SlicedConv1D) -> dict[int, Region]:

@@ -14,6 +14,7 @@ from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.additive import OfAdapter, OfBlock, OfLayer, layer_table
+from hf_elastic.tables.block_latencies import BlockLatencyTable
 from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, block_memory, layer_memory, memory_bytes
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
 
@@ -104,10 +105,11 @@ def memory(
     )
 
 
-def predicted_latency(supernet: Supernet, table: LatencyTable) -> Objective:
+def predicted_latency(supernet: Supernet, table: LatencyTable | BlockLatencyTable) -> Objective:
     """Whole nanoseconds of a forward of the exported subnet as a latency table predicts them, a sum over layers.
 
-    A limit on it in nanoseconds is an integer; ``within={"predicted_latency": 0.5}`` is a speed-up of two.
+    A limit on it in nanoseconds is an integer; ``within={"predicted_latency": 0.5}`` is a speed-up of two over the
+    parent, of a space of candidate blocks over its largest path.
 
     Raises:
         CheckpointError: the table is of another model, or not finished.
@@ -115,13 +117,21 @@ def predicted_latency(supernet: Supernet, table: LatencyTable) -> Objective:
     """
     table.require(supernet)
     constant = round(NANOSECONDS * table.fit.constant)
-
-    def predicted(architecture: Architecture) -> int:
-        pairs = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
-        return constant + sum(table.nanoseconds(part, shape) for part, shape in pairs)
-
     measured = (table.setting, table.fit)
-    return _cost(supernet, LATENCY, predicted, arguments=measured, unit="ns", layer=table.nanoseconds)
+    if isinstance(table, BlockLatencyTable):
+        of_block = table.nanoseconds
+
+        def of_path(architecture: Architecture) -> int:
+            return constant + sum(of_block(part, part.chosen(architecture)) for part in supernet.block_parts)
+
+        return _cost(supernet, LATENCY, of_path, arguments=measured, unit="ns", block=of_block)
+    of_layer = table.nanoseconds
+
+    def of_layers(architecture: Architecture) -> int:
+        pairs = zip(supernet.layer_parts, supernet.layer_shapes(architecture), strict=True)
+        return constant + sum(of_layer(part, shape) for part, shape in pairs)
+
+    return _cost(supernet, LATENCY, of_layers, arguments=measured, unit="ns", layer=of_layer)
 
 
 def budget_costs(

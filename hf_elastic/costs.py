@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LATENCY_TOKENS = 128
 """Tokens at which MACs are stated and latency is measured; the latter with fewer where a model has fewer positions."""
-BLOCK_HEADS = ("pooler.dense", "classifier", "score")
+BLOCK_HEADS = ("pooler.dense", "classifier")
 """Linears outside the layers of a static model that see one token of a sequence."""
 _LOADABILITY_SAMPLES = 500
 _PRINT_LATENCY_LIMIT = 500_000_000  # parameters: above, one CPU forward takes seconds

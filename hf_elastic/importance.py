@@ -77,8 +77,10 @@ def sort_by_importance_(
         DataError: the method needs data and got none, a batch is no dict of tensors, or the batches give no
             loss.
         SpaceError: the method is unknown.
+        UnsupportedModelError: the model has adapters, or its layers are candidate blocks.
     """
     supernet.require_plain("sort_by_importance_")
+    supernet.require_layers("sort_by_importance_")
     chosen = method or ("weight" if batches is None else "activation")
     if chosen not in get_args(Method):
         raise SpaceError(f"method={chosen!r} is not one of {', '.join(map(repr, get_args(Method)))}")
@@ -389,6 +391,7 @@ def set_layer_order(supernet: Supernet, order: list[int]) -> None:
     from hf_elastic.conversion import replan  # conversion builds the choices
 
     supernet.require_plain("set_layer_order")
+    supernet.require_layers("set_layer_order")
     if sorted(map(repr, order)) != sorted(map(repr, range(len(supernet.layer_parts)))):
         raise SpaceError(f"layer order {order} must name each of the layers 0 to {len(supernet.layer_parts) - 1} once")
     if any(part.names.depth for part in supernet.layer_parts):

@@ -276,7 +276,9 @@ def damage(supernet: Supernet, table: QualityTable) -> Objective:
 
     Raises:
         DataError: the table does not reach every option of the space.
+        UnsupportedModelError: the layers are candidate blocks.
     """
+    supernet.require_layers("a quality table", instead="objectives.loss(supernet, validation)")
     return Objective(
         "damage",
         lambda architecture: predicted_damage(supernet, table, architecture),
@@ -313,9 +315,12 @@ def proxy(
     Raises:
         DataError: there is no such proxy, batches are missing, an option is not for this proxy, the table is of another
             model, or a label-free weight is outside of 0 to 1.
+        UnsupportedModelError: the proxy is a sum over widths and heads, and the layers are candidate blocks.
     """
     if name != "zerolm" and (alpha is not None or table is not None):
         raise DataError(f"alpha and table are of zerolm, not of {name}; leave them out")
+    if name == "zerolm" or name in _SIZES:
+        supernet.require_layers(f"the proxy {name!r} of a supernet", instead="score() on what extract() gives")
     if name == "zerolm":
         return _zerolm(supernet, alpha, table if table is not None else ZeroLMTable.of_model(supernet.base))
     if name in ("params", "decoder_params"):
@@ -329,8 +334,9 @@ def proxy(
     merge = True if supernet.adapter_parts else None
 
     def measure(architecture: Architecture) -> float:
-        padded = supernet.loadability(architecture) == "stock-padded" and supernet.family.static_type is not None
-        form = "remote-code" if padded else None  # neurons of padding would count
+        padded = supernet.loadability(architecture) == "stock-padded" and not supernet.block_parts
+        compact = padded and supernet.family.static_type is not None
+        form = "remote-code" if compact else None  # neurons of padding would count
         return score(extract(supernet, architecture, loadability=form, merge=merge), name, data, target=target)  # type: ignore[arg-type]
 
     return _measured(supernet, name, measure, batches=data, direction="maximize", mode=target)
@@ -438,9 +444,10 @@ def _measured(
 
 
 def _fingerprint(supernet: Supernet, batches: Sequence[Batch], *, extra: Tensor | None, mode: str) -> str:
-    """Digest of the weights (a sample of each tensor), the order of layers and the data: a storage mixes no two."""
+    """Digest of the weights (a sample of each), the order of layers, the blocks and the data: a storage mixes no two."""
     adapters = sorted({(part.adapter, part.in_use, part.merged) for part in supernet.adapter_parts})
-    digest = hashlib.sha256(f"{mode}{supernet.layer_order}{adapters or ''}".encode())
+    blocks = [(part.heads, [part.shape_of(block) for block in part.blocks]) for part in supernet.block_parts]
+    digest = hashlib.sha256(f"{mode}{supernet.layer_order}{adapters or ''}{blocks or ''}".encode())
     for name, tensor in supernet.model.state_dict().items():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].double().cpu()

@@ -255,7 +255,8 @@ def _describe_export(folder: Path) -> str:
         size = count(record["adapter_parameters"])
         return f"  adapter        plain peft, {size} parameters, of {record['base']}{labels}"
     layers = record["layers"]
-    there = [layer for layer in layers if layer["attention"] or layer["mlp"]]
+    there = [layer for layer in layers if "block" in layer or layer["attention"] or layer["mlp"]]
+    blocks = [layer["block"] for layer in there if "block" in layer]
     widths = sorted({layer["intermediate_size"] for layer in there})
     heads = sorted({layer["num_attention_heads"] for layer in there})
     cost = f"{count(record['parameters'])} parameters without embeddings"
@@ -263,6 +264,7 @@ def _describe_export(folder: Path) -> str:
     lines = [
         f"  exported       {record['loadability']} from {record['parent'] or 'a model in memory'}",
         f"  layers         {len(there)} of {len(layers)}: FFN {widths}, heads {heads}",
+        *([f"  blocks         {', '.join(blocks)}"] if blocks else []),
         f"  cost           {cost} at {record['macs_seq_len']} tokens",
     ]
     if not layers:  # adapters were merged into a base of one shape
@@ -275,6 +277,8 @@ def _describe_run(folder: Path) -> str:
     options, stages = record["options"], record["stages"]
     if (recovery := stages.get("recover")) is not None:
         return _describe_recovery(options["settings"], recovery)
+    if "teacher" in options:
+        return _describe_elm(options, stages)
     if "within" not in options:
         return _describe_study(options, stages)
     lines = [
@@ -289,6 +293,17 @@ def _describe_run(folder: Path) -> str:
         lines += [f"{name}: {line}" for name, found in family["outcomes"].items() for line in found["lines"]]
     if not stages.get("export", {}).get("finished"):
         lines.append("not finished: the same compress command goes on")
+    return "\n".join(lines)
+
+
+def _describe_elm(options: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
+    """Says what a run of ELM was asked for, what it found and where it is."""
+    lines = [f"run of ELM: size {options['size']} from {options['teacher']}, seed {options['seed']}"]
+    lines.append(stage_times({"stages": stages}))
+    if "table" in stages.get("compare", {}):
+        lines += [stages["compare"]["layers"], stages["compare"]["table"], *stages["compare"]["lines"]]
+    if not stages.get("export", {}).get("finished"):
+        lines.append("not finished: the same elm command goes on")
     return "\n".join(lines)
 
 

@@ -98,6 +98,7 @@ class LayerRunner:
     def __init__(self, model: Supernet | PreTrainedModel, *, family: Family | None = None) -> None:
         if isinstance(model, Supernet):
             model.require_plain("running single layers (refit, quality tables)")
+            model.require_layers("running single layers (refit, quality tables)")
             family = model.family
         plain: PreTrainedModel = model.model if isinstance(model, Supernet) else model
         row = family_of(plain, family)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_elastic import costs
 from hf_elastic.activation import Activation, adapter_names
-from hf_elastic.blocks import BlockPart, BlockShape, blocks_loadability
+from hf_elastic.blocks import BlockPart, BlockShape, blocks_loadability, check_no_adapters
 from hf_elastic.errors import (
     ActivationError,
     ArchitectureError,
@@ -46,6 +46,7 @@ from hf_elastic.supernet_folder import (
     parent_of,
     read_record,
     save_generation_config,
+    write_code,
 )
 
 ADAPTER_FOLDER = "adapter"
@@ -86,6 +87,8 @@ class Supernet:
                 "first, or get_peft_model(model, ElasticLoraConfig(...))"
             )
         check_wrappers(model)
+        if any(isinstance(part, BlockPart) for part in parts):
+            check_no_adapters(model)
         adapters = tuple(part for part in parts if isinstance(part, AdapterPart))
         for part in adapters:
             part.link(parts, self.base)
@@ -154,12 +157,14 @@ class Supernet:
             try:
                 yield self
             finally:
-                self._restore(previous if self.space is space else self._carried(previous))
+                if self.space is not space:  # it changed inside the block
+                    previous = self.space.largest() if previous == space.largest() else self._carried(previous)
+                self._restore(previous)
         finally:
             self._state.leave()
 
     def _carried(self, architecture: Architecture) -> Architecture:
-        """An architecture of the space before the order of layers changed, as a point of the space now."""
+        """An architecture of the space before it changed, as a point of the space now."""
         values: dict[str, Value] = dict(self.space.largest())
         for choice in self.space.choices:
             if architecture.get(choice.name) in choice.values:  # another layer may have become the one that stays
@@ -278,6 +283,17 @@ class Supernet:
                 "extract(..., merge=True) made elastic again"
             )
 
+    def require_layers(self, what: str, *, instead: str = "extract(supernet, architecture)") -> None:
+        """Refuses a model of candidate blocks for what cuts layers; ``instead`` is what to use.
+
+        Raises:
+            UnsupportedModelError: it is one.
+        """
+        if self.block_parts:
+            raise UnsupportedModelError(
+                f"{what} is for layers with widths, heads or a presence to choose, these are blocks; use {instead}"
+            )
+
     def require_unmerged(self) -> None:
         """Refuses a model whose adapters are in its weights, or gone.
 
@@ -366,7 +382,7 @@ class Supernet:
         """
         shapes = self.layer_shapes(architecture)
         if self.block_parts:
-            return blocks_loadability(self.block_shapes(architecture), self.base.config)
+            return blocks_loadability(self.block_shapes(architecture), self.base)
         if not shapes:
             return "stock"  # only adapters are elastic, so the model's shapes are the parent's
         return shapes_loadability(
@@ -385,7 +401,8 @@ class Supernet:
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Saves the largest model as a stock checkpoint, with ``search_space.json`` beside it.
 
-        Anyone loads the folder with the stock class; :meth:`from_pretrained` restores the supernet bit-equal. The
+        Anyone loads the folder with the stock class (of candidate blocks, all of them, with ``trust_remote_code=True``;
+        the largest path is active); :meth:`from_pretrained` restores the supernet bit-equal. The
         parent's tokenizer is not copied, but its folder or Hub name is kept, so that an export finds it. Adapters are
         saved beside the model, in ``adapter``; :func:`hf_elastic.load_adapter` puts them onto the restored one.
 
@@ -398,6 +415,8 @@ class Supernet:
                 generation config; nothing is left half-written.
         """
         config = self.base.__dict__.get("_hf_elastic_config")
+        if self.block_parts and not self._saves_itself():
+            raise CheckpointError("the layers are one block each, with nothing to choose; write the model by export()")
         if config is None and not self._saves_itself():
             raise CheckpointError(
                 f"this handle on a {type(self.model).__name__} holds no ElasticConfig, so it cannot be saved; save the "
@@ -409,6 +428,7 @@ class Supernet:
             with self.activate(self.space.largest()):
                 with self.plain() as model:
                     model.save_pretrained(folder)
+                    write_code(model, folder)
                 if self.adapter_parts:
                     self.model.save_pretrained(folder / ADAPTER_FOLDER)
             record = {

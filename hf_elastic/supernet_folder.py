@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_elastic.errors import CheckpointError
 from hf_elastic.files import file_digest, read_json
-from hf_elastic.models import STATIC_CLASSES, model_class
+from hf_elastic.models import MODEL_TYPES, STATIC_CLASSES, model_class, source_files
 
 SPACE_FILE = "search_space.json"
 FORMAT = 1
@@ -31,6 +32,13 @@ def save_generation_config(model: PreTrainedModel, folder: Path) -> None:
             f"transformers does not write this generation config: {' '.join(str(error).split())}; "
             "correct model.generation_config"
         ) from error
+
+
+def write_code(model: PreTrainedModel, folder: Path) -> None:
+    """Copies the code of a static model beside its weights, so that it loads where hf_elastic is not installed."""
+    if model.config.model_type in MODEL_TYPES:
+        for file in source_files(model.config.model_type):
+            shutil.copyfile(file, folder / file.name)
 
 
 def parent_of(model: PreTrainedModel) -> str:
@@ -56,7 +64,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{file} has format {record.get('format')!r}, this version reads {FORMAT}")
     kinds = {"class": str, "space_digest": str, "weights": dict}
-    if record.get("elastic_config") is not None:  # the space of candidate blocks is in the model's own config
+    static = record.get("elastic_config") is None and read_json(folder / "config.json").get("model_type") in MODEL_TYPES
+    if not static:  # the space of candidate blocks is in the model's own config
         kinds |= {"elastic_config": dict, "layer_order": list}
     if bad := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind) or not record[name]]:
         raise CheckpointError(f"{file} says nothing usable about {', '.join(bad)}; copy the folder again")

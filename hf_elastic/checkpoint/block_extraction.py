@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_elastic.blocks import BlockPart, BlockShape, config_width
+from hf_elastic.blocks import BlockPart, BlockShape, config_heads
 from hf_elastic.checkpoint.static_form import stock_class, stock_config
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
@@ -22,6 +21,8 @@ def block_model(
     parent, shapes = supernet.base, supernet.block_shapes(architecture)
     state = path_state(supernet, architecture)
     config = path_config(parent.config, shapes)
+    if "add_pooling_layer" in config.to_dict():  # a model may have been made with another one than its config says
+        config.add_pooling_layer = "pooler" in dict(parent.base_model.named_children())
     if form == "remote-code":
         return type(parent), config, state
     width = max(shape.intermediate_size for shape in shapes)
@@ -33,28 +34,24 @@ def block_model(
 
 def path_config(config: Any, shapes: tuple[BlockShape, ...]) -> Any:
     """Config of the static model with one block per layer; what all layers share is said once."""
-    made = copy.deepcopy(config)
-    made.candidate_blocks = made.candidate_widths = made.candidate_heads = None
-    names = made.per_layer_names
-    width, heads = config_width(config), int(config.num_attention_heads)
+    names, fields = config.per_layer_names, config.to_dict()  # what no layer says otherwise, also where layers differ
     entries: dict[int, dict[str, Any]] = {}
     for number, shape in enumerate(shapes):
         size = "bottleneck_head_dim" if shape.block.startswith("bottleneck") else "head_dim"
         entry = {"block": shape.block, names["intermediate_size"]: shape.intermediate_size}
         entry |= {names["num_attention_heads"]: shape.num_attention_heads, size: shape.head_dim}
-        defaults = {
-            "block": config.block, names["intermediate_size"]: width, names["num_attention_heads"]: heads,
-            size: getattr(config, size),
-        }  # fmt: skip
-        entries[number] = {name: value for name, value in entry.items() if value != defaults[name]}
+        entries[number] = {name: value for name, value in entry.items() if value != fields[name]}
     shared = _shared(entries)
-    fields = {**made.to_dict(), **shared}
+    fields |= shared
     per_layer = {n: {k: v for k, v in entry.items() if k not in shared} for n, entry in entries.items()}
     fields["per_layer_config"] = {n: entry for n, entry in per_layer.items() if entry} or None
     return type(config)(**{name: value for name, value in fields.items() if name not in _NOT_CARRIED})
 
 
-_NOT_CARRIED = frozenset({"model_type", "architectures", "auto_map", "transformers_version"})
+_NOT_CARRIED = frozenset({
+    "model_type", "architectures", "auto_map", "transformers_version", "candidate_blocks", "candidate_widths",
+    "candidate_heads",
+})  # fmt: skip
 
 
 def _shared(entries: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def _prefix(supernet: Supernet) -> str:
 
 def _pad(state: dict[str, Tensor], part: BlockPart, shape: BlockShape, *, width: int, prefix: str) -> None:
     """Fills up the projections of a standard block with zeros, to a common width and the heads of the config."""
-    roles, heads = part.roles, int(part.model.config.num_attention_heads)
+    roles, heads = part.roles, config_heads(part.model.config)
     more, missing = width - shape.intermediate_size, (heads - shape.num_attention_heads) * shape.head_dim
     transposed = part.model.config.model_type == "elastic_gpt2"
     fused = 3 if roles.query == roles.key else 1

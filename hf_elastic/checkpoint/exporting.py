@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -22,11 +21,11 @@ from hf_elastic.checkpoint.extraction import extract
 from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
 from hf_elastic.layers import evaluating
-from hf_elastic.models import MODEL_TYPES, source_files
+from hf_elastic.models import MODEL_TYPES
 from hf_elastic.packed_format import integer_bits, quantised_layers, write_weights
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Loadability, Supernet
-from hf_elastic.supernet_folder import save_generation_config
+from hf_elastic.supernet_folder import save_generation_config, write_code
 
 ARCHITECTURE_FILE = "architecture.json"
 _ROUNDED_AGAIN = 10  # W + s B A is rounded where W x + s B A x was not; stock peft's merge differs as much
@@ -125,7 +124,8 @@ def export(
         extracted = extract(supernet, point, loadability=form, merge=merge, allow_dense=allow_dense)
         difference = _check_parity(supernet, point, extracted, merged=bool(merge))
         written = extracted if model is None else _like(extracted, model)
-        _save_model(written, folder, form)
+        write_weights(written, folder)
+        write_code(written, folder)
         names = copy_companions(parent, folder, tokenizer=tokenizer)
         record = _record(supernet, point, form)
         write_json(folder / ARCHITECTURE_FILE, record)
@@ -226,13 +226,6 @@ def zero_share(model: PreTrainedModel) -> float:
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     count = sum(weight.numel() for weight in weights)
     return sum(int((weight == 0).sum()) for weight in weights) / count if count else 0.0
-
-
-def _save_model(model: PreTrainedModel, folder: Path, form: Loadability) -> None:
-    write_weights(model, folder)
-    if form == "remote-code":
-        for file in source_files(model.config.model_type):
-            shutil.copyfile(file, folder / file.name)
 
 
 def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrainedModel, *, merged: bool) -> float:

@@ -36,7 +36,7 @@ def inner_size(config: Any, block: str) -> int:
 
 def bottleneck_size(config: Any) -> int:
     """Width of bottlenecks: by default a quarter of the hidden size, as in ELM."""
-    return config.bottleneck_size or config.hidden_size // 4
+    return config.hidden_size // 4 if config.bottleneck_size is None else config.bottleneck_size
 
 
 def head_size(config: Any, block: str) -> int:
@@ -83,8 +83,9 @@ def check_blocks(config: Any) -> None:
             raise ValueError(
                 f"{name} needs one list per layer ({layers}) with an entry for each of candidate_blocks ({candidates})"
             )
-    for heads in [entry for layer in config.candidate_heads or () for entry in layer]:
-        _check_heads(heads, config.num_attention_heads)
+    for layer in config.candidate_heads or ():
+        for block, heads in zip(candidates, layer, strict=True):
+            check_heads(heads, count=config.num_attention_heads, size=head_size(config, block))
     widths = [width for layer in config.candidate_widths or () for width in layer]
     name = config.per_layer_names["intermediate_size"]
     allocated = getattr(config, name)
@@ -95,13 +96,25 @@ def check_blocks(config: Any) -> None:
         )
 
 
-def _check_heads(heads: Any, count: int) -> None:
-    kept = heads if isinstance(heads, list) else []
-    bad = kept != sorted(set(kept) & set(range(count))) if kept else isinstance(heads, list)
-    if bad or (isinstance(heads, int) and not 1 <= heads <= count):
+def check_heads(heads: Any, *, count: int, size: int) -> None:
+    """Checks what says which heads of a block are in use, as ``candidate_heads`` of a config does.
+
+    Args:
+        heads: what is said.
+        count: heads that are there.
+        size: of one.
+
+    Raises:
+        ValueError: it is none of what is allowed.
+    """
+    if isinstance(heads, list):
+        fits = bool(heads) and heads == [head for head in range(count) if head in heads]
+    else:
+        fits = heads is None or (type(heads) is int and 1 <= heads <= count and count * size % heads == 0)
+    if not fits:
         raise ValueError(
-            f"an entry of candidate_heads is null, a number up to {count}, or an ascending list of heads below it; "
-            f"got {heads}"
+            f"heads in use (candidate_heads) are null for all, an ascending list of heads below {count}, or a number "
+            f"up to {count} that divides their {count * size} dimensions; got {heads}"
         )
 
 

@@ -99,8 +99,6 @@ def write_cache_filler(cache: Any, hidden_states: Any, layer_idx: int) -> None:
 
 def static_cache_shapes(config: Any) -> tuple[list[int], list[int]]:
     """Heads and head sizes of a preallocated KV cache, per layer; (1, 1) where the filler goes."""
-    if getattr(config, "candidate_blocks", None) is not None:
-        raise ValueError("a supernet has no one shape of a preallocated cache: use a dynamic one, or extract a subnet")
     heads, sizes = [], []
     for layer in config.per_layer_config:
         present = "attention" not in skipped_sublayers(layer)

@@ -158,9 +158,9 @@ class ElasticGPT2ForCausalLM(ElasticGPT2PreTrainedModel, GenerationMixin):
         )
 
     def _get_static_cache_init_shape(self) -> tuple[list[int], list[int]] | None:
-        # None where the layers sit on several devices.
+        # None, which lets the first token say the shapes, where layers sit on several devices or hold several blocks.
         single_device = super()._get_static_cache_init_shape() is not None  # type: ignore[misc]
-        return static_cache_shapes(self.config) if single_device else None
+        return static_cache_shapes(self.config) if single_device and self.config.candidate_blocks is None else None
 
 
 class ElasticGPT2ForSequenceClassification(GenericForSequenceClassification, ElasticGPT2PreTrainedModel):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_elastic.errors import UnsupportedModelError
 from hf_elastic.families import FAMILIES, Family, family_of, layers_of, submodule
 from hf_elastic.layers import ElasticProjection, SkippableModule
+from hf_elastic.models.elastic_blocks import CandidateBlocks, SlicedConv1D, SlicedLinear
 from hf_elastic.packed_format import is_packed, is_quantised
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -118,8 +119,10 @@ def require_whole(model: nn.Module) -> None:
     """Refuses a model of which only a part is active, or whose weights cannot be replaced for one call.
 
     Raises:
-        UnsupportedModelError: a subnet of a supernet is active in it, or its weights are packed.
+        UnsupportedModelError: a subnet of a supernet is active in it, it holds candidate blocks or a fused projection
+            of two parts, or its weights are packed.
     """
+    require_single_blocks(model)
     for name, module in model.named_modules():
         if _is_reduced(module):
             raise UnsupportedModelError(
@@ -131,9 +134,29 @@ def require_whole(model: nn.Module) -> None:
             raise UnsupportedModelError(f"the weight of {name} is packed; call hf_elastic.unpack_(model) first")
 
 
+def require_single_blocks(model: nn.Module) -> None:
+    """Refuses layers of several blocks, and fused projections that do not hold query, key and value.
+
+    Raises:
+        UnsupportedModelError: the model has such.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, CandidateBlocks):
+            raise UnsupportedModelError(
+                f"{name} holds several blocks of which one is computed; score the model that hf_elastic.extract gives"
+            )
+        if isinstance(module, SlicedConv1D) and module.shared:
+            raise UnsupportedModelError(
+                f"{name} holds a projection that attention uses twice, which proxies cannot tell apart; score blocks "
+                "with three projections"
+            )
+
+
 def _is_reduced(module: nn.Module) -> bool:
     if isinstance(module, ElasticProjection):
         return (module.active_in_features, module.active_out_features) != module.whole_features
+    if isinstance(module, SlicedLinear | SlicedConv1D):
+        return module.rows is not None or module.columns is not None
     return isinstance(module, SkippableModule) and module.skipped
 
 

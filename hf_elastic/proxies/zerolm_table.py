@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_elastic.errors import DataError, UnsupportedModelError
 from hf_elastic.families import Family, layers_of
 from hf_elastic.parts import LayerShape
-from hf_elastic.proxies.roles import row_of, weight_of
+from hf_elastic.proxies.roles import require_single_blocks, row_of, weight_of
 
 Floats = NDArray[np.float64]
 DEFAULT_ALPHA = 0.5
@@ -192,8 +192,10 @@ def projections_of(model: PreTrainedModel, family: Family | None = None) -> dict
     """The scored matrices by the names of their modules.
 
     Raises:
-        UnsupportedModelError: there is no row of the model's family, or a projection is quantised.
+        UnsupportedModelError: there is no row of the model's family, a projection is quantised, or a layer holds
+            several blocks or a fused projection of two parts.
     """
+    require_single_blocks(model)
     row = row_of(model.config.model_type, family)
     layers = layers_of(model, row)
     prefix = next(name for name, module in model.named_modules() if module is layers)

@@ -276,7 +276,7 @@ class Budgets:
 def _if_without_layers(supernet: Supernet) -> str:
     """What has to be said of the reach of a space whose smallest architecture has no layer, which no run takes."""
     shapes = supernet.layer_shapes(supernet.space.smallest())
-    return ", with no layer left," if all(shape.skipped for shape in shapes) else ""
+    return ", with no layer left," if shapes and all(shape.skipped for shape in shapes) else ""
 
 
 def _speedup_verdict(wanted: float, ratio: float, *, where: str, predicted: float | None) -> Verdict:

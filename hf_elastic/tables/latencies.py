@@ -322,6 +322,7 @@ def measure_latency_table(
         ExportError: the model has no static class, which an option would be exported as.
     """
     supernet.require_plain("a latency table")
+    supernet.require_layers("measure_latency_table", instead="measure_block_latency_table")
     if type(sizes) is not int or sizes < 2:
         raise DataError(f"sizes={sizes!r} must be an integer of at least 2, the smallest and the whole")
     setting = Setting.of(supernet, batch_size=batch_size, length=length, phase=phase, device=device, dtype=dtype)
