@@ -6,9 +6,11 @@ python benchmarks/render.py
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import render_elm
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -399,6 +401,15 @@ def zerolm(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*lines, machine(result["environment"])])
 
 
+def of_elm(section: Callable[[Mapping[str, Any], Callable[[Any], str]], list[str]]) -> Callable[[Any], str]:
+    """A section about ELM, with the machine it was measured on."""
+    return lambda result: "\n\n".join([*section(result, table), machine(result["environment"])])
+
+
+ELM = {
+    "elm-growth": render_elm.elm_growth, "elm-fusion": render_elm.elm_fusion,
+    "elm-distillation": render_elm.elm_distillation, "elm": render_elm.elm,
+}  # fmt: skip
 MINILM = {
     "minilm-general": "all-MiniLM-L6-v2, general English",
     "minilm-docs": "all-MiniLM-L6-v2, `make demo` (Python's documentation)",
@@ -413,6 +424,7 @@ SECTIONS = {
     "adapters-banking77": adapters, "adapters-sst2": adapters, "stories-adapters": stories_adapters,
     "elastic-lora": elastic_lora, "sparse-peft": sparse_peft, "sqft-banking77": sqft, "sqft-sst2": sqft,
     "stories-sqft": stories_sqft, "ranking": ranking, "flexibert": flexibert, "zerolm": zerolm,
+    **{name: of_elm(section) for name, section in ELM.items()},
 }  # fmt: skip
 
 

@@ -47,7 +47,10 @@ def make_elastic(
             make_part_holder(part.layer, [part])
         return Supernet(model)
     if not isinstance(config, ElasticConfig):
-        raise SpaceError(f"config is a {type(config).__name__}, expected ElasticConfig(intermediate_size=[...], ...)")
+        got = "missing" if config is None else f"a {type(config).__name__}"
+        raise SpaceError(
+            f"config is {got}; a {model.config.model_type} model needs ElasticConfig(intermediate_size=[...], ...)"
+        )
     row = _with_static_class(family_of(model, family), model)
     _check_family_limits(model, config, row)
     builder = _Builder(model, config, row)

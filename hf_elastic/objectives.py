@@ -444,7 +444,7 @@ def _measured(
 
 
 def _fingerprint(supernet: Supernet, batches: Sequence[Batch], *, extra: Tensor | None, mode: str) -> str:
-    """Digest of the weights (a sample of each), the order of layers, the blocks and the data: a storage mixes no two."""
+    """Digest of the weights (a sample of each), the order of layers, blocks and data: a storage mixes no two."""
     adapters = sorted({(part.adapter, part.in_use, part.merged) for part in supernet.adapter_parts})
     blocks = [(part.heads, [part.shape_of(block) for block in part.blocks]) for part in supernet.block_parts]
     digest = hashlib.sha256(f"{mode}{supernet.layer_order}{adapters or ''}{blocks or ''}".encode())

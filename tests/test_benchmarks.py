@@ -363,3 +363,17 @@ def test_the_benchmark_of_predictions_judges_the_worst_of_each_phase(tmp_path: P
     assert all(row["worst"] >= row["mean"] >= 0 and row["met"] in ("yes", "NO") for row in found["worst"])
     assert len(found["rows"]) == 6 and str(tmp_path) not in json.dumps(found)
     assert "Predicted against measured" in script("render").page({file.stem: found})
+
+
+def test_the_benchmark_of_growth_judges_scores_at_both_widths_and_a_growth(tmp_path: Path) -> None:
+    file = tmp_path / "elm.json"
+    tiny = (
+        "--layers 2 --hidden 32 --heads 4 --start 8 --largest 24 --batch 2 --length 16 --calc-freq 3 --count 3 "
+        "--pairs 2 --idle-pairs 3 --growths 2"
+    )
+    script("elm").main([*tiny.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert [(row["what"], row["width"]) for row in found["rows"]] == [("scores", 8), ("growth", 8), ("scores", 24)]
+    assert all(row["low"] <= row["share"] <= row["high"] and row["met"] in ("yes", "NO") for row in found["rows"])
+    assert str(tmp_path) not in json.dumps(found)
+    assert "what PCA growth costs" in script("render").page({file.stem: found})

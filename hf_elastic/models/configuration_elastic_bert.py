@@ -32,7 +32,7 @@ class ElasticBertConfig(PerLayerShapes, BertConfig):
         embedding_size: dimensions of the word embeddings where these differ from the hidden size, to which a linear
             map takes them; the masked-language head then maps back before its tied decoder, as ALBERT's does.
         trigram_input: a token is embedded with the next and the one before it side by side, as MobileBERT does; beside
-            padding with the embedding of that, which is zero only until it is trained as an output.
+            padding, as ``attention_mask`` says it, with zeros as at the end of a row (MobileBERT embeds the padding).
         block: kind of the layers, one of :data:`~hf_elastic.models.elastic_blocks.BLOCKS`.
         bottleneck_size: width of bottleneck blocks, by default a quarter of the hidden size.
         bottleneck_head_dim: size of a head in a bottleneck block, whatever the number of heads; by default

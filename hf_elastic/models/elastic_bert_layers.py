@@ -62,9 +62,12 @@ class ElasticBertEmbeddings(nn.Module):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if self.trigram_input:
+            if attention_mask is not None and attention_mask.dim() == 2:  # beside padding as at the end of a row
+                embeddings = embeddings * attention_mask[..., None].to(embeddings)
             after = nn.functional.pad(embeddings[:, 1:], (0, 0, 0, 1))  # (B, T, E)
             before = nn.functional.pad(embeddings[:, :-1], (0, 0, 1, 0))
             embeddings = torch.cat([after, embeddings, before], dim=-1)  # (B, T, 3E)

@@ -100,7 +100,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, attention_mask)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         hidden_states = self.encoder(hidden_states, mask, position_ids=position_ids, **kwargs)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None

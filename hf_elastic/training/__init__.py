@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from hf_elastic.training.callbacks import SubnetSamplingCallback
+from hf_elastic.training.growth import PCAGrowthCallback
+from hf_elastic.training.head_fusion import HeadFusionCallback
 from hf_elastic.training.resume import CompleteCheckpointCallback, last_complete_checkpoint
 from hf_elastic.training.sampling import (
     FixedSubnet,
@@ -20,6 +22,8 @@ __all__ = [
     "ElasticTrainer",
     "ElasticTrainerMixin",
     "FixedSubnet",
+    "HeadFusionCallback",
+    "PCAGrowthCallback",
     "ProgressiveShrinking",
     "RandomSubnet",
     "SamplingRule",

@@ -32,6 +32,9 @@ _KNOWN = (
 )
 
 
+_RESTRICTED = "_hf_elastic_restricted"  # attribute of an optimizer
+
+
 class _Saved(NamedTuple):
     """A parameter before the step and the part of it that may move."""
 
@@ -81,6 +84,7 @@ class ActiveSliceStep:
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         elastic = self._elastic_names()
         inner = _unwrapped(optimizer)
+        vars(inner)[_RESTRICTED] = True
         held = {
             self._names[id(p)]
             for group in inner.param_groups
@@ -177,6 +181,20 @@ class ActiveSliceStep:
     def _boxes(self, parameter: Tensor) -> Boxes | None:
         name = self._names.get(id(parameter))
         return None if name is None else self._union.boxes(name, parameter)
+
+
+def check_restricted(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer which decays weights leaves those alone that are not in use.
+
+    Raises:
+        TrainingError: It decays, and no :class:`ActiveSliceStep` restricts it.
+    """
+    inner = _unwrapped(optimizer)
+    if any(_decay(group) for group in inner.param_groups) and _RESTRICTED not in vars(inner):
+        raise TrainingError(
+            "weight decay would move neurons that are not in use; add a SubnetSamplingCallback beside this one, use "
+            "ElasticTrainer, or set weight_decay=0"
+        )
 
 
 def _indices(boxes: Boxes | None) -> Iterator[Any]:

@@ -1,0 +1,52 @@
+"""What growth says where a run cannot give what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from grown_run import callbacks, candidates, padded
+from transformers import Trainer, TrainingArguments
+
+from hf_elastic.errors import TrainingError
+from hf_elastic.training import PCAGrowthCallback, SubnetSamplingCallback
+
+Arguments = Callable[..., TrainingArguments]
+
+
+def run(given: list[PCAGrowthCallback | SubnetSamplingCallback], args: TrainingArguments) -> None:
+    Trainer(given[-1].supernet.model, args, train_dataset=padded(), callbacks=list(given)).train()
+
+
+def test_weight_decay_that_nothing_restricts_is_refused_before_the_first_step(arguments: Arguments) -> None:
+    supernet = candidates()
+    before = {name: value.clone() for name, value in supernet.model.state_dict().items()}
+    growth = callbacks(supernet)[1]
+    args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, weight_decay=0.1)
+    with pytest.raises(TrainingError, match="weight decay would move neurons .* add a SubnetSampling"):
+        run([growth], args)
+    growth.release()
+    assert all((before[name] == value).all() for name, value in supernet.model.state_dict().items())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_weight_decay_beside_a_sampling_callback_is_taken_in_either_order(arguments: Arguments, first: int) -> None:
+    both = callbacks(candidates())
+    args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, weight_decay=0.1)
+    with pytest.warns(UserWarning):
+        run([both[first], both[1 - first]], args)
+    assert len(both[1].history.entries) == 1
+
+
+def test_a_budget_that_was_not_reached_is_said_with_its_numbers(arguments: Arguments) -> None:
+    both = callbacks(candidates(), count=1)
+    args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8)
+    with pytest.warns(UserWarning, match=r"growth ended at 3,\d+ parameters of the mean path, below the 4,400"):
+        run(list(both), args)
+
+
+def test_blocks_that_were_never_measured_are_counted(arguments: Arguments) -> None:
+    both = callbacks(candidates(), calc_freq=6, count=50)
+    args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8)
+    with pytest.warns(UserWarning, match=r"2 of 12 blocks were measured since the last growth"):
+        run(list(both), args)
