@@ -16,14 +16,13 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .configuration_elastic_bert import ElasticBertConfig
 from .elastic_blocks import (
-    CandidateBlocks,
     NoNorm,
     SlicedLinear,
-    blocks_of,
     head_size,
     inner_size,
     is_bottleneck,
     kept_heads,
+    make_layer,
     prefix,
     runs_of_heads,
     sharing,
@@ -266,27 +265,13 @@ def _linear(config: ElasticBertConfig) -> type[nn.Linear]:
     return nn.Linear if config.candidate_blocks is None else SlicedLinear
 
 
-def make_layer(config: ElasticBertConfig, layer_idx: int) -> nn.Module:
-    """The only block of a layer, or all its candidates in the sizes that are in use."""
-    blocks = blocks_of(config, layer_idx)
-    if config.candidate_blocks is None:
-        return ElasticBertLayer(config, layer_idx, block=blocks[0])
-    made = {block: ElasticBertLayer(config, layer_idx, block=block) for block in blocks}
-    for number, layer in enumerate(made.values()):
-        if config.candidate_widths is not None:
-            layer.set_width(config.candidate_widths[layer_idx][number])
-        if config.candidate_heads is not None:
-            layer.set_heads(config.candidate_heads[layer_idx][number])
-    return CandidateBlocks(made)
-
-
 class ElasticBertEncoder(nn.Module):
     """The stack of layers."""
 
     def __init__(self, config: ElasticBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList(make_layer(config, i) for i in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(make_layer(config, i, ElasticBertLayer) for i in range(config.num_hidden_layers))
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any

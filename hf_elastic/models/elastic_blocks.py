@@ -3,7 +3,7 @@
 This file travels with a checkpoint as remote code: it imports nothing but transformers and files beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -196,6 +196,26 @@ class CandidateBlocks(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.candidates[self.active](*args, **kwargs)
+
+
+def make_layer(config: Any, layer_idx: int, block_class: Callable[..., Any]) -> nn.Module:
+    """The only block of a layer, or all its candidates in the sizes that are in use.
+
+    Args:
+        config: of the model.
+        layer_idx: number of the layer.
+        block_class: makes a block of a config, a layer number and the ``block`` that it is.
+    """
+    blocks = blocks_of(config, layer_idx)
+    made = {block: block_class(config, layer_idx, block=block) for block in blocks}
+    if config.candidate_blocks is None:
+        return made[blocks[0]]
+    for number, layer in enumerate(made.values()):
+        if config.candidate_widths is not None:
+            layer.set_width(config.candidate_widths[layer_idx][number])
+        if config.candidate_heads is not None:
+            layer.set_heads(config.candidate_heads[layer_idx][number])
+    return CandidateBlocks(made)
 
 
 def parameters_in_use(block: nn.Module) -> int:

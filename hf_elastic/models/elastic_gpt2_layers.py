@@ -15,9 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration_elastic_gpt2 import ElasticGPT2Config
 from .elastic_blocks import (
-    CandidateBlocks,
     SlicedConv1D,
-    blocks_of,
     head_size,
     inner_size,
     is_bottleneck,
@@ -158,17 +156,3 @@ class ElasticGPT2Block(GradientCheckpointingLayer):
 def _linear(config: ElasticGPT2Config) -> type[Conv1D]:
     """Class of the projections: one that can be used in part where a layer holds candidates."""
     return Conv1D if config.candidate_blocks is None else SlicedConv1D
-
-
-def make_layer(config: ElasticGPT2Config, layer_idx: int) -> nn.Module:
-    """The only block of a layer, or all its candidates in the sizes that are in use."""
-    blocks = blocks_of(config, layer_idx)
-    if config.candidate_blocks is None:
-        return ElasticGPT2Block(config, layer_idx, block=blocks[0])
-    made = {block: ElasticGPT2Block(config, layer_idx, block=block) for block in blocks}
-    for number, layer in enumerate(made.values()):
-        if config.candidate_widths is not None:
-            layer.set_width(config.candidate_widths[layer_idx][number])
-        if config.candidate_heads is not None:
-            layer.set_heads(config.candidate_heads[layer_idx][number])
-    return CandidateBlocks(made)

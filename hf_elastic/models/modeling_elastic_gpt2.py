@@ -21,7 +21,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_elastic_gpt2 import ElasticGPT2Config
-from .elastic_gpt2_layers import ElasticGPT2Attention, ElasticGPT2Block, make_layer
+from .elastic_blocks import make_layer
+from .elastic_gpt2_layers import ElasticGPT2Attention, ElasticGPT2Block
 from .elastic_layers import static_cache_shapes
 
 
@@ -48,7 +49,7 @@ class ElasticGPT2Model(ElasticGPT2PreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
         self.wpe = nn.Embedding(config.max_position_embeddings, self.embed_dim)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(make_layer(config, i) for i in range(config.num_hidden_layers))
+        self.h = nn.ModuleList(make_layer(config, i, ElasticGPT2Block) for i in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
