@@ -31,7 +31,7 @@ from hf_elastic.errors import DataError
 from hf_elastic.head_similarity import HeadFeatures
 
 Shared = Literal["none", "qv", "kv"]
-_RIDGE = 1e-6  # of the mean variance of the features
+_RIDGE = 1e-8  # of the mean variance of the features
 _OPEN = 1e-3  # weight of the value projections, which decide where the contexts leave a rotation open
 
 
@@ -132,7 +132,7 @@ def remove_heads(heads: Sequence[Head], features: HeadFeatures, *, group: Sequen
     The context of each removed head is predicted from that of the representative by ridge least squares,
     :math:`c_k \approx A^T c_r + t` with :math:`A = (C_{rr} + \lambda I)^{-1} C_{rk}` and
     :math:`t = \bar c_k - A^T \bar c_r`, so :math:`O_r` becomes :math:`O_r + \sum_k O_k A_k^T`, and
-    :math:`\sum_k O_k t_k` goes into the bias. :math:`\lambda` is a millionth of the mean variance of the
+    :math:`\sum_k O_k t_k` goes into the bias. :math:`\lambda` is 1e-8 of the mean variance of the
     representative's features. Queries, keys and values stay, so this holds for any attention, shared projections and
     RoPE included. Exact, up to the ridge, where contexts are linear functions of the representative's; a constant
     representative takes over the means.

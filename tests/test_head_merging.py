@@ -344,7 +344,7 @@ def test_removal_is_the_ridge_solution_of_one_dense_system() -> None:
     heads, tokens = [drawn.head() for _ in range(3)], drawn.tokens()
     contexts = [context(head, tokens).flatten(0, 1).numpy() for head in heads]
     rows = len(contexts[0])
-    strength = 1e-6 * contexts[1].var(0).mean()
+    strength = 1e-8 * contexts[1].var(0).mean()
     output, constant = heads[1].output.numpy(), np.zeros(OUTPUTS)
     system = np.hstack([contexts[1], np.ones((rows, 1))])
     penalty = np.hstack([np.sqrt(rows * strength) * np.eye(d), np.zeros((d, 1))])
