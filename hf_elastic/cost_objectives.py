@@ -184,7 +184,7 @@ def _cost(
 
 def related_costs(supernet: Supernet) -> dict[str, Objective]:
     """The costs that ``within=`` may name for any search over a supernet (MACs at 128 tokens)."""
-    made = [parameters(supernet), total_parameters(supernet), macs(supernet)]
-    made = made if supernet.layer_parts or supernet.block_parts else []
+    layers = supernet.layer_parts or supernet.block_parts
+    made = [parameters(supernet), total_parameters(supernet), macs(supernet)] if layers else []
     made += [adapter_parameters(supernet), adapter_macs(supernet)] if supernet.adapter_parts else []
     return {objective.name: objective for objective in made}
