@@ -52,14 +52,19 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.errors import UnsupportedModelError as UnsupportedModelError
     from hf_elastic.families import FAMILIES as FAMILIES
     from hf_elastic.families import Family as Family
+    from hf_elastic.fusion import FusionReport as FusionReport
     from hf_elastic.importance import set_layer_order as set_layer_order
     from hf_elastic.importance import sort_by_importance_ as sort_by_importance_
     from hf_elastic.layers import Skip as Skip
     from hf_elastic.packed_format import unpack_ as unpack_
     from hf_elastic.pipeline import CompressOptions as CompressOptions
     from hf_elastic.pipeline import CompressResult as CompressResult
+    from hf_elastic.pipeline import ElmOptions as ElmOptions
+    from hf_elastic.pipeline import ElmResult as ElmResult
     from hf_elastic.pipeline import compress as compress
+    from hf_elastic.pipeline import make_elm as make_elm
     from hf_elastic.proxies import score as score
+    from hf_elastic.repair.fusing import fuse_heads as fuse_heads
     from hf_elastic.repair.recovery import RecoverReport as RecoverReport
     from hf_elastic.repair.recovery import recover as recover
     from hf_elastic.repair.refitting import RefitReport as RefitReport
@@ -71,11 +76,16 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.search import Objective as Objective
     from hf_elastic.search import SearchResult as SearchResult
     from hf_elastic.search import search_subnets as search_subnets
+    from hf_elastic.search.samplers import uniform_evolution as uniform_evolution
     from hf_elastic.space import Architecture as Architecture
     from hf_elastic.space import Choice as Choice
     from hf_elastic.space import Condition as Condition
     from hf_elastic.space import SearchSpace as SearchSpace
     from hf_elastic.supernet import Supernet as Supernet
+    from hf_elastic.tables.block_latencies import BlockLatencyTable as BlockLatencyTable
+    from hf_elastic.tables.block_latencies import LatencyCheck as LatencyCheck
+    from hf_elastic.tables.block_latencies import check_latency as check_latency
+    from hf_elastic.tables.block_latencies import measure_block_latency_table as measure_block_latency_table
     from hf_elastic.tables.budgets import Budgets as Budgets
     from hf_elastic.tables.budgets import Workload as Workload
     from hf_elastic.tables.latencies import LatencyTable as LatencyTable
@@ -88,11 +98,14 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.training import ElasticTrainer as ElasticTrainer
     from hf_elastic.training import ElasticTrainerMixin as ElasticTrainerMixin
     from hf_elastic.training import FixedSubnet as FixedSubnet
+    from hf_elastic.training import HeadFusionCallback as HeadFusionCallback
+    from hf_elastic.training import PCAGrowthCallback as PCAGrowthCallback
     from hf_elastic.training import ProgressiveShrinking as ProgressiveShrinking
     from hf_elastic.training import RandomSubnet as RandomSubnet
     from hf_elastic.training import SandwichRule as SandwichRule
     from hf_elastic.training import SubnetSamplingCallback as SubnetSamplingCallback
     from hf_elastic.training import last_complete_checkpoint as last_complete_checkpoint
+    from hf_elastic.training.schedule import GrowthHistory as GrowthHistory
 
 _HOMES = {
     "errors": (
@@ -112,23 +125,28 @@ _HOMES = {
     ),
     "space": ("Architecture", "Choice", "Condition", "SearchSpace"),
     "search": ("Evaluation", "Objective", "SearchResult", "search_subnets"),
+    "search.samplers": ("uniform_evolution",),
     "families": ("FAMILIES", "Family"),
     "layers": ("Skip",),
     "conversion": ("make_elastic",),
     "declaration": ("ElasticConfig",),
     "supernet": ("Supernet",),
+    "fusion": ("FusionReport",),
     "importance": ("set_layer_order", "sort_by_importance_"),
     "training": (
         "Distillation",
         "ElasticTrainer",
         "ElasticTrainerMixin",
         "FixedSubnet",
+        "HeadFusionCallback",
+        "PCAGrowthCallback",
         "ProgressiveShrinking",
         "RandomSubnet",
         "SandwichRule",
         "SubnetSamplingCallback",
         "last_complete_checkpoint",
     ),
+    "training.schedule": ("GrowthHistory",),
     "adapters": (
         "ElasticLoraConfig",
         "ExtractedAdapter",
@@ -141,13 +159,20 @@ _HOMES = {
     "checkpoint": ("ExportReport", "export", "extract", "save_quantized"),
     "packed_format": ("unpack_",),
     "proxies": ("score",),
+    "repair.fusing": ("fuse_heads",),
     "repair.recovery": ("RecoverReport", "recover"),
     "repair.refitting": ("RefitReport", "refit", "refitted"),
     "repair.teacher_cache": ("TeacherCache", "cache_teacher"),
+    "tables.block_latencies": (
+        "BlockLatencyTable",
+        "LatencyCheck",
+        "check_latency",
+        "measure_block_latency_table",
+    ),
     "tables.budgets": ("Budgets", "Workload"),
     "tables.latencies": ("LatencyTable", "measure_latency_table"),
     "tables.quality": ("Additivity", "QualityTable", "additivity", "measure_quality_table"),
-    "pipeline": ("CompressOptions", "CompressResult", "compress"),
+    "pipeline": ("CompressOptions", "CompressResult", "ElmOptions", "ElmResult", "compress", "make_elm"),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("costs", "distillation", "objectives", "proxies", "spaces", "testing")
@@ -157,6 +182,7 @@ __all__ = [
     "Additivity",
     "Architecture",
     "ArchitectureError",
+    "BlockLatencyTable",
     "Budgets",
     "CheckpointError",
     "Choice",
@@ -171,6 +197,8 @@ __all__ = [
     "ElasticLoraConfig",
     "ElasticTrainer",
     "ElasticTrainerMixin",
+    "ElmOptions",
+    "ElmResult",
     "Evaluation",
     "ExportError",
     "ExportReport",
@@ -178,9 +206,14 @@ __all__ = [
     "FAMILIES",
     "Family",
     "FixedSubnet",
+    "FusionReport",
+    "GrowthHistory",
+    "HeadFusionCallback",
     "InfeasibleError",
+    "LatencyCheck",
     "LatencyTable",
     "Objective",
+    "PCAGrowthCallback",
     "ProgressiveShrinking",
     "QualityTable",
     "QuantizationReport",
@@ -205,13 +238,17 @@ __all__ = [
     "add_lora",
     "additivity",
     "cache_teacher",
+    "check_latency",
     "compress",
     "export",
     "extract",
     "extract_adapter",
+    "fuse_heads",
     "last_complete_checkpoint",
     "load_adapter",
     "make_elastic",
+    "make_elm",
+    "measure_block_latency_table",
     "measure_latency_table",
     "measure_quality_table",
     "quantize_",
@@ -225,6 +262,7 @@ __all__ = [
     "sort_by_importance_",
     "sparsify_",
     "sparsity_of",
+    "uniform_evolution",
     "unpack_",
     "costs",
     "distillation",

@@ -5,15 +5,21 @@ At the size of the paper's model each is exactly the published one; other sizes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_elastic import costs
 from hf_elastic.adapters import ElasticLoraConfig, add_lora
+from hf_elastic.blocks import BlockPart, config_width
 from hf_elastic.conversion import make_elastic
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import SpaceError
+from hf_elastic.models import config_class, model_class
+from hf_elastic.models.elastic_blocks import BLOCKS
 from hf_elastic.space import Choice, Condition, SearchSpace
 from hf_elastic.supernet import Supernet
 
@@ -190,6 +196,160 @@ def lts_gpt2(*, width_per_layer: bool = False) -> SearchSpace:
             when = (*there, Condition(width, (size,)))
             choices.append(Choice(f"layers.{layer}.intermediate_size.{size}", inner, when=when))
     return SearchSpace(choices)
+
+
+@dataclass(frozen=True)
+class ElmSize:
+    """One size of ELM (Wang 2025, arXiv 2510.27037).
+
+    Attributes:
+        layers: layers, each a choice of one of six blocks.
+        hidden_size: width of the residual stream; bottleneck blocks work in a quarter of it.
+        start: FFN width of every block before any growth.
+        largest: FFN width that a block can grow to, of both kinds of blocks.
+        step: neurons that a growth adds.
+        heads: of attention, in both kinds of blocks.
+        total_parameters: what the mean path is to have when growth ends.
+    """
+
+    layers: int
+    hidden_size: int
+    start: int
+    largest: int
+    step: int
+    heads: int
+    total_parameters: float
+
+
+ELM_SIZES: Mapping[str, ElmSize] = {
+    "small": ElmSize(12, 528, 132, 792, 132, 12, 15.7e6),
+    "tiny": ElmSize(6, 528, 132, 792, 132, 12, 10e6),
+    "micro": ElmSize(6, 192, 48, 384, 48, 12, 5e6),
+}
+"""Sizes of ELM by name. Published are the numbers of three configurations of 15.7, 10 and 5 million parameters, and
+that there are an ELM-Small (of 15.6 million), an ELM-Tiny and an ELM-Micro; which of the smaller configurations is
+which of these two is inferred from their sizes. That ``micro`` grows in steps of 48, its start, is ours."""
+
+ElmTask = Literal["masked-lm", "causal-lm"]
+_LANGUAGE_MODELS: Mapping[str, tuple[str, str]] = {
+    "masked-lm": ("elastic_bert", "ElasticBertForMaskedLM"), "causal-lm": ("elastic_gpt2", "ElasticGPT2ForCausalLM"),
+}  # fmt: skip
+_PUBLISHED_VOCABULARY, _PUBLISHED_POSITIONS = 30522, 512
+
+
+def elm_config(
+    size: str | ElmSize,
+    *,
+    task: ElmTask = "masked-lm",
+    vocab_size: int = _PUBLISHED_VOCABULARY,
+    positions: int = _PUBLISHED_POSITIONS,
+    layers: int | None = None,
+    blocks: Sequence[str] = BLOCKS,
+    **changes: Any,
+) -> Any:
+    """Config of an ELM supernet (Wang 2025, arXiv 2510.27037): every layer holds six blocks, all at their first width.
+
+    Published, for encoders: sizes (see :data:`ELM_SIZES`), BERT's block and a bottleneck block of a quarter of the
+    width with ReLU, each with three projections and with a shared one; GELU in its tanh form; token embeddings of 128,
+    three neighbouring ones side by side mapped to the width; BERT's vocabulary. Ours, as the paper's is not known:
+    which projections are shared (query with value, key with value), and all of the decoder, GPT-2 with the same blocks.
+    Its embeddings are as wide as the model: of three neighbours one is the next token, which a decoder must not see,
+    and ``elastic_gpt2`` has no smaller embedding.
+
+    Args:
+        size: name in :data:`ELM_SIZES`, or a size of one's own.
+        task: ``masked-lm`` gives an ``elastic_bert`` config, ``causal-lm`` an ``elastic_gpt2`` one.
+        vocab_size: that of the teacher.
+        positions: longest sequence in tokens.
+        layers: another depth than that of the size.
+        blocks: candidates of each layer.
+        changes: passed to the config class, such as ids of special tokens or rates of dropout.
+
+    Raises:
+        SpaceError: there is no such size or task, or the config class refuses a value.
+    """
+    chosen = _elm_size(size)
+    if task not in get_args(ElmTask):
+        raise SpaceError(f"task={task!r} is not one of {', '.join(get_args(ElmTask))}")
+    depth = chosen.layers if layers is None else layers
+    if type(depth) is not int or depth < 1:
+        raise SpaceError(f"layers={layers!r} must be an integer of at least 1")
+    shared = {
+        "vocab_size": vocab_size, "candidate_blocks": list(blocks),
+        "candidate_widths": [[chosen.start] * len(blocks) for _ in range(depth)],
+    }  # fmt: skip
+    if task == "masked-lm":
+        settings: dict[str, Any] = {
+            "hidden_size": chosen.hidden_size, "num_hidden_layers": depth, "num_attention_heads": chosen.heads,
+            "intermediate_size": chosen.largest, "max_position_embeddings": positions, "embedding_size": 128,
+            "trigram_input": True, "hidden_act": "gelu_pytorch_tanh",
+        }  # fmt: skip
+    else:
+        settings = {
+            "n_embd": chosen.hidden_size, "n_layer": depth, "n_head": chosen.heads, "n_inner": chosen.largest,
+            "n_positions": positions, "activation_function": "gelu_pytorch_tanh", "bos_token_id": None,
+            "eos_token_id": None,
+        }  # fmt: skip
+    try:
+        return config_class(_LANGUAGE_MODELS[task][0])(**{**settings, **shared, **changes})
+    except Exception as error:  # of validators of huggingface_hub, which are no ValueError
+        raise SpaceError(f"an ELM cannot have this config: {' '.join(str(error).split())}") from error
+
+
+def elm_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The language model that :func:`elm_config` made a config for."""
+    return model_class(*next(names for names in _LANGUAGE_MODELS.values() if names[0] == config.model_type))
+
+
+def elm_budget(size: str | ElmSize, config: PreTrainedConfig) -> float:
+    """Parameters that the mean path of a supernet is to have when growth ends.
+
+    Where layers, width, blocks, vocabulary and task are the published ones, the published number (which counts
+    embeddings and layers; :func:`hf_elastic.costs.total_parameters` counts the output head too, 0.1 million). Else half
+    way between the mean path at the first widths and the one at the largest: that is where the published numbers lie,
+    at 0.50 (15.7 million), 0.47 (10) and 0.60 (5) of the way.
+
+    Args:
+        size: that the config was made of.
+        config: from :func:`elm_config`.
+
+    Raises:
+        SpaceError: there is no such size.
+    """
+    chosen = _elm_size(size)
+    found = (config.model_type, config.vocab_size, config.max_position_embeddings, config.num_hidden_layers)
+    published = ("elastic_bert", _PUBLISHED_VOCABULARY, _PUBLISHED_POSITIONS, chosen.layers)
+    same_blocks = tuple(config.candidate_blocks or ()) == BLOCKS and config_width(config) == chosen.largest
+    if found == published and same_blocks and config.hidden_size == chosen.hidden_size:
+        return chosen.total_parameters
+    with torch.device("meta"):
+        skeleton = make_elastic(elm_model_class(config)(config))
+    start, end = mean_path_parameters(skeleton), mean_path_parameters(skeleton, width=config_width(config))
+    return float(round((start + end) / 2))
+
+
+def mean_path_parameters(supernet: Supernet, *, width: int | None = None) -> float:
+    """Mean number of parameters of paths that take each candidate block of a layer equally often.
+
+    Args:
+        supernet: of candidate blocks.
+        width: FFN width of all blocks; by default what each has now.
+    """
+
+    def held(part: BlockPart, block: str) -> int:
+        return part.parameters(block) if width is None else part.parameters_at(block, width)
+
+    largest, parts = supernet.space.largest(), supernet.block_parts
+    outside = costs.total_parameters(supernet, largest) - sum(part.parameters(part.chosen(largest)) for part in parts)
+    return outside + sum(sum(held(part, block) for block in part.blocks) / len(part.blocks) for part in parts)
+
+
+def _elm_size(size: str | ElmSize) -> ElmSize:
+    if isinstance(size, ElmSize):
+        return size
+    if size not in ELM_SIZES:
+        raise SpaceError(f"size={size!r} is not one of {', '.join(ELM_SIZES)}")
+    return ELM_SIZES[size]
 
 
 BENCHMARKED: Mapping[str, Callable[[], SearchSpace]] = {"flexibert": flexibert, "lts-gpt2": lts_gpt2}

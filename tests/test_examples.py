@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tiny_checkpoints import language_model, write_text
 from transformers import AutoModelForCausalLM
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "compress_minilm.py"
@@ -232,6 +233,20 @@ def test_the_sqft_example_writes_what_its_pipeline_promises(pipeline: str, quest
         return
     assert ("4-bit integers" in done.stdout) == (pipeline == "qa-sparsepeft")
     assert AutoModelForCausalLM.from_pretrained(questions / "out")
+
+
+@pytest.mark.slow
+def test_the_example_of_elm_writes_a_decoder_of_blocks(tmp_path: Path) -> None:
+    teacher, text = language_model(tmp_path / "teacher"), write_text(tmp_path / "text.txt", count=200)
+    done = run_example(
+        "elm_stories", "--teacher", str(teacher), "--data", str(text), "--output", str(tmp_path / "out"),
+        "--steps", "10", "--batch-size", "4", "--length", "16", "--evaluations", "6", "--threshold", "0.3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in ("supernet (elastic_gpt2)", "mean path:", "head fusion (merge", "after retraining", "teacher"):
+        assert words in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.config.model_type == "elastic_gpt2" and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_answers_are_read_out_of_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import torch
 from tiny_models import tiny
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from hf_elastic import SpaceError, Supernet, objectives, search_subnets, spaces
+from hf_elastic import SpaceError, Supernet, costs, make_elastic, objectives, search_subnets, spaces
+from hf_elastic.models.elastic_blocks import BLOCKS
+from hf_elastic.spaces import ELM_SIZES, ElmSize, elm_budget, elm_config, elm_model_class, mean_path_parameters
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,85 @@ def test_litetransformersearch_has_the_published_size_where_the_width_counts_for
 
 def test_benchmarked_spaces_have_names() -> None:
     assert {name: make().size for name, make in spaces.BENCHMARKED.items()}.keys() == {"flexibert", "lts-gpt2"}
+
+
+def elm_skeleton(size: str | ElmSize, **changes: object) -> Supernet:
+    config = elm_config(size, **changes)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        return make_elastic(elm_model_class(config)(config))
+
+
+@pytest.mark.parametrize(
+    ("size", "embedding", "standard", "bottleneck"),
+    [("small", 4.383e6, 1.259e6, 0.404e6), ("tiny", 4.383e6, 1.259e6, 0.404e6)],
+)
+def test_elm_has_the_published_sizes(size: str, embedding: float, standard: float, bottleneck: float) -> None:
+    supernet = elm_skeleton(size)
+    config = supernet.base.config
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (528, 12, 792)
+    assert supernet.space.size == 6 ** {"small": 12, "tiny": 6}[size]
+    part = supernet.block_parts[0]
+    assert part.parameters("standard") == pytest.approx(standard, rel=1e-3)
+    assert part.parameters("bottleneck") == pytest.approx(bottleneck, rel=2e-3)
+    assert part.parameters("standard") - part.parameters("standard-qv") == 528 * 528 + 528
+    assert part.parameters_at("standard", 264) - part.parameters("standard") == pytest.approx(0.1396e6, rel=1e-3)
+    embeddings = sum(p.numel() for p in supernet.base.base_model.embeddings.parameters())
+    assert embeddings == pytest.approx(embedding, rel=1e-3)
+
+
+def test_the_smallest_elm_grows_from_48_to_384_neurons() -> None:
+    supernet = elm_skeleton("micro")
+    part = supernet.block_parts[5]
+    assert [part.width(block) for block in part.blocks] == [48] * 6
+    assert [part.allocated(block) for block in part.blocks] == [384] * 6
+    assert supernet.base.config.bottleneck_head_dim == 4
+
+
+@pytest.mark.parametrize("size", ELM_SIZES)
+def test_the_published_budget_lies_half_way_between_narrow_and_wide_paths(size: str) -> None:
+    config = elm_config(size)
+    assert elm_budget(size, config) == ELM_SIZES[size].total_parameters
+    supernet = elm_skeleton(size)
+    low, high = mean_path_parameters(supernet), mean_path_parameters(supernet, width=ELM_SIZES[size].largest)
+    assert 0.45 < (ELM_SIZES[size].total_parameters - low) / (high - low) < 0.61
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"vocab_size": 512}, {"layers": 3}, {"task": "causal-lm"}, {"positions": 64}, {"blocks": BLOCKS[:2]}],
+    ids=str,
+)
+def test_another_model_gets_a_budget_half_way(changes: dict[str, object]) -> None:
+    config, supernet = elm_config("micro", **changes), elm_skeleton("micro", **changes)  # type: ignore[arg-type]
+    ends = mean_path_parameters(supernet), mean_path_parameters(supernet, width=384)
+    assert elm_budget("micro", config) == pytest.approx(sum(ends) / 2, abs=1)
+
+
+def test_the_mean_path_is_the_mean_over_all_paths() -> None:
+    supernet = elm_skeleton(ElmSize(2, 24, 4, 12, 4, 2, 1e4), vocab_size=40, positions=16, blocks=BLOCKS[1:5])
+    supernet.block_parts[0].set_width("bottleneck", 8)
+    supernet.resized()
+    paths = [costs.total_parameters(supernet, path) for path in supernet.space.architectures()]
+    assert len(paths) == 16 and mean_path_parameters(supernet) == pytest.approx(sum(paths) / 16)
+
+
+def test_a_decoder_has_no_small_embedding_and_its_ends_are_the_callers() -> None:
+    config = elm_config("tiny", task="causal-lm", vocab_size=99, bos_token_id=3, eos_token_id=4, resid_pdrop=0.0)
+    assert config.model_type == "elastic_gpt2" and (config.n_embd, config.n_layer, config.n_inner) == (528, 6, 792)
+    assert (config.bos_token_id, config.eos_token_id, config.resid_pdrop, config.attn_pdrop) == (3, 4, 0.0, 0.1)
+    assert elm_config("tiny", task="causal-lm", vocab_size=99).eos_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "words"),
+    [
+        ("large", {}, "size='large' is not one of small, tiny, micro"),
+        ("micro", {"task": "embedding"}, "task='embedding' is not one of masked-lm, causal-lm"),
+        ("micro", {"blocks": ["wide"]}, "block 'wide' is unknown"),
+        ("micro", {"candidate_widths": [[500] * 6] * 6}, "lie between 1 and"),
+        ("micro", {"layers": 0}, "layers=0 must be"),
+    ],
+)
+def test_what_no_elm_can_be_is_said(size: str, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(SpaceError, match=words):
+        elm_config(size, **changes)  # type: ignore[arg-type]

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from hf_elastic import spaces
 from hf_elastic.errors import DataError, SearchError
+from hf_elastic.pipeline.elm_reproduction import reproduce_elm
 from hf_elastic.pipeline.study import Plan, Study
 from hf_elastic.report import aligned
 from hf_elastic.supernet import Supernet
 
 Say = Callable[[str], None]
+ELM = "elm"
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ def reproduce(
     Interrupted, the same call goes on where it was.
 
     Args:
-        name: of the result, see :data:`PUBLISHED`.
+        name: of the result, see :data:`PUBLISHED`; or ``elm``, see
+            :func:`hf_elastic.pipeline.elm_reproduction.reproduce_elm`.
         output: folder that keeps what was measured.
         scale: ``small``: minutes on a CPU; ``full``: the paper's model, rows and steps.
-        data: folder of the rows; by default ``HF_ELASTIC_DATA``.
+        data: folder of the data; by default ``HF_ELASTIC_DATA``.
         say: where progress lines go.
         changes: of the plan (:class:`~hf_elastic.pipeline.study.Plan`), such as ``model`` or ``steps``.
 
@@ -105,8 +108,11 @@ def reproduce(
         SearchError: there is no such result or scale.
         DataError: there is no data.
     """
+    if name == ELM:
+        return reproduce_elm(output=output, scale=scale, data=data, say=say, **changes)
     if name not in PUBLISHED:
-        raise SearchError(f"{name!r} is no published result that is known here; known: {', '.join(PUBLISHED)}")
+        known = ", ".join([*PUBLISHED, ELM])
+        raise SearchError(f"{name!r} is no published result that is known here; known: {known}")
     if scale not in _SCALES:
         raise SearchError(f"scale={scale!r} is not one of {', '.join(_SCALES)}")
     paper = PUBLISHED[name]

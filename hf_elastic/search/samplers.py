@@ -6,12 +6,14 @@ import copy
 import heapq
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.samplers.nsgaii import UniformCrossover
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -147,6 +149,60 @@ class SubnetNSGAIISampler(NSGAIISampler):
         return moved
 
 
+@dataclass(frozen=True)
+class UniformEvolution:
+    """What :func:`uniform_evolution` returns: a function from a seed to a sampler; equal where its settings are.
+
+    Attributes:
+        population_size: architectures per generation.
+        mutation_prob: with which a choice of a child is drawn anew.
+    """
+
+    population_size: int
+    mutation_prob: float
+
+    def __call__(self, seed: int) -> BaseSampler:
+        """Return a sampler of this seed."""
+        return NSGAIISampler(
+            population_size=self.population_size, mutation_prob=self.mutation_prob, crossover=UniformCrossover(),
+            crossover_prob=_CROSSED, seed=seed,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"uniform evolution ({self.population_size}, {self.mutation_prob:g})"
+
+
+_CROSSED = 0.5  # share of the children that have two parents
+
+
+def uniform_evolution(population_size: int = 50, mutation_prob: float = 0.1) -> UniformEvolution:
+    """Return the evolutionary search of single-path supernets (Guo et al. 2020, arXiv 1904.00420) and of ELM.
+
+    Pass it as ``search_subnets(..., algorithm=hf_elastic.uniform_evolution())``. ELM (Wang 2025, arXiv 2510.27037) has
+    a population of 50; half of the children take each choice from one of two parents at random, and a choice mutates
+    with probability 0.1, which draws it anew from all its values.
+
+    Where we differ from the author's code: parents are not drawn from the ten best so far but win a tournament of two
+    within the population that survived (NSGA-II, so that several objectives will do); what two parents made mutates
+    too; and what exceeds a limit is not thrown away but brought within it, as in every search here.
+
+    Args:
+        population_size: Architectures per generation, at least 2.
+        mutation_prob: With which a choice of a child is drawn anew, from 0 to 1.
+
+    Raises:
+        SearchError: A number is not what is allowed.
+    """
+    if type(population_size) is not int or population_size < _FEWEST_PARENTS:
+        raise SearchError(f"population_size={population_size!r} must be an integer of at least 2")
+    if not isinstance(mutation_prob, int | float) or not 0 <= mutation_prob <= 1:
+        raise SearchError(f"mutation_prob={mutation_prob!r} must be a number from 0 to 1")
+    return UniformEvolution(population_size, mutation_prob)
+
+
+_FEWEST_PARENTS = 2
+
+
 def sampler_factory(
     algorithm: str | BaseSampler | SamplerFactory,
     encoding: TrialEncoding,
@@ -179,19 +235,19 @@ def sampler_factory(
 
 def algorithm_name(algorithm: object) -> str:
     """Return what the result calls the algorithm."""
-    if isinstance(algorithm, str):
-        return algorithm
+    if isinstance(algorithm, str | UniformEvolution):
+        return str(algorithm)
     return type(algorithm).__name__ if isinstance(algorithm, BaseSampler) else "sampler factory"
 
 
 def algorithm_identity(algorithm: object) -> str:
-    """Return the name by which a storage tells algorithms apart: of a factory, also what it makes.
+    """Return the name by which a storage tells algorithms apart: of a factory, also what it makes or is set to.
 
     Raises:
         SearchError: The factory makes no Optuna sampler.
     """
     name = algorithm_name(algorithm)
-    if callable(algorithm) and not isinstance(algorithm, str | BaseSampler):
+    if callable(algorithm) and not isinstance(algorithm, str | BaseSampler | UniformEvolution):
         return f"{name} of {type(_checked_factory(algorithm)(0)).__name__}"
     return name
 

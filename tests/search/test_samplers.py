@@ -1,5 +1,6 @@
 """Samplers as functions of a seed, and the trial encoding."""
 
+import collections
 import random
 
 import numpy as np
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
 from hf_elastic.errors import SearchError
+from hf_elastic.search import search_subnets
 from hf_elastic.search.journal import Proposal, Record
 from hf_elastic.search.objective import Objective
 from hf_elastic.search.proposals import SamplerGenerator
-from hf_elastic.search.samplers import TrialEncoding, sampler_factory
+from hf_elastic.search.samplers import TrialEncoding, algorithm_identity, sampler_factory, uniform_evolution
 from hf_elastic.space import Choice, SearchSpace
 from tests.search.toy import layers_problem, widths_problem
 
@@ -131,3 +133,73 @@ def test_local_moves_start_from_the_best_that_keep_the_limits():
     assert sum(distance <= 3 for distance in distances) > 50
     worst = space.encode(space.largest())
     assert not any(sum(space.encode(generator.draft(s).architecture)) >= sum(worst) - 3 for s in range(200))
+
+
+def blocks_problem(layers=8):
+    """A block per layer, of which one is right; how many are wrong."""
+    names = ("a", "b", "c", "d", "e", "f")
+    sizes = (6, 5, 4, 3, 2, 1)
+    space = SearchSpace(Choice(f"layers.{i}.block", names, "categorical", sizes) for i in range(layers))
+    right = [names[(3 * i + 1) % 6] for i in range(layers)]
+
+    def wrong(architecture):
+        return float(sum(a != b for a, b in zip(architecture.values(), right, strict=True)))
+
+    return space, Objective("wrong", wrong)
+
+
+def test_uniform_evolution_is_resumed_as_if_it_had_not_been_interrupted(tmp_path):
+    space, objective = blocks_problem()
+    settings = {"algorithm": uniform_evolution(8), "seed": 3, "progress": False}
+    whole = search_subnets(space, [objective], evaluations=30, **settings)
+    storage = f"sqlite:///{tmp_path / 'search.db'}"
+    for evaluations in (13, 30):
+        settings["algorithm"] = uniform_evolution(8)  # made anew, as in another process
+        parts = search_subnets(space, [objective], evaluations=evaluations, storage=storage, **settings)
+    assert [one.architecture for one in parts.evaluations] == [one.architecture for one in whole.evaluations]
+    with pytest.raises(SearchError, match="uniform evolution"):
+        settings["algorithm"] = uniform_evolution(9)
+        search_subnets(space, [objective], evaluations=30, storage=storage, **settings)
+
+
+def test_uniform_evolution_finds_better_blocks_than_as_many_random_ones():
+    space, objective = blocks_problem()
+    found, drawn = [], []
+    for seed in range(2):
+        settings = {"algorithm": uniform_evolution(12), "evaluations": 96, "seed": seed, "progress": False}
+        found.append(search_subnets(space, [objective], **settings).best("wrong").values["wrong"])
+        rng = random.Random(seed)
+        drawn.append(min(objective(space.sample(rng)) for _ in range(96)))
+    assert np.mean(found) <= np.mean(drawn) - 1
+
+
+def test_children_of_uniform_evolution_have_the_choices_of_two_parents_and_a_tenth_drawn_anew():
+    space, objective = blocks_problem(layers=40)
+    encoding = TrialEncoding(space)
+    factory = sampler_factory(uniform_evolution(), encoding, [objective], evaluations=200)
+    generator = SamplerGenerator(encoding, factory, [objective])
+    parents = [space.canonical({name: block for name in space.names}) for block in "abc"]
+    for number in range(50):  # a generation of three kinds, alike in the objective
+        attrs = {"NSGAIISampler:generation": 0}
+        generator.observe(Record(number, Proposal(parents[number % 3], attrs), (1.0,)))
+    shares, kinds = [], collections.Counter()
+    for seed in range(120):
+        values = collections.Counter(generator.draft(seed).architecture.values())
+        common = [block for block in "abc" if values[block] > 10]
+        kinds[len(common)] += 1
+        shares.append(1 - sum(values[block] for block in common) / 40)
+    assert set(kinds) == {1, 2} and kinds[2] > 20  # of two parents half the choices each
+    # Of ten that are drawn anew one or two come out as they were.
+    assert np.mean(shares) == pytest.approx(0.1 * 4.5 / 6, abs=0.025)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [((1,), "population_size=1"), ((50, 1.5), "mutation_prob=1.5")])
+def test_an_evolution_that_cannot_be_is_refused(arguments, words):
+    with pytest.raises(SearchError, match=words):
+        uniform_evolution(*arguments)
+
+
+def test_evolutions_are_told_apart_by_what_they_are_set_to():
+    assert algorithm_identity(uniform_evolution()) == "uniform evolution (50, 0.1)"
+    assert algorithm_identity(uniform_evolution(10, 0.2)) == "uniform evolution (10, 0.2)"
+    assert uniform_evolution() == uniform_evolution(50)
