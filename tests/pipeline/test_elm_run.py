@@ -113,6 +113,7 @@ def test_blocks_grow_to_the_budget_and_the_record_says_how(kind: str, finished: 
     supernet = Supernet.from_pretrained(result.folder / "supernet")
     widths = {(part.index, block): part.width(block) for part in supernet.block_parts for block in part.blocks}
     assert widths == {**start, **grown} and grown
+    assert stage["mean_parameters"] >= stage["budget"], "growth stopped below the budget"
     assert [entry["step"] for entry in stage["losses"]] == list(range(1, 13))
     for name in ("growth.html", "cka.html"):
         page = (result.folder / name).read_text()
