@@ -22,7 +22,6 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 import hf_elastic as he
 from hf_elastic.models import config_class, model_class
 from hf_elastic.models.elastic_blocks import BLOCKS
+from hf_elastic.spaces import mean_path_parameters
 from hf_elastic.training import PCAGrowthCallback
 
 SHARE = Bar("at most", 0.05)
@@ -84,11 +84,7 @@ class Growing:
 
     def budget(self) -> float:
         """Parameters of the mean path with all blocks at their largest."""
-        parts, largest = self.supernet.block_parts, self.supernet.space.largest()
-        blocks = [(part, block) for part in parts for block in part.blocks]
-        widest = sum(part.parameters_at(block, part.allocated(block)) for part, block in blocks)
-        inside = sum(part.parameters(part.chosen(largest)) for part in parts)
-        return float(he.costs.total_parameters(self.supernet, largest) - inside + Fraction(widest, len(BLOCKS)))
+        return mean_path_parameters(self.supernet, width=self.supernet.block_parts[0].allocated(BLOCKS[0]))
 
     def listen(self, step: int) -> None:
         """Begin to train with the callback, at a step."""

@@ -35,21 +35,14 @@ from stories import add_data_argument, checked_data
 
 import hf_elastic as he
 from hf_elastic import costs
+from hf_elastic.spaces import mean_path_parameters
 
 PATHS, GROWTHS = 48, 10
 
 
 def mean_parameters(width: int) -> float:
     """Parameters of the mean path where all blocks are of one width."""
-    supernet = he.make_elastic(make(config(width=width), seed=0))
-    return mean_of(supernet)
-
-
-def mean_of(supernet: he.Supernet) -> float:
-    """Parameters of the mean path of a supernet."""
-    parts, largest = supernet.block_parts, supernet.space.largest()
-    outside = costs.total_parameters(supernet, largest) - sum(p.parameters(p.chosen(largest)) for p in parts)
-    return outside + sum(statistics.fmean(part.parameters(block) for block in part.blocks) for part in parts)
+    return mean_path_parameters(he.make_elastic(make(config(width=width), seed=0)))
 
 
 def one_run(kind: str, texts: Texts, *, seed: int, steps: int, budget: float) -> dict[str, Any]:
@@ -75,7 +68,8 @@ def one_run(kind: str, texts: Texts, *, seed: int, steps: int, budget: float) ->
     train(fresh, texts, he.FixedSubnet(fresh.space.largest()), steps=steps // 2, seed=seed)
     growth = callbacks[0].history.to_dict() if callbacks else None
     return {
-        "widths": kind, "seed": seed, "mean parameters": mean_of(supernet), "loss of paths": statistics.fmean(losses),
+        "widths": kind, "seed": seed, "mean parameters": mean_path_parameters(supernet),
+        "loss of paths": statistics.fmean(losses),
         "best path": inherited, "its parameters": costs.total_parameters(supernet, best),
         "trained anew": loss_of(fresh.model, texts.validation), "seconds": seconds, "history": growth,
         "architecture": dict(best),

@@ -52,11 +52,15 @@ def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
         ArchitectureError: the architecture is not a point of the space.
     """
     supernet.space.validate(architecture)
-    largest = sum(p.numel() for p in _plain_parameters(supernet))
-    blocks = sum(
-        own.numel() for part in supernet.block_parts for own in part.layer.parameters()
-    ) - sum(part.parameters(part.chosen(architecture)) for part in supernet.block_parts)
-    return largest - blocks - sum(removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
+    blocks = sum(part.parameters(part.chosen(architecture)) for part in supernet.block_parts)
+    removed = sum(removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
+    return parameters_outside_blocks(supernet) + blocks - removed
+
+
+def parameters_outside_blocks(supernet: Supernet) -> int:
+    """Parameters of the whole model that are in no candidate block, each tied tensor once."""
+    blocks = sum(own.numel() for part in supernet.block_parts for own in part.layer.parameters())
+    return sum(parameter.numel() for parameter in _plain_parameters(supernet)) - blocks
 
 
 def _plain_parameters(supernet: Supernet) -> Iterable[nn.Parameter]:

@@ -228,10 +228,8 @@ def _mean_loss(supernet: Supernet, data: Sequence[Batch], *, mask: list[Tensor] 
     """Runs all batches on all paths; ``mask`` then holds the mask of the batch that runs, if it has one."""
     losses: list[Tensor | None] = []
     for batch in data:
-        feed, given = (
-            {name: value.to(supernet.base.device) for name, value in batch.items()},
-            batch.get("attention_mask"),
-        )
+        feed = {name: value.to(supernet.base.device) for name, value in batch.items()}
+        given = batch.get("attention_mask")
         if mask is not None:
             mask[:] = [given] if given is not None and given.dim() == 2 else []
         for path in _paths(supernet):

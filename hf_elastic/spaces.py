@@ -339,9 +339,8 @@ def mean_path_parameters(supernet: Supernet, *, width: int | None = None) -> flo
     def held(part: BlockPart, block: str) -> int:
         return part.parameters(block) if width is None else part.parameters_at(block, width)
 
-    largest, parts = supernet.space.largest(), supernet.block_parts
-    outside = costs.total_parameters(supernet, largest) - sum(part.parameters(part.chosen(largest)) for part in parts)
-    return outside + sum(sum(held(part, block) for block in part.blocks) / len(part.blocks) for part in parts)
+    means = (sum(held(part, block) for block in part.blocks) / len(part.blocks) for part in supernet.block_parts)
+    return costs.parameters_outside_blocks(supernet) + sum(means)
 
 
 def _elm_size(size: str | ElmSize) -> ElmSize:

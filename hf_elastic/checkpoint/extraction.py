@@ -67,7 +67,7 @@ def extract(
     with supernet.plain() as parent:
         if supernet.block_parts:
             kind, config, path = block_model(supernet, point, form=form)
-            return _build(kind, config, state=path, parent=parent)
+            return build_model(kind, config, state=path, parent=parent)
         if not supernet.layer_parts:
             with supernet.activate(point):
                 weights = {name: tensor.clone() for name, tensor in base_weights(supernet, merge=bool(merge)).items()}
@@ -77,7 +77,7 @@ def extract(
             return _static_model(supernet, cut, cut.state_dict(None))
         target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
         state = cut.state_dict(target if form == "stock-padded" else None)
-        return _build(type(parent), _stock_config(supernet, cut, target), state=state, parent=parent)
+        return build_model(type(parent), _stock_config(supernet, cut, target), state=state, parent=parent)
 
 
 def extract_shapes(
@@ -108,7 +108,8 @@ def extract_shapes(
     state = cut.views()
     if natural != "stock":
         return _static_model(supernet, cut, state)
-    return _build(type(supernet.base), _stock_config(supernet, cut, cut.kept[0][1]), state=state, parent=supernet.base)
+    config = _stock_config(supernet, cut, cut.kept[0][1])
+    return build_model(type(supernet.base), config, state=state, parent=supernet.base)
 
 
 def _check_form(supernet: Supernet, form: str, natural: Loadability) -> None:
@@ -264,16 +265,17 @@ def _static_model(supernet: Supernet, cut: _Cut, weights: Mapping[str, Tensor]) 
         per_layer[number] = {**entry, **({"skip": skipped} if skipped else {})}
     config = static_config(source, per_layer, parent=parent)
     state = static_state_dict(parent, weights)
-    return _build(static_class(parent), config, state=state, parent=parent)
+    return build_model(static_class(parent), config, state=state, parent=parent)
 
 
-def _build(
+def build_model(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     *,
     state: dict[str, Tensor],
     parent: PreTrainedModel,
 ) -> PreTrainedModel:
+    """Makes a model of a config around tensors as they are, with what the config does not say taken from a parent."""
     config._attn_implementation = parent.config._attn_implementation
     if not _shares_what_config_ties(parent):
         config.tie_word_embeddings = False
@@ -296,12 +298,12 @@ def _with_grids(
     state: dict[str, Tensor],
     parent: PreTrainedModel,
 ) -> PreTrainedModel:
-    """As :func:`_build`, of a parent whose layers may carry grids of integers; those of the model are the same."""
+    """As :func:`build_model`, of a parent whose layers may carry grids of integers; those of the model are the same."""
     layers = quantised_layers(parent)
     for name in layers:
         for key in (SCALE, ZERO):
             state.pop(f"{name}.{key}", None)
-    model = _build(model_class, config, state=state, parent=parent)
+    model = build_model(model_class, config, state=state, parent=parent)
     for name, layer in layers.items():
         grid, module = grid_of(layer, name=name), model.get_submodule(name)
         assert grid is not None and isinstance(module, nn.Linear)

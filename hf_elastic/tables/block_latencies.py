@@ -11,7 +11,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +24,14 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_elastic.blocks import BlockPart, BlockShape
-from hf_elastic.checkpoint import extraction
 from hf_elastic.checkpoint.block_extraction import path_config
+from hf_elastic.checkpoint.extraction import build_model, extract
 from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
 from hf_elastic.files import read_json, write_json
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
-from hf_elastic.tables import latencies
-from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
+from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable, interpolated, moved_weights, shape_digest, spread
 from hf_elastic.tables.timing import (
-    LEAST_ROUNDS,
     MOST_ROUNDS,
     CachePool,
     Forward,
@@ -41,8 +39,10 @@ from hf_elastic.tables.timing import (
     Rounds,
     Setting,
     Timer,
-    enough_rounds,
     measure_models,
+    noise_of,
+    require_measured_here,
+    timed_in_rounds,
     typical,
     wall_clock,
 )
@@ -122,8 +122,7 @@ class BlockLatencyTable:
 
         On a quiet machine a few per cent; where it is much more, the machine had other work and predictions may miss.
         """
-        columns = [sorted(seconds) for seconds in zip(*self.rounds, strict=True)]
-        return statistics.median(statistics.median(column) / column[0] - 1 for column in columns)
+        return noise_of(self.rounds)
 
     def seconds(self, shape: BlockShape) -> float:
         """Seconds that a layer takes; between measured widths by linear interpolation.
@@ -137,7 +136,7 @@ class BlockLatencyTable:
                 f"the latency table has no {kind}, only {', '.join(map(str, self.fit.blocks))} (heads x their size); "
                 "measure it again"
             )
-        return latencies._interpolated(self.fit.blocks[kind], shape.intermediate_size, name=f"FFN in {kind.block}")
+        return interpolated(self.fit.blocks[kind], shape.intermediate_size, name=f"FFN in {kind.block}")
 
     def nanoseconds(self, part: BlockPart, block: str) -> int:
         """:meth:`seconds` of a candidate as it is now, in whole nanoseconds: sums of these are exact."""
@@ -300,21 +299,10 @@ def measure_block_latency_table(
     table = _empty(supernet, setting, widths=widths)
     if path is not None and Path(path).is_file():
         table = _continued(BlockLatencyTable.load(path), table, path)
-    tell, most = progress or (lambda done, total: None), max(rounds, 1)
     if table.finished:
         return table
     timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
-    before = table.spent
-    while not table.finished:
-        found = (*table.rounds, tuple(timed.round()))
-        spent = before + timed.spent
-        done = enough_rounds(len(found), spent=spent, seconds=seconds, rounds=most)
-        table = replace(table, rounds=found, spent=spent, finished=done)
-        if path is not None:
-            table.save(path)
-        likely = min(most, max(LEAST_ROUNDS, math.ceil(seconds * len(found) / spent)))
-        tell(len(found), len(found) if done else max(likely, len(found) + 1))
-    return table
+    return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
 
 
 def _empty(supernet: Supernet, setting: Setting, *, widths: int) -> BlockLatencyTable:
@@ -325,7 +313,7 @@ def _empty(supernet: Supernet, setting: Setting, *, widths: int) -> BlockLatency
             members.setdefault(kind_of(part.shape_of(block)), []).append(part)
     parameters: dict[BlockShape, int] = {}
     for kind, parts in members.items():
-        for width in latencies._spread({part.width(kind.block) for part in parts}, widths):
+        for width in spread({part.width(kind.block) for part in parts}, widths):
             shape = BlockShape(kind.block, width, kind.num_attention_heads, kind.head_dim)
             parameters[shape] = parts[0].parameters_at(kind.block, width)
     ordered = sorted(range(len(parameters)), key=list(parameters.values()).__getitem__)
@@ -347,15 +335,12 @@ def _model_digest(supernet: Supernet) -> str:
     """Digest of everything about a model that its latency depends on besides setting, widths and heads."""
     names = ("bottleneck_size", "bottleneck_act", "mlm_activation", "chunk_size_feed_forward", "trigram_input")
     rest = [(name, repr(getattr(supernet.model.config, name, None))) for name in names]
-    return hashlib.sha256(repr((latencies._shape_digest(supernet), rest)).encode()).hexdigest()
+    return hashlib.sha256(repr((shape_digest(supernet), rest)).encode()).hexdigest()
 
 
 def _continued(found: BlockLatencyTable, wanted: BlockLatencyTable, path: str | Path) -> BlockLatencyTable:
     """A table that was read, if it is of what is to be measured."""
-    if difference := found.setting.difference(wanted.setting):
-        raise CheckpointError(
-            f"{path} was measured with {difference}; use it where it was made, delete it, or choose another file"
-        )
+    require_measured_here(found.setting, wanted.setting, path=path)
     if found.model != wanted.model:
         raise CheckpointError(f"{path} was measured on another model; delete it or choose another file")
     if (found.shapes, found.variants) != (wanted.shapes, wanted.variants):
@@ -370,7 +355,7 @@ def _forwards(
     supernet: Supernet, table: BlockLatencyTable, *, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> list[Forward]:
     """The models to time, one per variant."""
-    weights, pool = latencies._moved(supernet, device=device, dtype=dtype), CachePool()
+    weights, pool = moved_weights(supernet, device=device, dtype=dtype), CachePool()
     paths = ([table.shapes[place] for place in variant] for variant in table.variants)
     return [Forward(timed_path(supernet, path, weights=weights), table.setting, pool=pool) for path in paths]
 
@@ -403,7 +388,7 @@ def timed_path(
         number, rest = name.removeprefix(prefix).split(".", 1)
         own = held[f"{prefix}{int(number) % depth}.candidates.{shapes[int(number)].block}.{rest}"]
         state[name] = own.flatten()[: wanted[name].numel()].view(wanted[name].shape)
-    return extraction._build(type(base), config, state=state, parent=base)
+    return build_model(type(base), config, state=state, parent=base)
 
 
 @dataclass(frozen=True)
@@ -490,7 +475,7 @@ def check_latency(
     predicted = {name: table.predict(supernet, point) for name, point in architectures.items()}
     dtype, models = getattr(torch, table.setting.dtype), {}
     for name, point in architectures.items():
-        module: Any = extraction.extract(supernet, point)  # transformers types `to` so that mypy cannot read it
+        module: Any = extract(supernet, point)  # transformers types `to` so that mypy cannot read it
         models[name] = module.to(device=device, dtype=dtype)
     measured = measure_models(models, table.setting, rounds=rounds, seconds=seconds, timer=timer)
     rows = (CheckedLatency(name, predicted[name], typical(measured[name].samples)) for name in models)

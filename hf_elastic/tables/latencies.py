@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.timing import (
-    LEAST_ROUNDS,
     MOST_ROUNDS,
     CachePool,
     Forward,
@@ -38,7 +36,9 @@ from hf_elastic.tables.timing import (
     Rounds,
     Setting,
     Timer,
-    enough_rounds,
+    noise_of,
+    require_measured_here,
+    timed_in_rounds,
     typical,
     wall_clock,
 )
@@ -143,8 +143,7 @@ class LatencyTable:
 
         On a quiet machine a few per cent; where it is much more, the machine had other work and predictions may miss.
         """
-        columns = [sorted(seconds) for seconds in zip(*self.rounds, strict=True)]
-        return statistics.median(statistics.median(column) / column[0] - 1 for column in columns)
+        return noise_of(self.rounds)
 
     @cached_property
     def parent(self) -> float:
@@ -162,8 +161,8 @@ class LatencyTable:
         if shape.skipped:
             return 0.0
         kind, sizes = self.kinds[part.index], sizes_of(shape)
-        attention = _interpolated(self.fit.attention[kind], sizes.attention, name="attention")
-        return attention + _interpolated(self.fit.mlp[kind], sizes.mlp, name="FFN")
+        attention = interpolated(self.fit.attention[kind], sizes.attention, name="attention")
+        return attention + interpolated(self.fit.mlp[kind], sizes.mlp, name="FFN")
 
     def nanoseconds(self, part: LayerPart, shape: LayerShape) -> int:
         """:meth:`seconds` as a whole number of nanoseconds: sums of these are exact."""
@@ -191,7 +190,7 @@ class LatencyTable:
         Raises:
             CheckpointError: it is of another model, or not finished.
         """
-        if self.model != _shape_digest(supernet):
+        if self.model != shape_digest(supernet):
             raise CheckpointError(
                 f"the latency table was measured on another model than this {type(supernet.model).__name__}; "
                 "measure one for it"
@@ -271,7 +270,7 @@ def sizes_of(shape: LayerShape) -> Sizes:
     return Sizes(shape.num_key_value_heads if shape.attention else 0, shape.intermediate_size if shape.mlp else 0)
 
 
-def _interpolated(known: Mapping[int, float], size: int, *, name: str) -> float:
+def interpolated(known: Mapping[int, float], size: int, *, name: str) -> float:
     if size in known:
         return known[size]
     below, above = [s for s in known if 0 < s < size], [s for s in known if s > size]
@@ -329,22 +328,10 @@ def measure_latency_table(
     table = _empty(supernet, setting, sizes=sizes)
     if path is not None and Path(path).is_file():
         table = _continued(LatencyTable.load(path), table, path)
-    tell, most = progress or (lambda done, total: None), max(rounds, 1)
     if table.finished:
         return table
     timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
-    before = table.spent
-    while not table.finished:
-        found = (*table.rounds, tuple(timed.round()))
-        spent = before + timed.spent
-        done = enough_rounds(len(found), spent=spent, seconds=seconds, rounds=most)
-        table = replace(table, rounds=found, spent=spent, finished=done)
-        if path is not None:
-            table.save(path)
-        each = spent / len(found)
-        likely = min(most, max(LEAST_ROUNDS, math.ceil(seconds / each)))
-        tell(len(found), len(found) if done else max(likely, len(found) + 1))
-    return table
+    return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
 
 
 def _empty(supernet: Supernet, setting: Setting, *, sizes: int) -> LatencyTable:
@@ -360,7 +347,7 @@ def _empty(supernet: Supernet, setting: Setting, *, sizes: int) -> LatencyTable:
         variants += [Variant(kind, 0, 0)] if len(members) > 1 else []
     return LatencyTable(
         setting,
-        _shape_digest(supernet),
+        shape_digest(supernet),
         tuple(kinds[part.index] for part in supernet.layer_parts),
         tuple(sizes_of(parts[0].full) for parts in members.values()),
         tuple(variants),
@@ -372,7 +359,7 @@ def _attention_type(supernet: Supernet, part: LayerPart) -> str:
     return "" if types is None else str(types[part.index])
 
 
-def _shape_digest(supernet: Supernet) -> str:
+def shape_digest(supernet: Supernet) -> str:
     """Digest of everything about a model that its latency depends on besides the setting."""
     model = supernet.model
     names = ("model_type", "hidden_act", "activation_function", "sliding_window", "layer_types", "rope_parameters")
@@ -388,8 +375,8 @@ def _sizes(parts: Sequence[LayerPart], *, count: int) -> list[Sizes]:
     points = [(part, point) for part in chooses for point in SearchSpace(part.choices).architectures()]
     whole = sizes_of(parts[0].full)
     there = {sizes_of(part.shape(point)) for part, point in points if not part.shape(point).skipped} | {whole}
-    heads = _spread({sizes.attention for sizes in there} - {0}, count)
-    widths = _spread({sizes.mlp for sizes in there} - {0}, count)
+    heads = spread({sizes.attention for sizes in there} - {0}, count)
+    widths = spread({sizes.mlp for sizes in there} - {0}, count)
     chosen = [Sizes(whole.attention, width) for width in widths] + [Sizes(number, whole.mlp) for number in heads]
     chosen += [Sizes(number, width) for number, width in ((heads[len(heads) // 2], widths[len(widths) // 2]),)]
     chosen.append(Sizes(heads[-1], widths[-1]))
@@ -398,7 +385,7 @@ def _sizes(parts: Sequence[LayerPart], *, count: int) -> list[Sizes]:
     return list(dict.fromkeys(chosen))
 
 
-def _spread(sizes: Iterable[int], count: int) -> list[int]:
+def spread(sizes: Iterable[int], count: int) -> list[int]:
     """At most ``count`` of the sizes, the largest first: smallest and largest, and those nearest to even steps."""
     ordered = sorted(sizes)
     low, high = ordered[0], ordered[-1]
@@ -409,10 +396,7 @@ def _spread(sizes: Iterable[int], count: int) -> list[int]:
 
 def _continued(found: LatencyTable, wanted: LatencyTable, path: str | Path) -> LatencyTable:
     """A table that was read, if it is of what is to be measured."""
-    if difference := found.setting.difference(wanted.setting):
-        raise CheckpointError(
-            f"{path} was measured with {difference}; use it where it was made, delete it, or choose another file"
-        )
+    require_measured_here(found.setting, wanted.setting, path=path)
     names = ("model", "kinds", "whole", "variants")
     if any(getattr(found, name) != getattr(wanted, name) for name in names):
         raise CheckpointError(f"{path} was measured on another model or space; delete it or choose another file")
@@ -423,7 +407,7 @@ def _forwards(
     supernet: Supernet, table: LatencyTable, *, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> list[Forward]:
     """The models to time, one per variant."""
-    weights, pool = _moved(supernet, device=device, dtype=dtype), CachePool()
+    weights, pool = moved_weights(supernet, device=device, dtype=dtype), CachePool()
     found = []
     for variant in table.variants:
         shapes = []
@@ -443,7 +427,9 @@ def shape_in(part: LayerPart, sizes: Sizes) -> LayerShape:
     return LayerShape(width, heads, groups, attention=bool(sizes.attention), mlp=bool(sizes.mlp))
 
 
-def _moved(supernet: Supernet, *, device: str | torch.device | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def moved_weights(
+    supernet: Supernet, *, device: str | torch.device | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """The model's ``state_dict()`` on a device, its floating-point tensors in a dtype; tied tensors stay one."""
     done: dict[tuple[int, torch.Size], Tensor] = {}
     found: dict[str, Any] = {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from hf_elastic.supernet import Supernet
 Phase = Literal["prefill", "decode"]
 Timer = Callable[[Callable[[], object]], float]
 """Runs a call to its end and returns how many seconds that took."""
+
+TimedTable = TypeVar("TimedTable", bound="Timed")
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 _SHORT = 0.1  # seconds: before a shorter forward the same one runs untimed, so that it finds its own weights in caches
@@ -259,6 +262,67 @@ def enough_rounds(done: int, *, spent: float, seconds: float, rounds: int = MOST
     return done >= max(rounds, LEAST_ROUNDS) or (done >= LEAST_ROUNDS and spent >= seconds)
 
 
+def noise_of(rounds: Sequence[Sequence[float]]) -> float:
+    """By how much the median of a model's rounds is above the fastest, typically."""
+    columns = [sorted(seconds) for seconds in zip(*rounds, strict=True)]
+    return statistics.median(statistics.median(column) / column[0] - 1 for column in columns)
+
+
+class Timed(Protocol):
+    """A table that keeps rounds: a frozen dataclass.
+
+    Attributes:
+        rounds: seconds of each model, by round.
+        spent: seconds spent in forwards.
+        finished: whether all rounds are done.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def rounds(self) -> tuple[tuple[float, ...], ...]: ...
+
+    @property
+    def spent(self) -> float: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    def save(self, path: str | Path) -> None: ...
+
+
+def timed_in_rounds(
+    table: TimedTable,
+    timed: Rounds,
+    *,
+    rounds: int,
+    seconds: float,
+    path: str | Path | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> TimedTable:
+    """Adds rounds to a table until there are enough of them.
+
+    Args:
+        table: with the rounds that there are.
+        timed: what gives further ones.
+        rounds: at most so many.
+        seconds: in forwards, after which no new round begins; there are at least three.
+        path: keeps each round.
+        progress: called with the rounds done and to be done, as it looks now.
+    """
+    tell, most, before = progress or (lambda done, total: None), max(rounds, 1), table.spent
+    while not table.finished:
+        found = (*table.rounds, tuple(timed.round()))
+        spent = before + timed.spent
+        done = enough_rounds(len(found), spent=spent, seconds=seconds, rounds=most)
+        table = replace(table, rounds=found, spent=spent, finished=done)
+        if path is not None:
+            table.save(path)
+        likely = min(most, max(LEAST_ROUNDS, math.ceil(seconds * len(found) / spent)))
+        tell(len(found), len(found) if done else max(likely, len(found) + 1))
+    return table
+
+
 def measure_models(
     models: Mapping[str, PreTrainedModel],
     setting: Setting,
@@ -302,6 +366,18 @@ def require_setting(setting: Setting, model: PreTrainedModel, *, name: str) -> N
     here = Setting(setting.batch_size, setting.length, setting.phase, dtype, device, threads, _software())
     if difference := setting.difference(here):
         raise CheckpointError(f"the setting does not fit {name}: it says {difference}; measure a table here")
+
+
+def require_measured_here(found: Setting, wanted: Setting, *, path: str | Path) -> None:
+    """Checks that a table that was read goes on in the setting that is asked for.
+
+    Raises:
+        CheckpointError: it was measured in another one.
+    """
+    if difference := found.difference(wanted):
+        raise CheckpointError(
+            f"{path} was measured with {difference}; use it where it was made, delete it, or choose another file"
+        )
 
 
 def speedup(parent: Latency, other: Latency) -> float:

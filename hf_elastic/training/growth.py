@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length
 
 from hf_elastic import costs
 from hf_elastic.errors import TrainingError, UnsupportedModelError
 from hf_elastic.models.elastic_blocks import sizes_in_use
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.decay import check_restricted
-from hf_elastic.training.pca import Normalisation, PreActivations, pca_score
+from hf_elastic.training.pca import Normalisation, PreActivations, check_score_settings, pca_score
+from hf_elastic.training.periods import (
+    Every,
+    best_state,
+    check_settings,
+    ends_with_epoch,
+    ends_with_step,
+    period_length,
+    restores_itself,
+    stored_attributes,
+    together,
+    whole_epochs,
+)
 from hf_elastic.training.schedule import (
     Block,
     Check,
@@ -31,11 +39,6 @@ from hf_elastic.training.schedule import (
     check_budget,
     grown,
     growths_per_epoch,
-)
-
-_RESTORES_ITSELF = (
-    "PCAGrowthCallback restores itself; leave restore_callback_states_from_checkpoint=False and pass the callback to "
-    "the Trainer as in the first run"
 )
 
 
@@ -99,11 +102,11 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
         eta: float = 0.99,
         normalise: Normalisation = "min",
         include_padding: bool = False,
-        every: Literal["epoch"] | int = "epoch",
+        every: Every = "epoch",
         check: Check = "block",
     ) -> None:
         if supernet is None:  # so the Trainer makes it anew where it is to restore callbacks; see state()
-            raise TrainingError(_RESTORES_ITSELF)
+            raise restores_itself("PCAGrowthCallback")
         if not supernet.block_parts or supernet.base.config.candidate_blocks is None:
             raise UnsupportedModelError(
                 "only candidate blocks grow; make the supernet of a model whose config has candidate_blocks"
@@ -127,9 +130,7 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
         self._measuring = self._inside = self._due = self._restricted = False
         self._hooks = ExitStack()
         check_budget(self._plan({}, epoch=1))
-        two = PreActivations(1)
-        two.add(torch.zeros(2, 1))
-        pca_score(two, inputs=1, eta=eta, normalise=normalise)  # refuses what it would refuse in the first step
+        check_score_settings(eta=eta, normalise=normalise)
 
     @property
     def finished(self) -> bool:
@@ -174,13 +175,12 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
                 or is never measured in.
         """
         self.release()
-        length, periods = self._periods(args, state, kwargs["train_dataloader"])
+        length = period_length(self.every, args, kwargs["train_dataloader"])
+        periods = state.max_steps // length
         if state.global_step:
             self._restore(state)
-            # A checkpoint of the last step of an epoch was written before the growth that follows it. That waits until
-            # all callbacks are restored.
-            whole = math.floor((state.epoch or 0) + 1e-9) if self.every == "epoch" else 0
-            self._due = len(self.history.entries) < whole
+            # It waits until all callbacks are restored.
+            self._due = len(self.history.entries) < whole_epochs(self.every, state)
         else:
             self._sums = {}
             self._count = self._default_count(args, periods) if self.count is None else self.count
@@ -214,25 +214,22 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
         if self._measuring:
             self._measuring = False
             self._score()
-        if self.every != "epoch" and state.global_step % int(self.every) == 0:
+        if ends_with_step(self.every, state):
             self._grow(state)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Grow, unless the run ends before the epoch does: what goes on from there is to grow behind the whole."""
-        ends = state.epoch is not None and math.isclose(state.epoch, round(state.epoch), rel_tol=0, abs_tol=1e-9)
-        if self.every == "epoch" and (ends or not control.should_training_stop):
+        if ends_with_epoch(self.every, state, control):
             self._grow(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the widths that belong to the weights, and leave nothing else behind in the model."""
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            if _together():
-                torch.distributed.barrier()  # the first rank may be writing it
-            self._restore(TrainerState.load_from_json(str(Path(state.best_model_checkpoint) / TRAINER_STATE_NAME)))
+        if (best := best_state(args, state)) is not None:
+            self._restore(best)
         else:
             self._make_up(state)
         self.release()
@@ -249,19 +246,6 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
         names = ("total_parameters", "step", "count", "average_growths", "calc_freq", "eta", "normalise")
         named = {name: vars(self)[name] for name in (*names, "include_padding", "every", "check")}
         return {**named, "blocks": [list(part.blocks) for part in self.supernet.block_parts]}
-
-    def _periods(self, args: TrainingArguments, state: TrainerState, loader: Any) -> tuple[int, int]:
-        """Return the optimizer steps from one growth to the next, and how often the run comes to one."""
-        if self.every != "epoch":
-            length = int(self.every)
-        elif has_length(loader):
-            length = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
-        else:
-            raise TrainingError(
-                "the data have no length, so a resumed run could not tell where an epoch ends; give a number of steps "
-                "as every="
-            )
-        return length, state.max_steps // length
 
     def _default_count(self, args: TrainingArguments, periods: int) -> int:
         if self.every == "epoch" and args.max_steps > 0:
@@ -290,21 +274,9 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
                 )
 
     def _restore(self, state: TrainerState) -> None:
-        stored: Any = state.stateful_callbacks or {}
-        found = stored.get(type(self).__name__)
-        if not isinstance(found, dict) or not found.get("attributes"):
-            raise TrainingError(
-                f"the checkpoint of step {state.global_step} holds no growth history, so the widths that it was "
-                "trained with are not known; resume from one that was written with this callback, or start again"
-            )
-        stored = found["attributes"]
-        ours, theirs = self._settings(), stored["settings"]
-        if changed := [name for name in ours if ours[name] != theirs.get(name)]:
-            name = changed[0]
-            raise TrainingError(
-                f"the checkpoint was grown with {name}={theirs.get(name)!r}, this run says {ours[name]!r}; resume with "
-                "the settings of the first run"
-            )
+        lacks = "holds no growth history, so the widths that it was trained with are not known"
+        stored, ours = stored_attributes(self, state, lacks=lacks), self._settings()
+        check_settings(ours, stored["settings"], fixed=ours, done="grown")
         self.history, self._count = GrowthHistory.from_dict(stored["history"]), int(stored["count"])
         self._sums = {(layer, block): [total, count] for layer, block, total, count in stored["sums"]}
         self._set_widths(self.history.widths())
@@ -319,9 +291,6 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
         self.supernet.resized()
 
     def _plan(self, scores: Mapping[Block, float], *, epoch: int) -> GrowthPlan:
-        space = self.supernet.space
-        largest = space.largest()
-        inside = sum(part.parameters(part.chosen(largest)) for part in self._parts.values())
         return GrowthPlan(
             widths=self._widths(),
             scores=scores,
@@ -331,7 +300,7 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
             count=self._count,
             budget=self.total_parameters,
             parameters=lambda layer, block, width: self._parts[layer].parameters_at(block, width),
-            constant=costs.total_parameters(self.supernet, largest) - inside,
+            constant=costs.parameters_outside_blocks(self.supernet),
             check=self.check,
         )
 
@@ -391,9 +360,9 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
     def _score(self) -> None:
         """Add the scores of the step's global batch."""
         measured = sorted(self._batch.items())
-        together = _together()
+        several = together()
         for (layer, block), moments in measured:
-            if together:
+            if several:
                 for tensor in moments.tensors().values():
                     torch.distributed.all_reduce(tensor)
             if moments.tokens < 2:
@@ -402,13 +371,9 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
             _, inputs = sizes_in_use(part.projection(block, part.roles.ffn_in))
             found = pca_score(moments, inputs=inputs, eta=self.eta, normalise=self.normalise)
             score = torch.tensor(found, dtype=torch.float64, device=moments.device)
-            if together:  # rounding may differ between devices
+            if several:  # rounding may differ between devices
                 torch.distributed.broadcast(score, src=0)
             total = self._sums.setdefault((layer, block), [0.0, 0])
             total[0] += float(score)
             total[1] += 1
         self._batch.clear()
-
-
-def _together() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length
 
 from hf_elastic.blocks import Heads
 from hf_elastic.errors import TrainingError, UnsupportedModelError
@@ -20,10 +16,17 @@ from hf_elastic.head_similarity import Samples
 from hf_elastic.streams import Batch
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.callbacks import check_run
-
-_RESTORES_ITSELF = (
-    "HeadFusionCallback restores itself; leave restore_callback_states_from_checkpoint=False and pass the callback to "
-    "the Trainer as in the first run"
+from hf_elastic.training.periods import (
+    Every,
+    best_state,
+    check_settings,
+    ends_with_epoch,
+    ends_with_step,
+    period_length,
+    restores_itself,
+    stored_attributes,
+    together,
+    whole_epochs,
 )
 
 
@@ -71,11 +74,11 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
         threshold: float = 0.9,
         samples: Samples = "tokens",
         min_heads: int = 2,
-        every: Literal["epoch"] | int = "epoch",
+        every: Every = "epoch",
         times: int = 1,
     ) -> None:
         if supernet is None:  # so the Trainer makes it anew where it is to restore callbacks; see state()
-            raise TrainingError(_RESTORES_ITSELF)
+            raise restores_itself("HeadFusionCallback")
         if not supernet.block_parts:
             raise UnsupportedModelError(
                 "heads are fused in supernets of blocks (elastic_bert, elastic_gpt2); of an elastic stock model "
@@ -119,10 +122,8 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
         if not state.global_step:
             return
         self._restore(state)
-        # A checkpoint of the last step of an epoch was written before the fusion that follows it. That waits until all
-        # callbacks are restored.
-        whole = math.floor((state.epoch or 0) + 1e-9) if self.every == "epoch" else 0
-        self._due = self._done < min(self.times, whole)
+        # It waits until all callbacks are restored.
+        self._due = self._done < min(self.times, whole_epochs(self.every, state))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,28 +133,25 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fuse, where a period of steps is over."""
-        if self.every != "epoch" and state.global_step % int(self.every) == 0:
+        if ends_with_step(self.every, state):
             self._fuse()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Fuse, unless the run ends before the epoch does: what goes on from there is to fuse behind the whole."""
-        ends = state.epoch is not None and math.isclose(state.epoch, round(state.epoch), rel_tol=0, abs_tol=1e-9)
-        if self.every == "epoch" and (ends or not control.should_training_stop):
+        if ends_with_epoch(self.every, state, control):
             self._fuse()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the heads that belong to the weights."""
-        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        if (best := best_state(args, state)) is None:
             self._make_up()
             return
         self._due = False
-        if _together():
-            torch.distributed.barrier()  # the first rank may be writing it
-        self._restore(TrainerState.load_from_json(str(Path(state.best_model_checkpoint) / TRAINER_STATE_NAME)))
+        self._restore(best)
 
     def _settings(self) -> dict[str, Any]:
         names = ("mode", "threshold", "samples", "min_heads", "every", "times")
@@ -161,15 +159,7 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
         return {**named, "blocks": [list(part.blocks) for part in self.supernet.block_parts]}
 
     def _check_length(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
-        if self.every != "epoch":
-            length = int(self.every)
-        elif has_length(loader):
-            length = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
-        else:
-            raise TrainingError(
-                "the data have no length, so a resumed run could not tell where an epoch ends; give a number of steps "
-                "as every="
-            )
+        length = period_length(self.every, args, loader)
         if state.max_steps < length:
             raise TrainingError(
                 f"the run ends after {state.max_steps} steps, heads would be fused after {length}; train longer, or "
@@ -177,21 +167,9 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
             )
 
     def _restore(self, state: TrainerState) -> None:
-        stored: Any = state.stateful_callbacks or {}
-        found = stored.get(type(self).__name__)
-        if not isinstance(found, dict) or not found.get("attributes"):
-            raise TrainingError(
-                f"the checkpoint of step {state.global_step} does not say which heads are in use; resume from one that "
-                "was written with this callback, or start again"
-            )
-        kept, ours = found["attributes"], self._settings()
+        kept, ours = stored_attributes(self, state, lacks="does not say which heads are in use"), self._settings()
         fixed = ours if kept["done"] else ("blocks",)  # what nothing was fused with yet may be another one
-        if changed := [name for name in fixed if ours[name] != kept["settings"].get(name)]:
-            name = changed[0]
-            raise TrainingError(
-                f"the checkpoint was fused with {name}={kept['settings'].get(name)!r}, this run says {ours[name]!r}; "
-                "resume with the settings of the first run"
-            )
+        check_settings(ours, kept["settings"], fixed=fixed, done="fused")
         self._set_heads({(layer, block): heads for layer, block, heads in kept["heads"]})
         self._done = int(kept["done"])
 
@@ -213,7 +191,7 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
         options = {"mode": self.mode, "threshold": self.threshold, "samples": self.samples, "min_heads": self.min_heads}
         self.reports.append(fuse_heads_(self.supernet, self.batches, **options))  # type: ignore[arg-type]
         self._done += 1
-        if _together():
+        if together():
             self._agree()
 
     def _agree(self) -> None:
@@ -224,7 +202,3 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
         for parameter in (parameter for part in parts for parameter in part.layer.parameters()):
             torch.distributed.broadcast(parameter.detach(), src=0)
         self._set_heads(stated[0])
-
-
-def _together() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

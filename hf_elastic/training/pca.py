@@ -177,10 +177,7 @@ def pca_score(
         DataError: There are fewer than two tokens.
         TrainingError: An argument is not what is allowed.
     """
-    if not 0 < eta < 1:
-        raise TrainingError(f"eta={eta!r} is a share of the variance between 0 and 1, such as 0.99")
-    if normalise not in get_args(Normalisation):
-        raise TrainingError(f"normalise={normalise!r} is not one of {', '.join(map(repr, get_args(Normalisation)))}")
+    check_score_settings(eta=eta, normalise=normalise)
     if inputs < 1:
         raise TrainingError(f"inputs={inputs!r} is the width that enters the FFN, at least 1")
     covariance = moments.covariance()
@@ -192,3 +189,15 @@ def pca_score(
         return 0.0
     directions = int((cumulated / cumulated[-1] <= eta).sum()) + 1
     return min(directions, most, moments.tokens - 1) / (most if normalise == "min" else moments.width)
+
+
+def check_score_settings(*, eta: float, normalise: str) -> None:
+    """Check the settings of :func:`pca_score`.
+
+    Raises:
+        TrainingError: One is not what is allowed.
+    """
+    if not 0 < eta < 1:
+        raise TrainingError(f"eta={eta!r} is a share of the variance between 0 and 1, such as 0.99")
+    if normalise not in get_args(Normalisation):
+        raise TrainingError(f"normalise={normalise!r} is not one of {', '.join(map(repr, get_args(Normalisation)))}")
