@@ -75,6 +75,16 @@ class PerLayerShapes(Base):
         if self.per_layer_extras:
             check_blocks(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as a dict, the depth of layers that differ under its common name too.
+
+        A Trainer reads the config of a checkpoint as one of no model type, to which ``n_layer`` says nothing.
+        """
+        stated = super().to_dict()
+        if stated.get("per_layer_config"):
+            stated["num_hidden_layers"] = self.num_hidden_layers
+        return stated
+
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the config, naming the classes that load it where hf_elastic is not installed."""
         self.auto_map = dict(self.auto_classes)

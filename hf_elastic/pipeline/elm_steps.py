@@ -17,17 +17,14 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_elastic import objectives
 from hf_elastic.checkpoint import extract
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError, InfeasibleError, SpaceError
-from hf_elastic.files import read_json, whole_folder, write_json
+from hf_elastic.files import whole_folder
 from hf_elastic.fusion import FusionReport, fuse_heads_
 from hf_elastic.layers import evaluating, seeded
 from hf_elastic.pipeline.elm_data import ElmTexts, LabelledRows
@@ -166,7 +163,7 @@ def train(
         args=training_arguments(setting, folder=folder, steps=steps),
         train_dataset=setting.texts.training(setting.options, steps=steps),
         data_collator=setting.texts.data.collate,
-        callbacks=[_StatedDepth(), *callbacks],
+        callbacks=list(callbacks),
     )
     _run(trainer, folder)
     supernet.model.eval()
@@ -180,35 +177,12 @@ class _Bar(ProgressCallback):
         """Say nothing."""
 
 
-class _StatedDepth(TrainerCallback):
-    """Lets a Trainer read the configs of its checkpoints again.
-
-    It reads them as ones of no model type, to which ``n_layer`` says nothing, and a config whose layers differ needs to
-    know how many there are.
-    """
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Name the depth as all models do."""
-        state_depth(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def state_depth(checkpoint: Path) -> None:
-    """Adds ``num_hidden_layers`` to the config of a checkpoint whose layers differ, where it has another name there."""
-    file = checkpoint / "config.json"
-    stated = read_json(file)
-    if stated.get("per_layer_config") and "num_hidden_layers" not in stated:
-        write_json(file, {**stated, "num_hidden_layers": stated["n_layer"]})
-
-
 def _run(trainer: Trainer, folder: Path) -> None:
     """Trains, or goes on from the newest whole checkpoint."""
     for told in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(told)
     trainer.add_callback(_Bar())
-    found = last_complete_checkpoint(folder)
-    if found is not None:  # it may have been saved and not yet been marked
-        state_depth(Path(found))
-    trainer.train(resume_from_checkpoint=found)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
 
 
 def noted_losses(trainer: Trainer) -> list[dict[str, float]]:
@@ -420,7 +394,7 @@ def fine_tune(setting: ElmSetting, rows: LabelledRows, source: Path, *, folder: 
         args=training_arguments(setting, folder=folder, steps=steps, learning_rate=options.finetune_learning_rate),
         train_dataset=InOrder(rows.train, order),
         data_collator=collate,
-        callbacks=[_StatedDepth(), CompleteCheckpointCallback()],
+        callbacks=[CompleteCheckpointCallback()],
     )
     _run(trainer, folder)
     right = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -235,3 +237,14 @@ def test_common_names_of_sizes_are_understood_by_every_family() -> None:
     assert config.per_layer_config[1].num_attention_heads == 2
     assert config.per_layer_config[0].n_inner == 48
     assert mixed_layers("elastic_gpt2")[1]["intermediate_size"] == 12
+
+
+@pytest.mark.parametrize("model_type", list(SIZES))
+def test_a_config_of_layers_that_differ_is_read_without_its_type_as_a_trainer_reads_it(
+    model_type: str, tmp_path: Path
+) -> None:
+    config = config_of(model_type, {1: {"intermediate_size": 16}})
+    config.save_pretrained(tmp_path)
+    assert PreTrainedConfig.from_json_file(tmp_path / "config.json").num_hidden_layers == LAYERS
+    again = type(config).from_pretrained(tmp_path)
+    assert again.num_hidden_layers == LAYERS and again.to_dict() == config.to_dict()
