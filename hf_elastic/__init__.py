@@ -72,6 +72,9 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.repair.refitting import refitted as refitted
     from hf_elastic.repair.teacher_cache import TeacherCache as TeacherCache
     from hf_elastic.repair.teacher_cache import cache_teacher as cache_teacher
+    from hf_elastic.routing import RoutingConfig as RoutingConfig
+    from hf_elastic.routing import add_routing as add_routing
+    from hf_elastic.routing import set_capacity as set_capacity
     from hf_elastic.search import Evaluation as Evaluation
     from hf_elastic.search import Objective as Objective
     from hf_elastic.search import SearchResult as SearchResult
@@ -159,6 +162,7 @@ _HOMES = {
     "checkpoint": ("ExportReport", "export", "extract", "save_quantized"),
     "packed_format": ("unpack_",),
     "proxies": ("score",),
+    "routing": ("RoutingConfig", "add_routing", "set_capacity"),
     "repair.fusing": ("fuse_heads",),
     "repair.recovery": ("RecoverReport", "recover"),
     "repair.refitting": ("RefitReport", "refit", "refitted"),
@@ -220,6 +224,7 @@ __all__ = [
     "RandomSubnet",
     "RecoverReport",
     "RefitReport",
+    "RoutingConfig",
     "SandwichRule",
     "SearchError",
     "SearchResult",
@@ -236,6 +241,7 @@ __all__ = [
     "UnsupportedModelError",
     "Workload",
     "add_lora",
+    "add_routing",
     "additivity",
     "cache_teacher",
     "check_latency",
@@ -258,6 +264,7 @@ __all__ = [
     "save_quantized",
     "score",
     "search_subnets",
+    "set_capacity",
     "set_layer_order",
     "sort_by_importance_",
     "sparsify_",

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_elastic.blocks import ROLES, make_block_parts
 from hf_elastic.declaration import ElasticConfig, resolve_sizes, skip_kinds
 from hf_elastic.errors import SpaceError, UnsupportedModelError
-from hf_elastic.families import Family, family_of, layers_of, submodule
+from hf_elastic.families import Family, family_of, layers_of, projection_of, submodule
 from hf_elastic.layers import PartHolder, check_forward, check_linear, make_elastic_linear, make_part_holder
 from hf_elastic.models import static_class_name
 from hf_elastic.parts import SKIPS, ChoiceNames, LayerPart, LayerShape, join_choices
@@ -60,6 +60,26 @@ def make_elastic(
         builder.convert(plan)
     model.__dict__["_hf_elastic_config"] = config
     return Supernet(model)
+
+
+def make_layer_parts(model: PreTrainedModel, *, family: Family | None = None) -> None:
+    """Makes the layers of a stock model elastic parts that leave nothing to choose, for what is built upon them.
+
+    Adapters may be on the projections already, as nothing will shrink below them.
+
+    Args:
+        model, family: as for :func:`make_elastic`.
+
+    Raises:
+        UnsupportedModelError: as :func:`make_elastic`.
+    """
+    _check_model(model)
+    builder = _Builder(model, ElasticConfig(), _with_static_class(family_of(model, family), model))
+    plans = [builder.plan(index) for index in range(len(builder.layers))]
+    for plan in plans:
+        builder.check_layer(plan)
+    for plan in plans:
+        builder.convert(plan)
 
 
 def _with_static_class(row: Family, model: PreTrainedModel) -> Family:
@@ -198,13 +218,14 @@ class _Builder:
         if len({id(layer) for layer in self.layers}) < len(self.layers):
             raise UnsupportedModelError(f"{self.row.model_type} layers that share one module cannot differ in shape")
         for plan in plans:
-            self._check_layer(plan)
+            self.check_layer(plan)
 
-    def _check_layer(self, plan: _Plan) -> None:
+    def check_layer(self, plan: _Plan) -> None:
+        """Refuses a layer whose modules cannot be swapped."""
         layer, row = self.layers[plan.index], self.row
         prefix = f"{row.layers}.{plan.index}."
         for path, fused in self._linears().items():
-            check_linear(submodule(layer, path, family=row), name=prefix + path, fused=fused)
+            check_linear(self._projection(layer, path), name=prefix + path, fused=fused)
         for rule in (*row.skip_attention, *row.skip_mlp):
             check_forward(submodule(layer, rule.module, family=row), name=prefix + rule.module)
         attention = submodule(layer, row.attention, family=row)
@@ -216,6 +237,11 @@ class _Builder:
                     f"{prefix}{row.attention}.{attribute} is {value!r}, but the family row of "
                     f"{row.model_type!r} says that it follows the {meaning} of the active heads, {wanted} here"
                 )
+
+    def _projection(self, layer: nn.Module, path: str) -> nn.Module:
+        """A projection; what an adapter wraps where nothing shrinks below it."""
+        found = submodule if self.config != ElasticConfig() else projection_of
+        return found(layer, path, family=self.row)
 
     def _linears(self) -> dict[str, int]:
         """Paths of the projections of a layer, with how many outputs each fuses."""
@@ -232,9 +258,9 @@ class _Builder:
                 f"{row.attention}.{row.head_size} is {head_dim!r}, but the family row of {row.model_type!r} "
                 "says that it holds the size of a head"
             )
-        width = _in_features(submodule(layer, row.ffn_out, family=row))
-        queries = _in_features(submodule(layer, row.attention_out, family=row))
-        keys = _out_features(submodule(layer, row.key, family=row)) if row.grouped else queries
+        width = _in_features(self._projection(layer, row.ffn_out))
+        queries = _in_features(self._projection(layer, row.attention_out))
+        keys = _out_features(self._projection(layer, row.key)) if row.grouped else queries
         if queries % head_dim or keys % head_dim or queries % keys:
             raise SpaceError(
                 f"layer {index} has projections of {queries} (queries) and {keys} (keys), which do not divide "
@@ -318,14 +344,14 @@ class _Builder:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return _out_features(submodule(self.layers[0], self.row.ffn_out, family=self.row))
+        return _out_features(self._projection(self.layers[0], self.row.ffn_out))
 
     def convert(self, plan: _Plan) -> None:
         """Swaps the classes of one layer's modules and hangs its part on it, after :meth:`check`."""
         layer, row = self.layers[plan.index], self.row
         for path, fused in self._linears().items():
             name = f"{row.layers}.{plan.index}.{path}"
-            make_elastic_linear(submodule(layer, path, family=row), name=name, fused=fused)
+            make_elastic_linear(self._projection(layer, path), name=name, fused=fused)
         part = LayerPart(
             layer=layer,
             index=plan.index,

@@ -54,7 +54,8 @@ def total_parameters(supernet: Supernet, architecture: Architecture) -> int:
     supernet.space.validate(architecture)
     blocks = sum(part.parameters(part.chosen(architecture)) for part in supernet.block_parts)
     removed = sum(removed_parameters(part, part.shape(architecture)) for part in supernet.layer_parts)
-    return parameters_outside_blocks(supernet) + blocks - removed
+    routers = sum(part.parameters(architecture) for part in supernet.router_parts)
+    return parameters_outside_blocks(supernet) + blocks + routers - removed
 
 
 def parameters_outside_blocks(supernet: Supernet) -> int:
@@ -98,6 +99,8 @@ def adapter_macs(supernet: Supernet, architecture: Architecture, *, seq_len: int
 def macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_size: int = 1) -> int:
     """MACs of one forward over ``(batch_size, seq_len)`` tokens, attention and output heads included.
 
+    Of routed layers these are the nominal ones, as if exactly the capacity of the tokens entered.
+
     Per layer with ``T`` tokens: ``T·Σ in·out`` over its projections ``+ 2·H·d·T²`` for ``QKᵀ`` and
     ``AV`` (a causal model computes the full square, as eager attention does).
 
@@ -107,6 +110,7 @@ def macs(supernet: Supernet, architecture: Architecture, *, seq_len: int, batch_
     supernet.space.validate(architecture)
     layers = sum(layer_macs(p, p.shape(architecture), seq_len=seq_len) for p in supernet.layer_parts)
     layers += sum(p.macs(p.chosen(architecture), seq_len=seq_len) for p in supernet.block_parts)
+    layers -= sum(p.saved_macs(architecture, seq_len=seq_len) for p in supernet.router_parts)
     return batch_size * (layers + fixed_macs(supernet, seq_len=seq_len))
 
 

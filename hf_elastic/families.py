@@ -241,6 +241,12 @@ def submodule(root: nn.Module, path: str, *, family: Family) -> nn.Module:
         ) from None
 
 
+def projection_of(layer: nn.Module, path: str, *, family: Family) -> nn.Module:
+    """Returns ``layer.path``, of an adapter's wrapper what is inside it."""
+    found = submodule(layer, path, family=family)
+    return dict(found.named_children()).get("base_layer", found)
+
+
 def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     """Returns the ``ModuleList`` of layers that the row names."""
     layers = submodule(model.base_model, family.layers, family=family)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.errors import UnsupportedModelError
+from hf_elastic.models.elastic_mixins import Mixin, with_mixin
 from hf_elastic.quantgrid import SCHEME
 
 Region = tuple[tuple[slice, ...], ...]
@@ -215,7 +216,7 @@ class Skip:
     outputs: int = 1
 
 
-class SkippableModule(nn.Module):
+class SkippableModule(Mixin):
     """Mixin that :func:`make_skippable` puts before a stock class: ``forward`` does nothing while ``skipped``."""
 
     skipped: bool
@@ -232,10 +233,6 @@ class SkippableModule(nn.Module):
             result = hidden if self.skip_rule.returns == "input" else args[-1]
         return result if self.skip_rule.outputs == 1 else (result, None)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle is told how to make it again.
-        return rebuild, (self.__class__.__mro__[2], SkippableModule), self.__getstate__()
-
 
 def write_cache_filler(module: nn.Module, hidden: Tensor, cache: Any) -> None:
     """Keeps the length of a KV cache right when a layer's attention is skipped.
@@ -247,24 +244,6 @@ def write_cache_filler(module: nn.Module, hidden: Tensor, cache: Any) -> None:
         return
     zeros = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)  # (B, 1, T, 1)
     cache.update(zeros, zeros, module.layer_idx)
-
-
-_mixed: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def with_mixin(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class that has ``mixin`` before ``cls``, the same one at every call."""
-    if (cls, mixin) not in _mixed:
-        # The stock name is kept: FSDP and device maps look layer classes up by name.
-        members = {"__doc__": cls.__doc__, "__module__": cls.__module__}
-        _mixed[cls, mixin] = type(cls.__name__, (mixin, cls), members)
-    return _mixed[cls, mixin]
-
-
-def rebuild(cls: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
-    """Makes an empty object of :func:`with_mixin`, for pickle."""
-    made = with_mixin(cls, mixin)
-    return made.__new__(made)
 
 
 def make_skippable(module: nn.Module, rule: Skip) -> SkippableModule:
@@ -281,13 +260,10 @@ def make_skippable(module: nn.Module, rule: Skip) -> SkippableModule:
     return module
 
 
-class PartHolder(nn.Module):
+class PartHolder(Mixin):
     """Mixin for a module that carries elastic parts; :class:`~hf_elastic.supernet.Supernet` finds them here."""
 
     elastic_parts: list[Any]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (self.__class__.__mro__[2], PartHolder), self.__getstate__()
 
 
 def make_part_holder(module: nn.Module, parts: list[Any]) -> PartHolder:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from hf_elastic.errors import SpaceError, UnsupportedModelError
-from hf_elastic.families import Family, submodule
+from hf_elastic.families import Family, projection_of, submodule
 from hf_elastic.layers import ElasticProjection, PartHolder, Region, Skip, SkippableModule, make_skippable
 from hf_elastic.space import Choice, Condition, Value
 
@@ -173,7 +173,7 @@ class LayerPart:
     def __post_init__(self) -> None:
         row = self.family
         paths = {*row.ffn_in, row.ffn_out, row.query, row.key, row.value, row.attention_out, row.attention}
-        self._modules = {path: submodule(self.layer, path, family=row) for path in sorted(paths)}
+        self._modules = {path: projection_of(self.layer, path, family=row) for path in sorted(paths)}
         self._skips = ()
         self.current = self.full
         self.skip_parameters = {
@@ -260,6 +260,11 @@ class LayerPart:
             value = shape.num_attention_heads if meaning == "heads" else queries
             modules[row.attention].__dict__[attribute] = value
         self.current = shape
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether a width or a number of heads is a choice."""
+        return self.names.intermediate_size is not None or self.names.heads is not None
 
     def projections(self) -> dict[str, ElasticProjection]:
         """Class-swapped projections of the layer, by path."""
@@ -353,12 +358,14 @@ def join_choices(declared: Iterable[Sequence[Choice]]) -> tuple[Choice, ...]:
     return tuple(joined.values())
 
 
-def check_wrappers(model: nn.Module) -> None:
-    """Refuses stock adapters on elastic projections, and copies of these: they would not follow when these shrink.
+def check_wrappers(model: nn.Module, parts: Iterable[ElasticPart]) -> None:
+    """Refuses stock adapters on projections that may shrink, and copies of elastic ones: they would not follow.
 
     Raises:
         UnsupportedModelError: the model has such.
     """
+    layers = [part for part in parts if isinstance(part, LayerPart) and not part.may_shrink]
+    fixed = {id(projection) for part in layers for projection in part.projections().values()}
     for name, module in model.named_modules():
         children = dict(module.named_children())
         wrapped, copied = children.get("base_layer"), children.get("original_module")
@@ -366,7 +373,7 @@ def check_wrappers(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"modules_to_save copies {name}, which is elastic and would not shrink; name heads and poolers only"
             )
-        if isinstance(wrapped, ElasticProjection) and not isinstance(module, PartHolder):
+        if isinstance(wrapped, ElasticProjection) and id(wrapped) not in fixed and not isinstance(module, PartHolder):
             raise UnsupportedModelError(
                 f"{name} is a stock {type(module).__name__} on an elastic projection, whose sizes it cannot follow; "
                 "make the adapter with hf_elastic.ElasticLoraConfig (without ranks= it is one of fixed rank)"

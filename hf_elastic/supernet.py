@@ -24,7 +24,7 @@ from hf_elastic.errors import (
     UnsupportedModelError,
 )
 from hf_elastic.families import FAMILIES, Family
-from hf_elastic.files import file_digest, whole_folder, write_json
+from hf_elastic.files import whole_folder
 from hf_elastic.layers import PartHolder, Region, plain_children, without_wrappers
 from hf_elastic.parts import (
     AdapterPart,
@@ -36,17 +36,17 @@ from hf_elastic.parts import (
     join_choices,
     shapes_loadability,
 )
+from hf_elastic.routers import RouterPart
 from hf_elastic.space import Architecture, SearchSpace, Value
 from hf_elastic.supernet_folder import (
-    FORMAT,
     SPACE_FILE,
     can_be_read,
     class_named,
     load_model,
-    parent_of,
     read_record,
     save_generation_config,
     write_code,
+    write_record,
 )
 
 ADAPTER_FOLDER = "adapter"
@@ -86,7 +86,7 @@ class Supernet:
                 f"{type(model).__name__} has no elastic part; call hf_elastic.make_elastic(model, ElasticConfig(...)) "
                 "first, or get_peft_model(model, ElasticLoraConfig(...))"
             )
-        check_wrappers(model)
+        check_wrappers(model, parts)
         if any(isinstance(part, BlockPart) for part in parts):
             check_no_adapters(model)
         adapters = tuple(part for part in parts if isinstance(part, AdapterPart))
@@ -95,8 +95,8 @@ class Supernet:
         choices = join_choices(part.choices for part in parts)
         if not choices:
             raise SpaceError(
-                "the elastic parts of the model leave nothing to choose; give ElasticLoraConfig(ranks=[...]) with "
-                "ranks below r, or sizes below the model's own"
+                "the elastic parts of the model leave nothing to choose; give sizes below the model's own, or "
+                "ElasticLoraConfig(ranks=[...]) with ranks below r"
             )
         joined = SearchSpace(choices)
         known = "_hf_elastic_state" in self.base.__dict__
@@ -267,6 +267,11 @@ class Supernet:
         """The parts that are adapters on a projection, in order."""
         return self._state.adapter_parts
 
+    @property
+    def router_parts(self) -> tuple[RouterPart, ...]:
+        """The parts that are the routers of a layer, in order."""
+        return tuple(part for part in self.parts if isinstance(part, RouterPart))
+
     def _holds(self, part: AdapterPart) -> bool:
         """Whether an adapter is still in the model: ``merge_and_unload`` takes it out."""
         return any(module is part.wrapper for module in self.base.modules())
@@ -309,8 +314,11 @@ class Supernet:
 
     def plain_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules of the transformers model with their names, as if no adapter were there."""
-        whole = plain_children(self.base, self._inside(), prefix="")
-        return whole if self.adapter_parts else self.base.named_modules()
+        if not (self.adapter_parts or self.router_parts):
+            return self.base.named_modules()
+        found = plain_children(self.base, self._inside(), prefix="")
+        hidden = {id(module) for part in self.router_parts for module in part.routers.modules()}
+        return ((name, module) for name, module in found if id(module) not in hidden)
 
     def _inside(self) -> dict[int, nn.Module]:
         """What stands inside each adapter, by ``id`` of the adapter."""
@@ -318,8 +326,11 @@ class Supernet:
 
     @contextmanager
     def plain(self) -> Iterator[Any]:
-        """Takes the adapters out of the transformers model inside the block and yields it; no weight changes."""
-        with without_wrappers(self.base, self._inside()):
+        """Takes adapters and routers out of the transformers model inside the block and yields it; weights stay."""
+        with ExitStack() as stack:
+            for part in self.router_parts:
+                stack.enter_context(part.hidden())
+            stack.enter_context(without_wrappers(self.base, self._inside()))
             yield self.base
 
     @property
@@ -431,17 +442,9 @@ class Supernet:
                     write_code(model, folder)
                 if self.adapter_parts:
                     self.model.save_pretrained(folder / ADAPTER_FOLDER)
-            record = {
-                "format": FORMAT,
-                "class": type(self.base).__name__,
-                "elastic_config": None if config is None else config.to_dict(),
-                "family": None if config is None or self.family in FAMILIES else self.family.to_dict(),
-                "layer_order": list(self.layer_order),
-                "parent": parent_of(self.base),
-                "space_digest": SearchSpace(join_choices(part.choices for part in own)).digest,
-                "weights": {f.name: file_digest(f) for f in sorted(folder.glob("*.safetensors"))},
-            }
-            write_json(folder / SPACE_FILE, record)
+            digest = SearchSpace(join_choices(part.choices for part in own)).digest
+            row = None if config is None or self.family in FAMILIES else self.family
+            write_record(self.base, folder, config=config, row=row, layer_order=self.layer_order, space_digest=digest)
 
     def _saves_itself(self) -> bool:
         """Whether the model's config says the space: every layer has candidates, of which it keeps the sizes."""

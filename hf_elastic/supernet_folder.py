@@ -9,8 +9,10 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import file_digest, read_json
+from hf_elastic.families import Family
+from hf_elastic.files import file_digest, read_json, write_json
 from hf_elastic.models import MODEL_TYPES, STATIC_CLASSES, model_class, source_files
 
 SPACE_FILE = "search_space.json"
@@ -50,6 +52,38 @@ def parent_of(model: PreTrainedModel) -> str:
 def can_be_read(parent: str) -> bool:
     """Whether a parent may still be there: a folder that is, or a name on the Hub."""
     return bool(parent) and (not Path(parent).is_absolute() or Path(parent).is_dir())
+
+
+def write_record(
+    base: PreTrainedModel,
+    folder: Path,
+    *,
+    config: ElasticConfig | None,
+    row: Family | None,
+    layer_order: tuple[int, ...],
+    space_digest: str,
+) -> None:
+    """Writes ``search_space.json`` beside weights that are there.
+
+    Args:
+        base: whose space it is.
+        folder: where.
+        config: what was declared; ``None`` where the model's own config says the space.
+        row: family row of a user.
+        layer_order: layers from the most to the least important.
+        space_digest: of the space of the layers.
+    """
+    record = {
+        "format": FORMAT,
+        "class": type(base).__name__,
+        "elastic_config": None if config is None else config.to_dict(),
+        "family": None if row is None else row.to_dict(),
+        "layer_order": list(layer_order),
+        "parent": parent_of(base),
+        "space_digest": space_digest,
+        "weights": {file.name: file_digest(file) for file in sorted(folder.glob("*.safetensors"))},
+    }
+    write_json(folder / SPACE_FILE, record)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

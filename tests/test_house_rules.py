@@ -32,7 +32,7 @@ LAYERS = (
     },
     {
         "families", "parts", "activation", "supernet", "declaration", "conversion", "importance", "costs", "streams",
-        "fingerprints", "blocks", "supernet_folder", "fusion",
+        "fingerprints", "blocks", "routers", "supernet_folder", "fusion",
     },
     STRANGERS,
     {"repair", "spaces"},

@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_elastic.adapters.lora_part import LoraPart, RankedConfig, choice_name, merged_output
 from hf_elastic.adapters.recognition import check_variants, check_weight
 from hf_elastic.errors import ElasticError, UnsupportedModelError
-from hf_elastic.layers import ElasticProjection, PartHolder, as_elastic_linear, rebuild, with_mixin
+from hf_elastic.layers import ElasticProjection, PartHolder, as_elastic_linear
+from hf_elastic.models.elastic_mixins import with_mixin
 from hf_elastic.packed_format import is_quantised
 from hf_elastic.quantgrid import grid_of
 
@@ -152,9 +153,6 @@ class ElasticLoraLayer(PartHolder):
             layer.merged_adapters[:] = [name]
             super().unmerge()  # type: ignore[misc]
             layer.merged_adapters[:] = before
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (self.__class__.__bases__[1], ElasticLoraLayer), self.__getstate__()
 
 
 def weight_kind(config: RankedConfig | None, base: nn.Module, *, name: str) -> dict[str, bool]:

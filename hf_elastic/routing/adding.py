@@ -1,0 +1,145 @@
+"""``add_routing``: a model gets routers, in place, and its capacities become choices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_elastic.conversion import make_layer_parts
+from hf_elastic.errors import SpaceError, UnsupportedModelError
+from hf_elastic.layers import PartHolder, seeded
+from hf_elastic.models.elastic_routed import LAYOUTS, attach_routers
+from hf_elastic.models.elastic_routers import PERCENT, TOKENS, LayerRouters
+from hf_elastic.parts import LayerPart
+from hf_elastic.routers import RouterPart
+from hf_elastic.routing.configuration import RoutingConfig, resolve_capacity
+from hf_elastic.supernet import Supernet
+
+CONFIG = "_hf_elastic_routing"
+"""Where a model keeps the :class:`RoutingConfig` that it was given."""
+
+
+def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freeze: bool = True) -> Supernet:
+    """Gives a model routers, in place, and returns the handle whose choices are their capacities.
+
+    Nothing changes until a capacity below 1 is made active: the largest architecture, active afterwards, bypasses all
+    routers. These start at zero, so that every token, head and expert has weight one; which are chosen is learned, see
+    ``docs/routing.md``.
+
+    Args:
+        model: a BERT, RoBERTa, LLaMA, Qwen2, Qwen3, Mistral or GPT-2 model with any head, also one that
+            :func:`hf_elastic.make_elastic` made elastic, and also a ``PeftModel`` around it. Adapters on the FFN go
+            together with routed tokens, not with experts.
+        config: what is routed.
+        seed: of the hidden layers of ``router="mlp"``.
+        freeze: whether what is trained is the routers alone, and adapters where the model has such, as in the paper;
+            otherwise nothing else changes its ``requires_grad``.
+
+    Raises:
+        UnsupportedModelError: the model is of a type that is not routed, or is routed already.
+        SpaceError: experts do not divide a width, or a capacity is larger than what there is.
+    """
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        raise UnsupportedModelError(f"add_routing takes a transformers model, got a {type(model).__name__}")
+    if not isinstance(config, RoutingConfig):
+        raise SpaceError(f"config is a {type(config).__name__}; give RoutingConfig(mlp_tokens=[...], ...)")
+    _check(base, config)
+    fresh = not any(isinstance(module, PartHolder) and _layer_of(module) for module in base.modules())
+    if fresh:
+        make_layer_parts(base)
+    holders = [module for module in base.modules() if isinstance(module, PartHolder) and _layer_of(module)]
+    layers = [_layer_of(holder) for holder in holders]
+    specs = {number: _spec(config, layers[number]) for number in config.routed_layers(len(layers))}
+    if freeze:
+        adapters = {id(p) for name, p in base.named_parameters() if "lora_" in name}
+        for parameter in base.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in adapters)
+    with seeded(seed):
+        attach_routers(
+            base.base_model, holders, specs, model_type=base.config.model_type, hidden_size=layers[0].hidden_size
+        )
+    for number in specs:
+        holder: Any = holders[number]
+        holder.routers.to(next(holder.parameters()).device)
+        holder.elastic_parts = [*holder.elastic_parts, RouterPart(layers[number], holder.routers, config.share)]
+    base.__dict__[CONFIG] = config
+    return Supernet(model)
+
+
+def _layer_of(module: PartHolder) -> Any:
+    """The elastic layer among the parts that a module holds."""
+    return next((part for part in module.elastic_parts if isinstance(part, LayerPart)), None)
+
+
+def _check(base: PreTrainedModel, config: RoutingConfig) -> None:
+    model_type = base.config.model_type
+    if model_type not in LAYOUTS or model_type.startswith("elastic_"):
+        known = ", ".join(name for name in LAYOUTS if not name.startswith("elastic_"))
+        raise UnsupportedModelError(f"model type {model_type!r} cannot be routed; known: {known}")
+    if any(isinstance(module, LayerRouters) for module in base.modules()):
+        raise UnsupportedModelError("the model has routers already; use hf_elastic.Supernet(model) for its handle")
+    if getattr(base.config, "chunk_size_feed_forward", 0):
+        raise UnsupportedModelError(
+            "config.chunk_size_feed_forward cuts rows into pieces, of which no router sees all; set it to 0"
+        )
+    if config.heads is not None and getattr(base.config, "reorder_and_upcast_attn", False):
+        raise UnsupportedModelError("config.reorder_and_upcast_attn=True goes with no routed heads; set it to False")
+
+
+def _spec(config: RoutingConfig, layer: LayerPart) -> dict[str, Any]:
+    """What the routers of one layer decide about, see :class:`hf_elastic.models.elastic_routers.LayerRouters`."""
+    spec: dict[str, Any] = {"hidden": config.router_hidden_size if config.router == "mlp" else None}
+    for kind in config.kinds:
+        whole = PERCENT
+        if kind == "heads":
+            whole = layer.full.num_key_value_heads
+        elif kind == "experts":
+            whole = config.experts_of(layer.full.intermediate_size)
+            _check_widths(layer, whole)
+        spec[kind] = {"of": whole, "values": list(config.values_of(kind, whole)), "active": whole}
+    return spec
+
+
+def _check_widths(layer: LayerPart, experts: int) -> None:
+    """Experts are runs of neurons, so a narrower FFN must hold whole ones."""
+    name, each = layer.names.intermediate_size, layer.full.intermediate_size // experts
+    for choice in layer.choices:
+        if choice.name == name and (bad := [width for width in choice.values if int(width) % each]):
+            raise SpaceError(
+                f"{name}={bad} cuts through experts of {each} neurons; make the model elastic with "
+                f"ElasticConfig(multiple_of={each}), or choose fewer experts"
+            )
+
+
+def set_capacity(supernet: Supernet, **capacities: int | float) -> None:
+    """Turns the dial: makes capacities active in all layers until something else is.
+
+    Args:
+        supernet: handle of a routed model.
+        capacities: by kind (``mlp_tokens=0.7, heads=3``); each must be one of those that the routers were made for.
+            What is not named stays.
+
+    Raises:
+        SpaceError: a kind is not routed, or a capacity is not one of its values.
+    """
+    active: dict[str, Any] = dict(supernet.active)
+    for kind, value in capacities.items():
+        parts = [part for part in supernet.router_parts if kind in part.routers]
+        if not parts:
+            routed = sorted({name for part in supernet.router_parts for name in part.routers})
+            raise SpaceError(f"{kind} is not routed in this model; routed: {', '.join(routed) or 'nothing'}")
+        for part in parts:
+            router = part.routers[kind]
+            found = resolve_capacity(kind, value, whole=router.of)
+            if found not in router.values:
+                raise SpaceError(f"{kind}={value} is no capacity of the routers; they have {_shown(kind, router)}")
+            active[part.choice_name(kind)] = found
+    supernet.set_active(supernet.space.canonical(active))
+
+
+def _shown(kind: str, router: Any) -> str:
+    values = [value / PERCENT if kind in TOKENS else value for value in router.values]
+    return ", ".join(map(str, values))
