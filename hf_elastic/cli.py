@@ -28,7 +28,9 @@ from hf_elastic.pipeline import CompressOptions as Default
 from hf_elastic.pipeline import CompressRun, ElmRun, LoraRun, export_family, front_row, open_for_export, search_run
 from hf_elastic.pipeline import ElmOptions as Elm
 from hf_elastic.pipeline.compressed_base import Compression, compress_checkpoint, merge_adapter
-from hf_elastic.pipeline.elm_options import Distilled, Fused, Start
+from hf_elastic.pipeline.elm_data import require_stock
+from hf_elastic.pipeline.elm_options import Distilled, Fused, Start, in_words_of_options
+from hf_elastic.pipeline.elm_run import require_no_elm_run
 from hf_elastic.pipeline.options import Device, Precision, Recipe, TaskName
 from hf_elastic.pipeline.reproduction import reproduce
 from hf_elastic.pipeline.scoring import RankingOptions, score_source
@@ -106,6 +108,7 @@ def compress_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show space, limits, loadability and time.")] = False,
 ) -> None:
     """Make a checkpoint smaller and print what that gained and cost. Interrupted, the same command goes on."""
+    require_stock(model, command="compress")
     options = Default(
         model=model,
         data=tuple(data),
@@ -156,7 +159,12 @@ def elm_command(
     task: Task = Elm.task,
     epochs: Annotated[float, typer.Option(help="Of the supernet.")] = Elm.epochs,
     steps: Annotated[int | None, typer.Option(help="At most so many for the supernet.")] = None,
-    retrain_epochs: Annotated[float | None, typer.Option(help="Of the found path; as many else, 0: none.")] = None,
+    retrain_epochs: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the found path; as many else, 0: none. Where --steps ends sooner, of STEPS/EPOCHS steps."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = Elm.batch_size,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = Elm.sequence_length,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = Elm.learning_rate,
@@ -167,7 +175,9 @@ def elm_command(
     growth_every: Annotated[int | None, typer.Option(help="Steps between growths; an eleventh else.")] = None,
     calc_freq: Annotated[int | None, typer.Option(help="Steps between PCA scores.")] = None,
     fusion: Annotated[Fused, typer.Option(help="What becomes of heads that write alike.")] = Elm.fusion,
-    threshold: Annotated[float, typer.Option(help="CKA above which heads are alike.")] = Elm.threshold,
+    threshold: Annotated[
+        float, typer.Option(help="CKA above which heads are alike, up to 1; two heads of a block stay.")
+    ] = Elm.threshold,
     weights: Annotated[Start, typer.Option(help="That the found path is trained from.")] = Elm.weights,
     evaluations: Annotated[int, typer.Option(help="Paths to evaluate.")] = Elm.evaluations,
     within: Annotated[
@@ -189,17 +199,18 @@ def elm_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show space, budget, growth and steps.")] = False,
 ) -> None:
     """Distil a teacher into a small model by ELM: supernet of blocks, growth, search, head fusion, retraining."""
-    options = Elm(
-        teacher=teacher, data=tuple(data), output=output, size=size, layers=layers, task=task, epochs=epochs,
-        steps=steps, retrain_epochs=retrain_epochs, batch_size=batch_size, sequence_length=sequence_length,
-        learning_rate=learning_rate, dropout=dropout, distill=distill, growth=growth, total_parameters=total_parameters,
-        growth_every=growth_every, calc_freq=calc_freq, fusion=fusion, threshold=threshold, weights=weights,
-        evaluations=evaluations, within=parse_limits(within) if within else None, speedup=speedup, latency=latency,
-        phase=phase, finetune=tuple(finetune or ()), finetune_epochs=finetune_epochs,
-        finetune_learning_rate=finetune_learning_rate, text_column=text_column, label_column=label_column,
-        stream=stream, precision=precision, device=device, seed=seed,
-    )  # fmt: skip
-    with _resumable():
+    with _named_as_options(), _resumable():
+        options = Elm(
+            teacher=teacher, data=tuple(data), output=output, size=size, layers=layers, task=task, epochs=epochs,
+            steps=steps, retrain_epochs=retrain_epochs, batch_size=batch_size, sequence_length=sequence_length,
+            learning_rate=learning_rate, dropout=dropout, distill=distill, growth=growth,
+            total_parameters=total_parameters, growth_every=growth_every, calc_freq=calc_freq, fusion=fusion,
+            threshold=threshold, weights=weights, evaluations=evaluations,
+            within=parse_limits(within) if within else None, speedup=speedup, latency=latency, phase=phase,
+            finetune=tuple(finetune or ()), finetune_epochs=finetune_epochs,
+            finetune_learning_rate=finetune_learning_rate, text_column=text_column, label_column=label_column,
+            stream=stream, precision=precision, device=device, seed=seed,
+        )  # fmt: skip
         run = ElmRun(options, say=typer.echo)
         if dry_run:
             typer.echo(run.dry_run())
@@ -208,12 +219,21 @@ def elm_command(
 
 
 @contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Lets errors name options as they are typed."""
+    try:
+        yield
+    except ElasticError as error:
+        raise type(error)(in_words_of_options(str(error))) from error
+
+
+@contextmanager
 def _resumable() -> Iterator[None]:
     """Says of an interrupted command that it goes on."""
     try:
         yield
     except KeyboardInterrupt:  # typer would end without a word
-        typer.echo("hf-elastic: interrupted; the same command goes on where it was", err=True)
+        typer.echo("hf-elastic: interrupted; run the same command again to go on", err=True)
         raise typer.Exit(130) from None
 
 
@@ -226,6 +246,7 @@ def family_command(
     phase: Annotated[Phase | None, typer.Option(help="What speed-ups are of; as the run was told else.")] = None,
 ) -> None:
     """Export several nested sizes of a finished run, with one table. Interrupted, the same command goes on."""
+    require_no_elm_run(Path(run))
     with _resumable():
         export_family(run, speedup, output=output, phase=phase, say=typer.echo)
 
@@ -247,6 +268,7 @@ def search_command(
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
 ) -> None:
     """Search the trained supernet of a run again, under other limits; prints the front."""
+    require_no_elm_run(Path(run))
     typer.echo(search_run(Path(run), within=parse_limits(within), evaluations=evaluations, seed=seed))
 
 
@@ -264,6 +286,7 @@ def export_command(
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Write one architecture of a supernet as a checkpoint."""
+    require_no_elm_run(Path(supernet))
     handle, parent = open_for_export(Path(supernet))
     points = {
         "largest": handle.space.largest,

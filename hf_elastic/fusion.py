@@ -20,7 +20,7 @@ from hf_elastic.errors import CompressionError, DataError, UnsupportedModelError
 from hf_elastic.head_merging import Head, Shared, merge_heads, remove_heads
 from hf_elastic.head_similarity import HeadFeatures, Samples, greedy_groups, resplit_count
 from hf_elastic.layers import evaluating
-from hf_elastic.models.elastic_blocks import kept_heads, sharing
+from hf_elastic.models.elastic_blocks import SlicedConv1D, SlicedLinear, is_bottleneck, kept_heads, sharing
 from hf_elastic.space import Architecture
 from hf_elastic.streams import Batch, checked_batches
 from hf_elastic.supernet import Supernet
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FusionMode = Literal["resplit", "merge", "remove"]
+TooFew = Literal["raise", "stop"]
 Key = tuple[int, str]  # layer, block
 
 
@@ -44,6 +45,7 @@ class FusedLayer:
         groups: heads that are alike, by their places among those before.
         cka: similarity of each two heads before, ``(H, H)``.
         heads: what of the block is in use afterwards, as ``candidate_heads`` of the config says it.
+        alike: heads that would have been left but for ``min_heads``; ``None`` where that changed nothing.
     """
 
     layer: int
@@ -53,6 +55,7 @@ class FusedLayer:
     groups: tuple[tuple[int, ...], ...]
     cka: Tensor = field(repr=False, compare=False)
     heads: Heads = None
+    alike: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,21 @@ class FusionReport:
             f"became {sum(e.after for e in self.layers)}, {share:.1%} of the parameters of the layers are gone",
             f"  layers: {heads or 'none has heads so much alike'}",
         ]
+        if stopped := self.stopped:
+            lines.append(f"  {stopped}")
         if self.loss_before is not None:
             lines.append(f"  loss: {self.loss_before:.4f} before, {self.loss_after:.4f} afterwards, before training")
         return "\n".join(lines)
+
+    @property
+    def stopped(self) -> str | None:
+        """Where ``min_heads`` kept heads that are alike, in words; ``None`` where it kept none."""
+        kept = [(e, e.alike) for e in self.layers if e.alike is not None]
+        if not kept:
+            return None
+        named = ", ".join(f"{e.layer} ({e.block}): {e.after} instead of {alike}" for e, alike in kept[:3])
+        more = f", and {len(kept) - 3} more" if len(kept) > 3 else ""
+        return f"stopped at min_heads in {len(kept)} of {len(self.layers)} blocks: {named}{more}"
 
     def figure(self) -> go.Figure:
         """Returns a plotly figure with the CKA matrix of every block that was looked at."""
@@ -111,6 +126,7 @@ def fuse_heads_(
     threshold: float = 0.9,
     samples: Samples = "tokens",
     min_heads: int = 2,
+    too_few: TooFew = "raise",
 ) -> FusionReport:
     """Fuses heads of the blocks of a supernet that write alike, in place.
 
@@ -135,29 +151,34 @@ def fuse_heads_(
             with labels for the losses.
         mode, threshold, samples: see above and :class:`~hf_elastic.head_similarity.HeadFeatures`.
         min_heads: fewest heads that a block may be left with.
+        too_few: what happens to a block that would be left with fewer: ``"raise"``, or ``"stop"``: as many of its heads
+            stay, those least like the head that would have taken them in.
 
     Returns:
         What was done; layers keep their heads where none are alike.
 
     Raises:
         UnsupportedModelError: the supernet is not of blocks, or no block has two heads.
-        CompressionError: a block would be left with fewer than ``min_heads`` heads, its heads were cut in another way
-            before, or an argument is not allowed.
+        CompressionError: a block would be left with fewer than ``min_heads`` heads and ``too_few`` is ``"raise"``, its
+            heads were cut in another way before, or an argument is not allowed.
         DataError: there are no batches, or too few tokens or sequences, or contexts are not finite. After these, and
             after any other error, nothing has changed.
     """
     data = check_fusion(supernet, batches, mode=mode, threshold=threshold, samples=samples, min_heads=min_heads)
+    if too_few not in get_args(TooFew):
+        raise CompressionError(f"too_few={too_few!r} is unknown; allowed: {', '.join(get_args(TooFew))}")
+    options = _Options(mode, threshold, min_heads, too_few)
     parts = supernet.block_parts
     before = _parameters(parts)
     with evaluating(supernet.model), torch.no_grad(), _all_or_nothing() as undo:
         features, loss = _measure(supernet, data, samples=samples)
-        plans = [_planned(part, block, features, options=(mode, threshold, min_heads)) for part in parts
-                 for block in part.blocks]  # fmt: skip
+        plans = [_planned(part, block, features, options=options) for part in parts for block in part.blocks]
         for plan in (plan for plan in plans if plan.after < plan.before):
             undo.callback(_restoring(parts[plan.layer], plan.block))
             _apply(parts[plan.layer], plan, features[plan.layer, plan.block], mode=mode)
         loss_after = None if loss is None else _mean_loss(supernet, data)
         supernet.resized()
+        state_heads(supernet)
     return FusionReport(mode, threshold, tuple(plans), before, _parameters(parts), loss, loss_after)
 
 
@@ -169,6 +190,11 @@ def check_fusion(
     Raises:
         UnsupportedModelError, CompressionError, DataError: as :func:`fuse_heads_`.
     """
+    if not isinstance(supernet, Supernet):
+        raise UnsupportedModelError(
+            f"heads are fused in a Supernet, got a {type(supernet).__name__}; make one of it by "
+            "hf_elastic.make_elastic(model), or call hf_elastic.fuse_heads"
+        )
     if not supernet.block_parts:
         raise UnsupportedModelError(
             "head fusion is for blocks (elastic_bert, elastic_gpt2); hf_elastic.fuse_heads takes BERT, RoBERTa, "
@@ -190,6 +216,49 @@ def check_fusion(
     if samples == "sequences" and (small := [n for n, batch in enumerate(data) if len(next(iter(batch.values()))) < 2]):
         raise DataError(f"batch {small[0]} holds one sequence, samples='sequences' compares at least two")
     return data
+
+
+def silence_heads_out_of_use(supernet: Supernet) -> None:
+    """Lets heads that are not in use write nothing, in place, should somebody use all weights.
+
+    A step of an optimizer with momentum moves what the last fusion silenced, although it has no gradient.
+    """
+    for part in supernet.block_parts:
+        for block in part.blocks:
+            projection = part.projection(block, part.roles.attention_out)
+            if not isinstance(projection, SlicedLinear | SlicedConv1D) or projection.columns is None:
+                continue
+            weight = projection.weight.detach()
+            axis = 0 if isinstance(projection, SlicedConv1D) else 1
+            ends = [0, *(end for run in projection.columns for end in run), weight.shape[axis]]
+            for start, stop in zip(ends[::2], ends[1::2], strict=True):
+                weight.narrow(axis, start, stop - start).zero_()
+
+
+def state_heads(supernet: Supernet) -> None:
+    """Lets the config of a model with one block per layer say into how many heads its weights are split.
+
+    So that ``save_pretrained`` of the model writes what it computes. Heads that were merged or removed are still there
+    as weights that write nothing, which no config needs to say.
+    """
+    config, parts = supernet.base.config, supernet.block_parts
+    if config.candidate_blocks is not None:
+        return  # there set_heads says it
+    layers: Mapping[Any, Any] = config.to_dict().get("per_layer_config") or {}
+    made: dict[int, dict[str, Any]] = {int(number): dict(entry) for number, entry in layers.items()}
+    name, changed = config.per_layer_names["num_attention_heads"], False
+    for part in parts:
+        (block,) = part.blocks
+        attention, shape = part.projection(block, part.roles.attention), part.shape_of(block)
+        split = isinstance(part.heads[block], int)
+        heads = shape.num_attention_heads if split else _all_heads(part, block, attention)
+        size = shape.head_dim if split else attention.config_head_size
+        size_name = "bottleneck_head_dim" if is_bottleneck(block) else "head_dim"
+        own = config.per_layer_config[part.index]
+        changed |= (getattr(own, name), getattr(own, size_name)) != (heads, size)
+        made.setdefault(part.index, {}).update({name: heads, size_name: size})
+    if changed:
+        config.per_layer_config = made
 
 
 def has_heads_to_fuse(supernet: Supernet) -> bool:
@@ -279,26 +348,48 @@ def _listening(supernet: Supernet, found: Mapping[Key, HeadFeatures]) -> Iterato
         yield mask
 
 
-def _planned(
-    part: BlockPart, block: str, features: Mapping[Key, HeadFeatures], *, options: tuple[FusionMode, float, int]
-) -> FusedLayer:
+@dataclass(frozen=True)
+class _Options:
+    mode: FusionMode
+    threshold: float
+    min_heads: int
+    too_few: TooFew
+
+
+def _planned(part: BlockPart, block: str, features: Mapping[Key, HeadFeatures], *, options: _Options) -> FusedLayer:
     """What is to become of a block's heads; nothing changes."""
-    mode, threshold, least = options
+    mode, threshold = options.mode, options.threshold
     measured, shape = features[part.index, block], part.shape_of(block)
     cka, heads = measured.cka(), shape.num_attention_heads
-    groups = greedy_groups(cka, threshold)
-    after = resplit_count(len(groups), heads * shape.head_dim) if mode == "resplit" else len(groups)
+    least, width = min(options.min_heads, heads), heads * shape.head_dim
+    groups, alike = greedy_groups(cka, threshold), None
+    after = resplit_count(len(groups), width) if mode == "resplit" else len(groups)
+    if after < least and options.too_few == "stop":
+        alike, groups = after, _limited(groups, cka, least)
+        divisors = (count for count in range(least, heads + 1) if width % count == 0)
+        after = next(divisors) if mode == "resplit" else len(groups)
     use: Heads = part.heads[block]
     if after < heads:
         held = _held(part, block)
         _check_repeated(part, shape, mode=mode, held=len(held))
         use = after if mode == "resplit" else [held[group[0]] for group in groups]
-    if after < min(least, heads):
+    if after < least:
         raise CompressionError(
             f"layer {part.index} ({block}): {heads} heads are so much alike at threshold={threshold:g} that {after} "
             f"would be left; raise the threshold, or allow it by min_heads={after}"
         )
-    return FusedLayer(part.index, block, heads, after, groups, cka, use)
+    return FusedLayer(part.index, block, heads, after, groups, cka, use, alike)
+
+
+def _limited(groups: Sequence[tuple[int, ...]], cka: Tensor, least: int) -> tuple[tuple[int, ...], ...]:
+    """Groups without the members that are least like their first, which stay by themselves, so that ``least`` are left.
+
+    Ties go to the later head.
+    """
+    taken = sorted((float(cka[group[0], head]), -head) for group in groups for head in group[1:])
+    alone = {-head for _, head in taken[: least - len(groups)]}
+    kept = [tuple(head for head in group if head not in alone) for group in groups]
+    return tuple(sorted([*kept, *((head,) for head in alone)]))
 
 
 def _check_repeated(part: BlockPart, shape: BlockShape, *, mode: FusionMode, held: int) -> None:

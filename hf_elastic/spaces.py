@@ -6,7 +6,8 @@ At the size of the paper's model each is exactly the published one; other sizes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 import torch
@@ -235,6 +236,7 @@ _LANGUAGE_MODELS: Mapping[str, tuple[str, str]] = {
     "masked-lm": ("elastic_bert", "ElasticBertForMaskedLM"), "causal-lm": ("elastic_gpt2", "ElasticGPT2ForCausalLM"),
 }  # fmt: skip
 _PUBLISHED_VOCABULARY, _PUBLISHED_POSITIONS = 30522, 512
+_NO_FIELDS = ("num_labels", "attn_implementation", "output_attentions")  # that every config class takes beside its own
 
 
 def elm_config(
@@ -266,14 +268,21 @@ def elm_config(
         changes: passed to the config class, such as ids of special tokens or rates of dropout.
 
     Raises:
-        SpaceError: there is no such size or task, or the config class refuses a value.
+        SpaceError: there is no such size or task, the config class has no such field, or it refuses a value.
     """
     chosen = _elm_size(size)
     if task not in get_args(ElmTask):
         raise SpaceError(f"task={task!r} is not one of {', '.join(get_args(ElmTask))}")
     depth = chosen.layers if layers is None else layers
-    if type(depth) is not int or depth < 1:
-        raise SpaceError(f"layers={layers!r} must be an integer of at least 1")
+    for name, value in {"layers": depth, "vocab_size": vocab_size, "positions": positions}.items():
+        if type(value) is not int or value < 1:
+            raise SpaceError(f"{name}={value!r} must be an integer of at least 1")
+    kind = config_class(_LANGUAGE_MODELS[task][0])
+    known = {*(entry.name for entry in fields(kind)), *kind.attribute_map, *_NO_FIELDS}
+    if unknown := sorted(changes.keys() - known):
+        near = get_close_matches(unknown[0], sorted(known), n=1)
+        hint = f"did you mean {near[0]}?" if near else "leave it out"
+        raise SpaceError(f"a config of {kind.model_type} ({task}) has no {unknown[0]}; {hint}")
     shared = {
         "vocab_size": vocab_size, "candidate_blocks": list(blocks),
         "candidate_widths": [[chosen.start] * len(blocks) for _ in range(depth)],
@@ -291,7 +300,7 @@ def elm_config(
             "eos_token_id": None,
         }  # fmt: skip
     try:
-        return config_class(_LANGUAGE_MODELS[task][0])(**{**settings, **shared, **changes})
+        return kind(**{**settings, **shared, **changes})
     except Exception as error:  # of validators of huggingface_hub, which are no ValueError
         raise SpaceError(f"an ELM cannot have this config: {' '.join(str(error).split())}") from error
 
@@ -314,9 +323,14 @@ def elm_budget(size: str | ElmSize, config: PreTrainedConfig) -> float:
         config: from :func:`elm_config`.
 
     Raises:
-        SpaceError: there is no such size.
+        SpaceError: there is no such size, or it is no such config.
     """
     chosen = _elm_size(size)
+    if not isinstance(config, PreTrainedConfig) or getattr(config, "candidate_blocks", None) is None:
+        raise SpaceError(
+            f"elm_budget takes the config of a supernet of candidate blocks, got a {type(config).__name__}; give what "
+            "elm_config returned (of a Supernet supernet.model.config)"
+        )
     found = (config.model_type, config.vocab_size, config.max_position_embeddings, config.num_hidden_layers)
     published = ("elastic_bert", _PUBLISHED_VOCABULARY, _PUBLISHED_POSITIONS, chosen.layers)
     same_blocks = tuple(config.candidate_blocks or ()) == BLOCKS and config_width(config) == chosen.largest

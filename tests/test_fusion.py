@@ -501,3 +501,35 @@ def test_an_error_half_way_leaves_weights_and_heads_as_they_were(
     report = fuse_heads_(supernet, texts(batches=1), **options)
     assert all(entry.after == entry.before - 1 for entry in report.layers)
     assert supernet.active == path(supernet, "bottleneck")
+
+
+@pytest.mark.parametrize(("mode", "least", "left"), [("merge", 3, 3), ("remove", 2, 2), ("resplit", 3, 4)])
+def test_a_fusion_that_stops_keeps_the_heads_that_are_least_like_the_first(mode: Any, least: int, left: int) -> None:
+    supernet = supernet_of("elastic_bert")
+    report = fuse_heads_(supernet, texts(), mode=mode, threshold=0.001, min_heads=least, too_few="stop")
+    for entry in report.layers:
+        assert (entry.before, entry.after, entry.alike) == (4, left, 1)
+        assert len(entry.groups) == least
+        (group,) = [group for group in entry.groups if len(group) > 1]
+        inside, outside = group[1:], [other[0] for other in entry.groups if len(other) == 1]
+        assert group[0] == 0 and min(entry.cka[0, list(inside)]) >= max(entry.cka[0, outside])
+    count = len(report.layers)
+    assert f"stopped at min_heads in {count} of {count} blocks: 0 (standard): {left} instead of 1" in str(report)
+    with pytest.raises(CompressionError, match="allow it by min_heads=1"):
+        fuse_heads_(supernet_of("elastic_bert"), texts(), mode=mode, threshold=0.001, min_heads=least)
+    with pytest.raises(CompressionError, match="too_few='keep' is unknown; allowed: raise, stop"):
+        fuse_heads_(supernet, texts(), too_few="keep")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_config_says_how_weights_were_split_and_loads_so(kind: str, tmp_path: Path) -> None:
+    parts = {0: {"block": "bottleneck"}, 2: {"block": "standard-kv"}}
+    supernet = supernet_of(kind, candidate_blocks=None, per_layer_config=parts)
+    fuse_heads_(supernet, texts(), mode="resplit", threshold=0.001, min_heads=1)
+    supernet.model.save_pretrained(tmp_path)
+    loaded = type(supernet.model).from_pretrained(tmp_path).eval()
+    assert close(output(loaded), output(supernet.model))
+    again = make_elastic(loaded)
+    assert [shape.num_attention_heads for shape in again.block_shapes(again.space.largest())] == [1, 1, 1]
+    small = extract(supernet, supernet.space.largest())
+    assert close(output(small), output(supernet.model))

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from tiny_models import tiny
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from hf_elastic import SpaceError, Supernet, costs, make_elastic, objectives, search_subnets, spaces
 from hf_elastic.models.elastic_blocks import BLOCKS
@@ -193,8 +193,29 @@ def test_a_decoder_has_no_small_embedding_and_its_ends_are_the_callers() -> None
         ("micro", {"blocks": ["wide"]}, "block 'wide' is unknown"),
         ("micro", {"candidate_widths": [[500] * 6] * 6}, "lie between 1 and"),
         ("micro", {"layers": 0}, "layers=0 must be"),
+        ("micro", {"vocab_size": 0}, "vocab_size=0 must be an integer of at least 1"),
+        ("micro", {"positions": 1.5}, "positions=1.5 must be an integer"),
+        (
+            "micro",
+            {"task": "causal-lm", "n_heads": 4},
+            r"elastic_gpt2 \(causal-lm\) has no n_heads; did you mean n_head",
+        ),
+        ("micro", {"family": "gpt2"}, r"elastic_bert \(masked-lm\) has no family; leave it out"),
+        ("micro", {"task": "causal-lm", "trigram_input": True}, "has no trigram_input"),
     ],
 )
 def test_what_no_elm_can_be_is_said(size: str, changes: dict[str, object], words: str) -> None:
     with pytest.raises(SpaceError, match=words):
         elm_config(size, **changes)  # type: ignore[arg-type]
+
+
+def test_what_a_config_class_knows_is_passed_on() -> None:
+    changed = elm_config("micro", num_attention_heads=4, num_labels=5, hidden_dropout_prob=0.3)
+    assert (changed.num_attention_heads, changed.num_labels, changed.hidden_dropout_prob) == (4, 5, 0.3)
+    assert elm_config("micro", task="causal-lm", num_attention_heads=4).n_head == 4
+
+
+def test_a_budget_is_that_of_a_config_of_candidate_blocks() -> None:
+    for wrong in (elm_skeleton("micro"), GPT2Config(), None):
+        with pytest.raises(SpaceError, match=f"got a {type(wrong).__name__}; give what elm_config returned"):
+            elm_budget("micro", wrong)  # type: ignore[arg-type]

@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
 from hf_elastic.families import FAMILIES
+from hf_elastic.files import read_json
+from hf_elastic.models import MODEL_TYPES
 from hf_elastic.pipeline.elm_options import ElmOptions
 from hf_elastic.pipeline.tasks import (
     VALIDATION,
@@ -88,6 +90,7 @@ def read_texts(options: ElmOptions) -> ElmTexts:
         UnsupportedModelError: it is of no known family, or a classifier.
         DataError: there is too little text, or it cannot be read.
     """
+    require_stock(options.teacher, command="elm")
     shared = options.compress
     taught, config = resolve_task(shared), read_config(options.teacher)
     if taught.name == "classification":
@@ -109,6 +112,21 @@ def read_texts(options: ElmOptions) -> ElmTexts:
         None if rows is None else _Endless(data.train, lambda: rows.blocks(len(known))),
         digest(known, (options.text_column,)),
     )  # fmt: skip
+
+
+def require_stock(model: str, *, command: str) -> None:
+    """Refuses a folder with a static model, such as ``elm`` writes, where a stock checkpoint is asked for.
+
+    Raises:
+        UnsupportedModelError: it holds one.
+    """
+    file = Path(model).expanduser() / "config.json"
+    kind = read_json(file).get("model_type") if file.is_file() else None
+    if kind in MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"{model} is of type {kind}, which hf_elastic exports where layers differ; hf-elastic {command} starts "
+            "from stock checkpoints, so give the one that this was made from"
+        )
 
 
 def _halves(batches: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -37,7 +38,8 @@ class ElmOptions:
         task: what the teacher is for; ``auto`` reads it off the checkpoint's class.
         epochs: of the supernet; the paper has 10.
         steps: at most so many for the supernet; the retraining is shortened with it. A stream needs it.
-        retrain_epochs: of the found path; by default as many as of the supernet, 0 for none.
+        retrain_epochs: of the found path; by default as many as of the supernet, 0 for none. Where ``steps`` shortens
+            the supernet's training, an epoch of this one is shortened likewise: to ``steps / epochs`` steps.
         batch_size: sequences per step; the paper has 256.
         sequence_length: tokens of each.
         learning_rate: peak of both trainings. The default is for little data, the paper has 1e-4.
@@ -54,7 +56,7 @@ class ElmOptions:
             most every 30 steps.
         fusion: what becomes of heads that write alike in the found path: ``merge``, ``remove`` or ``resplit`` (see
             :func:`hf_elastic.fusion.fuse_heads_`), or ``none``.
-        threshold: CKA above which heads are alike.
+        threshold: CKA above which heads are alike, above 0 and at most 1. At least two heads of a block stay.
         weights: what the found path is trained from: ``inherit``: what it has in the supernet; ``fresh``: new weights,
             as the paper has it.
         evaluations: how many paths the search may evaluate; at least 4.
@@ -125,12 +127,12 @@ class ElmOptions:
         if not isinstance(rows, Sequence) or not all(isinstance(name, str) and name for name in rows):
             raise DataError(f"finetune={self.finetune!r} is no tuple of names of files with labelled rows")
         object.__setattr__(self, "finetune", tuple(rows))
+        if type(self.evaluations) is not int or self.evaluations < _FEWEST_EVALUATIONS:
+            raise SearchError(f"evaluations={self.evaluations!r} must be an integer of at least {_FEWEST_EVALUATIONS}")
         shared = self.compress  # raises where something of it is malformed
         for name in ("data", "output", "speedup"):
             object.__setattr__(self, name, getattr(shared, name))
         object.__setattr__(self, "within", dict(self.within) if self.within is not None else None)
-        if self.evaluations < _FEWEST_EVALUATIONS:
-            raise SearchError(f"evaluations={self.evaluations} must be an integer of at least {_FEWEST_EVALUATIONS}")
         self._check_numbers()
         self._check_together()
 
@@ -139,14 +141,17 @@ class ElmOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise TrainingError(f"{name}={value!r} must be an integer of at least {least}")
-        for name in ("epochs", "finetune_epochs", "finetune_learning_rate", "total_parameters"):
+        for name in ("epochs", "finetune_epochs", "finetune_learning_rate"):
             value = getattr(self, name)
-            if not (value is None and name == "total_parameters") and not (_is_number(value) and value > 0):
+            if not (_is_number(value) and value > 0):
                 raise TrainingError(f"{name}={value!r} must be a number above 0")
-        for name, most in (("dropout", 1), ("threshold", 1)):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < most:
-                raise TrainingError(f"{name}={value!r} must be a number of at least 0 and below {most}")
+        budget = self.total_parameters
+        if budget is not None and not (_is_number(budget) and budget > 1):
+            raise TrainingError(f"total_parameters={budget!r} must be a number of parameters above 1, no fraction")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise TrainingError(f"dropout={self.dropout!r} must be a number of at least 0 and below 1")
+        if not _is_number(self.threshold) or not 0 < self.threshold <= 1:
+            raise TrainingError(f"threshold={self.threshold!r} must be a number above 0 and at most 1")
         again = self.retrain_epochs
         if again is not None and not (_is_number(again) and again >= 0):
             raise TrainingError(f"retrain_epochs={again!r} must be a number of at least 0")
@@ -212,4 +217,19 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "fusion": (*get_args(FusionMode), "none"),
     "weights": get_args(Start),
 }
+
+
+def in_words_of_options(text: str) -> str:
+    """Names options as the command line does where an error names them as Python does."""
+    names = "|".join(entry.name for entry in fields(ElmOptions))
+    text = re.sub(r"\b(growth|stream)=True\b", r"--\1", re.sub(r"\bgrowth=False\b", "--no-growth", text))
+
+    def option(found: re.Match[str]) -> str:
+        value = found["quoted"] if found["quoted"] is not None else found["value"]
+        return f"--{found['name'].replace('_', '-')}{' ' if value else ''}{value}"
+
+    # a limit on total_parameters is no option
+    return re.sub(rf"(?<!keeps )\b(?P<name>{names})=(?:'(?P<quoted>[^']*)'|(?P<value>[^\s,;.)']?))", option, text)
+
+
 _WHOLE: Mapping[str, int] = {"layers": 1, "steps": 1, "growth_every": 1, "calc_freq": 1}

@@ -277,8 +277,12 @@ def _teacher_words(plan: ElmPlan, texts: ElmTexts) -> str:
     with torch.device("meta"):
         teacher = texts.teacher_task.auto_class.from_config(texts.config)
     size = sum(parameter.numel() for parameter in teacher.parameters())
-    more = "; the student will be larger, so take a smaller size or budget" if plan.budget >= size else ""
-    return f"{count(size)} parameters{more}"
+    if plan.budget < size:
+        return f"{count(size)} parameters"
+    known = spaces.ELM_SIZES.items()
+    smaller = [name for name, one in known if one.total_parameters < plan.size.total_parameters]
+    cure = f"a smaller size ({', '.join(smaller)})" if smaller else "a larger teacher"
+    return f"{count(size)} parameters; the student will be larger, so take {cure}, or fewer layers"
 
 
 def _growth_words(plan: ElmPlan) -> str:
@@ -300,6 +304,4 @@ def distillation_words(options: ElmOptions, texts: ElmTexts, plan: ElmPlan) -> s
     logits = ", and predictions" if texts.causal and not texts.headless else ""
     each = plan.teacher_layers // plan.layers
     taught = "layer by layer" if each == 1 else f"with every {each}. layer of the teacher"
-    return (
-        f"{options.distill}: {2 * plan.layers + 1} states by {how}, {taught}{logits}; labels of the text beside them"
-    )
+    return f"{options.distill}: {2 * plan.layers + 1} states by {how}, {taught}{logits}; labels of the text beside them"

@@ -17,7 +17,7 @@ from hf_elastic.files import read_json, whole_folder
 from hf_elastic.pipeline.elm_options import ElmOptions
 from hf_elastic.pipeline.elm_plan import spread_widths
 from hf_elastic.pipeline.elm_run import ElmResult, ElmRun
-from hf_elastic.pipeline.elm_table import FOUND, FUSED, RETRAINED, TEACHER
+from hf_elastic.pipeline.elm_table import FOUND, FUSED, TEACHER
 from hf_elastic.pipeline.kept import TRAINED
 from hf_elastic.report import aligned
 from hf_elastic.spaces import BLOCKS
@@ -129,7 +129,7 @@ def beside_the_paper(run: ElmRun, result: ElmResult, *, teacher: str) -> str:
     minutes = sum(stage.get("seconds", 0.0) for stage in stages.values()) / 60
     before = sum(layer["before"] for layer in stages["fusion"].get("layers", ()))
     after = sum(layer["after"] for layer in stages["fusion"].get("layers", ()))
-    last = rows[RETRAINED]
+    last = result.rows[-1]
     lines = [
         ["", "paper", "ours"],
         ["total parameters", "15.6 M (ELM-Small)", costs.count(last["total_parameters"])],

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 
 from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
-from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
+from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord, read_record
 from hf_elastic.conversion import make_elastic
+from hf_elastic.errors import CheckpointError
 from hf_elastic.files import LOCK_FILE, only_worker, remove_half_written, whole_folder, write_json
 from hf_elastic.pipeline.comparison import finite
 from hf_elastic.pipeline.elm_data import ElmTexts, LabelledRows, read_labelled, read_texts
@@ -54,12 +55,13 @@ from hf_elastic.pipeline.kept import LATENCY_FILE, TRAINED
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.block_latencies import BlockLatencyTable
-from hf_elastic.training import FixedSubnet, RandomSubnet
+from hf_elastic.training import FixedSubnet, RandomSubnet, last_complete_checkpoint
 from hf_elastic.training.targets import Relation
 
 Say = Callable[[str], None]
 FUSED_FOLDER, RETRAINED_FOLDER, CLASSIFIER, EXPORTED = "fused", "retrained", "classifier", "exported"
 _NOISY = 0.15  # differences between rounds from which a latency table is not to be trusted
+_STAGES = ("latency", "supernet", "search", "fusion", "retrain", "finetune", "compare", "export")
 _REPORTED = {entry.name for entry in fields(ExportReport)} - {"directory"}
 
 
@@ -136,6 +138,8 @@ class ElmRun:
     def _run(self) -> ElmResult:
         fresh = None if (self.folder / RESULT_FILE).exists() else self._draft()
         first = None
+        if fresh is None:
+            self.say(self._going_on())
         if fresh is not None and self.options.timed:  # a limit out of reach leaves no run behind
             first = measure_timing(self.setting, fresh, path=None)
         self.record = RunRecord(self.folder, self._identity)
@@ -151,6 +155,19 @@ class ElmRun:
         self._compared(supernet, found, single)
         self._export(single)
         return self._told()
+
+    def _going_on(self) -> str:
+        """Where an interrupted run goes on."""
+        record = RunRecord(self.folder, self._identity)
+        left = [stage for stage in _STAGES if not record.finished(stage) and self._has_stage(stage)]
+        if not left:
+            return f"going on with {self.folder}: its export is written again"
+        found = last_complete_checkpoint(self.folder / f"training-{left[0]}")
+        step = f" from step {found.rpartition('-')[2]}" if found else ""
+        return f"going on with {self.folder} at stage {left[0]}{step}"
+
+    def _has_stage(self, stage: str) -> bool:
+        return {"latency": self.options.timed, "finetune": self.labelled is not None}.get(stage, True)
 
     def _draft(self) -> Supernet:
         """The supernet as it starts, of which everything that was asked for can be done."""
@@ -267,8 +284,10 @@ class ElmRun:
         self.say("comparing with the teacher")
         fused = load_single(self.setting, self.folder / FUSED_FOLDER)
         rows = [ElmRow(FOUND, supernet, found), ElmRow(FUSED, fused, fused.space.largest())]
+        if self.plan.retrain_steps:
+            rows.append(ElmRow(RETRAINED, single, single.space.largest()))
         with self.record.stage("compare"):
-            made = compared(self.setting, [*rows, ElmRow(RETRAINED, single, single.space.largest())])
+            made = compared(self.setting, rows)
             if self.labelled is not None:
                 made[-1]["accuracy"] = self.record.numbers("finetune")["accuracy"]
             lines = verdict_lines(self.setting, made)
@@ -333,6 +352,22 @@ def _timing_words(timing: Timing) -> str:
         f"paths take {1e3 * timing.fastest:.3g} to {1e3 * timing.slowest:.3g} ms, the teacher "
         f"{1e3 * timing.teacher:.3g} ms for {timing.table.setting}; searched are paths of at most "
         f"{1e3 * timing.bound:.3g} ms{noise}"
+    )
+
+
+def require_no_elm_run(folder: Path) -> None:
+    """Refuses the folder of a run of ELM, or of its output, where one of ``compress`` is asked for.
+
+    Raises:
+        CheckpointError: it is one; the message says which command takes what is in it.
+    """
+    file = folder / RESULT_FILE
+    if not file.is_file() or "teacher" not in read_record(file)["options"]:
+        return
+    run = folder if (folder / TRAINED).is_dir() else folder.with_name(f"{folder.name}.run")
+    raise CheckpointError(
+        f"{folder} is of a run of hf-elastic elm, not of compress; write a path that its search found by hf-elastic "
+        f"export {run / TRAINED} '{run / 'search.json'}#1' --output DIR, or run elm with other limits"
     )
 
 

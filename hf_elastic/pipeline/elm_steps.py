@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -156,18 +157,30 @@ def train(
     Returns:
         Losses by step, of labels and distillation together.
     """
-    trainer = ElasticTrainer(
-        supernet=supernet,
-        sampling=rule,
-        distill=setting.distillation,
-        args=training_arguments(setting, folder=folder, steps=steps),
-        train_dataset=setting.texts.training(setting.options, steps=steps),
-        data_collator=setting.texts.data.collate,
-        callbacks=list(callbacks),
-    )
-    _run(trainer, folder)
+    with _cache_as_it_was(supernet.base):
+        trainer = ElasticTrainer(
+            supernet=supernet,
+            sampling=rule,
+            distill=setting.distillation,
+            args=training_arguments(setting, folder=folder, steps=steps),
+            train_dataset=setting.texts.training(setting.options, steps=steps),
+            data_collator=setting.texts.data.collate,
+            callbacks=list(callbacks),
+        )
+        _run(trainer, folder)
     supernet.model.eval()
     return noted_losses(trainer)
+
+
+@contextmanager
+def _cache_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the config says of a cache what it said: a Trainer writes its own word into it."""
+    known = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if known is not None:
+            model.config.use_cache = known
 
 
 class _Bar(ProgressCallback):
@@ -332,7 +345,7 @@ def fused_path(
         return single.model, None
     report = fuse_heads_(
         single, setting.batches(setting.texts.data.calibration), mode=options.fusion, threshold=options.threshold,
-        min_heads=1,
+        too_few="stop",
     )  # fmt: skip
     return extract(single, single.space.largest(), loadability="remote-code"), report
 
@@ -389,14 +402,15 @@ def fine_tune(setting: ElmSetting, rows: LabelledRows, source: Path, *, folder: 
         [len(row["input_ids"]) for row in rows.train], batch_size=options.batch_size, steps=steps, seed=options.seed
     )
     collate: Any = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(setting, folder=folder, steps=steps, learning_rate=options.finetune_learning_rate),
-        train_dataset=InOrder(rows.train, order),
-        data_collator=collate,
-        callbacks=[CompleteCheckpointCallback()],
-    )
-    _run(trainer, folder)
+    with _cache_as_it_was(model):
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(setting, folder=folder, steps=steps, learning_rate=options.finetune_learning_rate),
+            train_dataset=InOrder(rows.train, order),
+            data_collator=collate,
+            callbacks=[CompleteCheckpointCallback()],
+        )
+        _run(trainer, folder)
     right = 0
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(rows.held), options.batch_size):
@@ -428,5 +442,3 @@ def check_output(options: ElmOptions, *, ours: bool, written: bool) -> None:
         raise CheckpointError(f"{output} is not empty and {why}; choose another output, or delete it")
     if not ours and run.exists() and not (run.is_dir() and all(f.name.startswith(".") for f in run.iterdir())):
         raise CheckpointError(f"{run}, where this run keeps its work, holds something else; choose another output")
-
-

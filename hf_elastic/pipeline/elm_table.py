@@ -20,7 +20,7 @@ from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
 from hf_elastic.tables.block_latencies import check_latency
 from hf_elastic.tables.timing import measure_models, typical
-from hf_elastic.training.schedule import GrowthHistory
+from hf_elastic.training.schedule import GrowthHistory, Reason
 
 _SECONDS = 6.0
 _SHORT = {"standard": "S", "bottleneck": "B"}
@@ -149,8 +149,18 @@ def growth_line(supernet: Supernet, history: GrowthHistory) -> str:
     """What growth came to."""
     size, space, entries = objectives.total_parameters(supernet), supernet.space, history.entries
     ends = [count(size(point)) for point in (space.smallest(), space.largest())]
+    last = entries[-1]
+    missed = last.parameters_after < history.budget
     return (
-        f"grown in {len(entries)} decisions: the mean path from {count(entries[0].parameters_before)} to "
-        f"{count(entries[-1].parameters_after)} of {count(history.budget)} (the last ended by: {entries[-1].reason}), "
-        f"paths of {ends[0]} to {ends[1]}"
+        f"grown {len(entries)} times: the mean path from {count(entries[0].parameters_before)} to "
+        f"{count(last.parameters_after)} of {count(history.budget)} ({_REASONS[last.reason]}), paths of {ends[0]} to "
+        f"{ends[1]}" + ("; MISSED what it was to grow to: train longer, or ask for less" if missed else "")
     )
+
+
+_REASONS: Mapping[Reason, str] = {
+    "budget": "which is reached",
+    "count": "the last time as many blocks grew as may",
+    "all at their largest": "all blocks are at their largest",
+    "no measured block is left": "the last time no further block had a score",
+}

@@ -17,6 +17,7 @@ from hf_elastic.fusion import FusionMode, FusionReport, fuse_heads_
 from hf_elastic.head_similarity import Samples
 from hf_elastic.layers import PartHolder
 from hf_elastic.streams import Batch
+from hf_elastic.supernet import Supernet
 
 _STOCK = ("bert", "roberta", "distilbert", "gpt2")
 
@@ -61,6 +62,11 @@ def fuse_heads(
 
 
 def _check_model(model: PreTrainedModel) -> None:
+    if isinstance(model, Supernet):
+        raise UnsupportedModelError(
+            "fuse_heads takes a finished model, got a Supernet; extract a subnet first: "
+            "fuse_heads(hf_elastic.extract(supernet, architecture), batches)"
+        )
     if not isinstance(model, PreTrainedModel) or any("base_layer" in dict(m.named_children()) for m in model.modules()):
         raise UnsupportedModelError(
             f"fuse_heads takes a transformers model without adapters, got a {type(model).__name__} that has some or is "
@@ -69,8 +75,8 @@ def _check_model(model: PreTrainedModel) -> None:
     blocks = getattr(model.config, "candidate_blocks", None)
     if blocks is not None or any(isinstance(module, PartHolder) for module in model.modules()):
         raise UnsupportedModelError(
-            "fuse_heads takes a finished model; a supernet of blocks is fused by hf_elastic.fusion.fuse_heads_, of "
-            "another one extract a subnet"
+            "fuse_heads takes a finished model, got that of a supernet; extract a subnet first: "
+            "fuse_heads(hf_elastic.extract(supernet, architecture), batches)"
         )
     kind = model.config.model_type
     if kind not in (*ROLES, *_STOCK):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -21,11 +23,14 @@ from hf_elastic.training.decay import check_restricted
 from hf_elastic.training.pca import Normalisation, PreActivations, check_score_settings, pca_score
 from hf_elastic.training.periods import (
     Every,
+    announce,
     best_state,
+    check_restored,
     check_settings,
     ends_with_epoch,
     ends_with_step,
     period_length,
+    require_sampling,
     restores_itself,
     stored_attributes,
     together,
@@ -107,6 +112,11 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
     ) -> None:
         if supernet is None:  # so the Trainer makes it anew where it is to restore callbacks; see state()
             raise restores_itself("PCAGrowthCallback")
+        if not isinstance(supernet, Supernet):
+            raise TrainingError(
+                f"blocks grow in a Supernet, got a {type(supernet).__name__}; make one of it by "
+                "hf_elastic.make_elastic(model)"
+            )
         if not supernet.block_parts or supernet.base.config.candidate_blocks is None:
             raise UnsupportedModelError(
                 "only candidate blocks grow; make the supernet of a model whose config has candidate_blocks"
@@ -116,6 +126,12 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
             if value != open_to and (type(value) is not int or value < 1):
                 other = ", or 'epoch'" if name == "every" else ""
                 raise TrainingError(f"{name}={value!r} must be an integer of at least 1{other}")
+        number = isinstance(total_parameters, Real) and not isinstance(total_parameters, bool)
+        if not number or not 1 < total_parameters < math.inf:
+            raise TrainingError(
+                f"total_parameters={total_parameters!r} must be a number of parameters above 1, no fraction; "
+                "hf_elastic.spaces.elm_budget gives the published one"
+            )
         self.supernet = supernet
         self.total_parameters, self.step, self.count = float(total_parameters), step, count
         self.average_growths, self.calc_freq, self.eta, self.normalise = average_growths, calc_freq, eta, normalise
@@ -175,6 +191,7 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
                 or is never measured in.
         """
         self.release()
+        announce(self, state)
         length = period_length(self.every, args, kwargs["train_dataloader"])
         periods = state.max_steps // length
         if state.global_step:
@@ -191,7 +208,12 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Grow where an interrupted run could not any more."""
+        """Grow where an interrupted run could not any more.
+
+        Raises:
+            TrainingError: Fusion of the checkpoint would be undone.
+        """
+        check_restored(self.supernet, state)
         self._make_up(state)
 
     def on_step_begin(
@@ -200,8 +222,10 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
         """Measure in this step, or not.
 
         Raises:
-            TrainingError: The optimizer would decay neurons that are not in use.
+            TrainingError: Nothing samples paths, or the optimizer would decay neurons that are not in use.
         """
+        if any(len(part.blocks) > 1 for part in self._parts.values()):
+            require_sampling(state)
         optimizer = kwargs.get("optimizer")
         if optimizer is not None and not self._restricted:
             self._restricted = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,14 +12,24 @@ from transformers.trainer_callback import ExportableState
 
 from hf_elastic.blocks import Heads
 from hf_elastic.errors import TrainingError, UnsupportedModelError
-from hf_elastic.fusion import FusionMode, FusionReport, check_fusion, fuse_heads_, has_heads_to_fuse
+from hf_elastic.fusion import (
+    FusionMode,
+    FusionReport,
+    check_fusion,
+    fuse_heads_,
+    has_heads_to_fuse,
+    silence_heads_out_of_use,
+    state_heads,
+)
 from hf_elastic.head_similarity import Samples
 from hf_elastic.streams import Batch
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.callbacks import check_run
 from hf_elastic.training.periods import (
     Every,
+    announce,
     best_state,
+    check_restored,
     check_settings,
     ends_with_epoch,
     ends_with_step,
@@ -35,8 +46,13 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
 
     Only slices are switched (and, unless ``mode="resplit"``, the heads that stay are written anew): parameters keep
     their shapes, so optimizer, DDP and checkpoints notice nothing; a subnet that is extracted has the smaller shapes.
-    The optimizer's moments of heads that stay are kept. Those of heads that went may still move these, and a stock
-    optimizer decays them: with ``SubnetSamplingCallback(..., freeze_inactive=True)`` they stay where they are.
+    The optimizer's moments of heads that stay are kept. Heads that went are held silent: what their output projection
+    holds of them is zero after every step, whatever momentum an optimizer keeps, so that all the weights together, as
+    ``save_pretrained`` and the Trainer write them, compute what the model computes. Into how many heads weights were
+    split anew stands in the config.
+
+    A supernet with candidates needs a callback that samples beside this one; a model with one block per layer needs
+    none.
 
         >>> supernet = hf_elastic.make_elastic(searched)  # one block per layer: what is trained further
         >>> fusion = hf_elastic.HeadFusionCallback(supernet, batches, mode="merge")
@@ -46,8 +62,10 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
 
     A resumed run goes on with the heads of its checkpoint, and ends as if it had not been interrupted; settings may be
     changed as long as nothing was fused. With ``load_best_model_at_end`` heads end as those of the best checkpoint,
-    whose weights they belong to. Of a model with one block per layer the Trainer writes all weights and no heads: load
-    such a checkpoint by resuming, and pass on what :func:`hf_elastic.extract` gives.
+    whose weights they belong to. A run that would go on from such a checkpoint without this callback is refused where a
+    callback of hf_elastic is in it.
+
+    Where fewer than ``min_heads`` would be left, so many stay, and a warning says where.
 
     Args:
         supernet: A supernet of blocks, with candidates or with one block per layer.
@@ -79,7 +97,7 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
     ) -> None:
         if supernet is None:  # so the Trainer makes it anew where it is to restore callbacks; see state()
             raise restores_itself("HeadFusionCallback")
-        if not supernet.block_parts:
+        if isinstance(supernet, Supernet) and not supernet.block_parts:
             raise UnsupportedModelError(
                 "heads are fused in supernets of blocks (elastic_bert, elastic_gpt2); of an elastic stock model "
                 "extract a subnet and call hf_elastic.fuse_heads"
@@ -116,6 +134,7 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
             TrainingError: The checkpoint was made without this callback or with other settings, an epoch cannot be told
                 or does not end before the run does, or the Trainer cannot train a supernet.
         """
+        announce(self, state)
         check_run(self.supernet, args, model=kwargs["model"])
         self._check_length(args, state, kwargs["train_dataloader"])
         self._done, self._due = 0, False
@@ -128,8 +147,19 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fuse where an interrupted run could not any more."""
+        """Fuse where an interrupted run could not any more.
+
+        Raises:
+            TrainingError: Growth of the checkpoint would be undone.
+        """
+        check_restored(self.supernet, state)
         self._make_up()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hold silent what writes nothing any more."""
+        silence_heads_out_of_use(self.supernet)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fuse, where a period of steps is over."""
@@ -179,6 +209,7 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
                 if part.heads[block] != stated[part.index, block]:
                     part.set_heads(block, stated[part.index, block])
         self.supernet.resized()
+        state_heads(self.supernet)
 
     def _make_up(self) -> None:
         if self._due:
@@ -189,7 +220,10 @@ class HeadFusionCallback(TrainerCallback, ExportableState):
         if self._done >= self.times or not has_heads_to_fuse(self.supernet):
             return
         options = {"mode": self.mode, "threshold": self.threshold, "samples": self.samples, "min_heads": self.min_heads}
-        self.reports.append(fuse_heads_(self.supernet, self.batches, **options))  # type: ignore[arg-type]
+        report = fuse_heads_(self.supernet, self.batches, too_few="stop", **options)  # type: ignore[arg-type]
+        if report.stopped:
+            warnings.warn(f"head fusion {report.stopped}; raise threshold=, or lower min_heads=", stacklevel=2)
+        self.reports.append(report)
         self._done += 1
         if together():
             self._agree()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +13,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from hf_elastic.errors import TrainingError
+from hf_elastic.supernet import Supernet
+from hf_elastic.training.schedule import GrowthHistory
+
+_PRESENT, _SAMPLES = "_hf_elastic_present", "samples subnets"  # attribute of the state of a run, and one of its words
 
 Every = Literal["epoch"] | int
 
@@ -87,6 +91,71 @@ def stored_attributes(callback: TrainerCallback, state: TrainerState, *, lacks: 
     return attributes
 
 
+def announce(callback: TrainerCallback, state: TrainerState, *, samples: bool = False) -> None:
+    """Let the others know that a callback is in the run, and restores what is its own.
+
+    Args:
+        callback: that begins.
+        state: of the run, which ends with it.
+        samples: whether it draws the subnets of steps.
+    """
+    vars(state).setdefault(_PRESENT, set()).update({type(callback).__name__, *([_SAMPLES] if samples else [])})
+
+
+def require_sampling(state: TrainerState) -> None:
+    """Check that a callback of the run draws the subnets of steps.
+
+    Raises:
+        TrainingError: None does.
+    """
+    if _SAMPLES not in vars(state).get(_PRESENT, ()):
+        raise TrainingError(
+            "nothing samples paths, so the largest alone would train and grow; add a SubnetSamplingCallback beside "
+            "this one, or use ElasticTrainer"
+        )
+
+
+def check_restored(supernet: Supernet, state: TrainerState) -> None:
+    """Check that blocks have the sizes of the checkpoint that a run goes on from, once all callbacks have begun.
+
+    The Trainer loads weights alone: without the callback that made them, widths and heads would silently be those that
+    the model was made with.
+
+    Args:
+        supernet: that is trained.
+        state: of the run.
+
+    Raises:
+        TrainingError: The checkpoint was grown or fused, the model is not, and nothing in the run restores that.
+    """
+    present, stored = vars(state).get(_PRESENT, set()), cast(dict[str, Any], state.stateful_callbacks or {})
+    for name, kept in stored.items():
+        attributes = kept.get("attributes") if isinstance(kept, dict) and name not in present else None
+        if not isinstance(attributes, dict) or not supernet.block_parts:
+            continue
+        differ = None
+        if "history" in attributes:
+            widths = {(part.index, block): part.width(block) for part in supernet.block_parts for block in part.blocks}
+            differ = "grown" if GrowthHistory.from_dict(attributes["history"]).widths() != widths else None
+        elif attributes.get("done") and "heads" in attributes:
+            differ = None if _has_heads(supernet, attributes["heads"]) else "fused"
+        if differ:
+            raise TrainingError(
+                f"the checkpoint of step {state.global_step} was {differ} by {name}, which this run has not, so that "
+                f"would be undone; add {name} with the settings of the first run"
+            )
+
+
+def _has_heads(supernet: Supernet, stated: Iterable[tuple[int, str, Any]]) -> bool:
+    found = {(layer, block): heads for layer, block, heads in stated}
+    for part in supernet.block_parts:
+        for block in part.blocks:
+            heads, split = found.get((part.index, block)), part.shape_of(block).num_attention_heads
+            if heads not in (part.heads[block], split if isinstance(heads, int) else None):
+                return False
+    return True
+
+
 def check_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, fixed: Iterable[str], done: str) -> None:
     """Check that a run goes on with the settings that it was begun with.
 
@@ -98,7 +167,14 @@ def check_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, fixed:
     Raises:
         TrainingError: One differs.
     """
-    if changed := [name for name in fixed if ours[name] != theirs.get(name)]:
+    changed = [name for name in fixed if ours[name] != theirs.get(name)]
+    if "blocks" in changed:
+        theirs_first, ours_first = (", ".join((given.get("blocks") or [[]])[0]) for given in (theirs, ours))
+        raise TrainingError(
+            f"the checkpoint holds {len(theirs.get('blocks') or ())} layers of {theirs_first}, this supernet "
+            f"{len(ours['blocks'])} of {ours_first}; resume with the supernet of the first run"
+        )
+    if changed:
         name = changed[0]
         raise TrainingError(
             f"the checkpoint was {done} with {name}={theirs.get(name)!r}, this run says {ours[name]!r}; resume with "

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_elastic.errors import CheckpointError
 from hf_elastic.files import read_json, write_json
+from hf_elastic.supernet import Supernet
 from hf_elastic.training.fit_layers import FIT_FILE
 
 MARKER = "elastic_complete.json"
@@ -35,18 +36,14 @@ class CompleteCheckpointCallback(TrainerCallback):
     was. ``ElasticTrainer`` has this callback built in; add it to a stock Trainer.
     """
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remove the marker of an earlier run from the folder that is about to be written again."""
         if control.should_save and state.is_world_process_zero:
             (_folder(args, state) / MARKER).unlink(missing_ok=True)
 
     on_epoch_end = on_step_end
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint that was just written."""
         if args.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every rank writes a file of random states
@@ -84,6 +81,26 @@ def checked_checkpoint(checkpoint: str | Path) -> str:
     other = last_complete_checkpoint(Path(checkpoint).parent)
     cure = f"resume from {other}" if other else "there is no whole checkpoint beside it; start again"
     raise CheckpointError(f"checkpoint {checkpoint} cannot be resumed: {reason}; {cure}")
+
+
+def checked_blocks(checkpoint: str | Path, supernet: Supernet) -> str:
+    """Return the path of a checkpoint whose config names the candidate blocks of the supernet, or names none at all.
+
+    Otherwise torch would list every weight that is missing.
+
+    Raises:
+        CheckpointError: It was written with other candidate blocks.
+    """
+    file = Path(checkpoint) / "config.json"
+    if supernet.block_parts and file.is_file():
+        theirs, ours = (one.get("candidate_blocks") for one in (read_json(file), supernet.base.config.to_dict()))
+        if theirs != ours:
+            words = [", ".join(blocks) if blocks else "one block per layer" for blocks in (theirs, ours)]
+            raise CheckpointError(
+                f"{checkpoint} holds layers of {words[0]}, this supernet of {words[1]}; resume with the supernet of "
+                "the first run"
+            )
+    return str(checkpoint)
 
 
 def incompleteness(checkpoint: str | Path) -> str | None:

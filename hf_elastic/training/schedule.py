@@ -1,7 +1,7 @@
 """When which block of a supernet gets wider: the growth schedule of ELM, as a pure function of widths and scores.
 
 ELM (Wang 2025, arXiv 2510.27037) starts every candidate block of every layer narrow and after each epoch widens those
-whose PCA score is highest, until the mean subnet has as many parameters as the budget allows. The schedule is that of
+whose PCA score is highest, until the mean path has as many parameters as the budget allows. The schedule is that of
 its author's code; where we differ from it, a docstring says so.
 """
 
@@ -70,7 +70,7 @@ class GrowthPlan:
         step: By how much a width grows; the last step up to the largest width may be shorter.
         largest: Largest width, of all blocks or of each.
         count: ``K``, how many blocks may grow.
-        budget: Parameters that the mean subnet is to have.
+        budget: Parameters that the mean path is to have.
         parameters: Parameters of a block as a function of layer, name and width.
         constant: Parameters outside the blocks.
         check: ``"block"`` to hold the mean against the budget before each block, ``"epoch"`` to do so once before all
@@ -149,8 +149,8 @@ class GrowthStep:
     Attributes:
         grown: the blocks that grow, the highest score first.
         widths: FFN width of every block afterwards.
-        parameters_before, parameters_after: mean number of parameters of a subnet.
-        reason: why no further block grew. ``"budget"``: the mean subnet has reached it; ``"count"``: as many blocks
+        parameters_before, parameters_after: parameters of the mean path.
+        reason: why no further block grew. ``"budget"``: the mean path has reached it; ``"count"``: as many blocks
             grew as may; ``"all at their largest"``; ``"no measured block is left"``: all that were measured grew or are
             at their largest.
     """
@@ -169,9 +169,9 @@ def grown(plan: GrowthPlan) -> GrowthStep:
     grows by one step until ``count`` of them grew; one at its largest width is passed over, and so is one that was not
     measured.
 
-    With ``check="epoch"``, the rule of the author's code, nothing grows when the mean subnet is above the budget before
+    With ``check="epoch"``, the rule of the author's code, nothing grows when the mean path is above the budget before
     the first block; otherwise the budget may be overshot by the growth of a whole epoch. With ``check="block"``, ours,
-    no block grows once the mean subnet has reached the budget; it is overshot by less than one growth.
+    no block grows once the mean path has reached the budget; it is overshot by less than one growth.
 
     Raises:
         TrainingError: A score is not finite, or blocks could grow but none was measured.
@@ -210,18 +210,18 @@ def check_budget(plan: GrowthPlan) -> None:
         plan: With the widths of the start; its scores do not matter.
 
     Raises:
-        TrainingError: The budget is below the mean subnet of these widths, or above that of the largest widths.
+        TrainingError: The budget is below the mean path of these widths, or above that of the largest widths.
     """
     start = plan.mean_parameters()
     end = plan.mean_parameters({block: plan.largest_of(block) for block in plan.widths})
     if plan.budget < start:
         raise TrainingError(
-            f"budget={plan.budget:,.0f} is below the {start:,.0f} parameters of the mean subnet before any growth, so "
+            f"total_parameters={plan.budget:,.0f} is below the {start:,.0f} of the mean path before any growth, so "
             "that no block would grow; raise it or start with narrower blocks"
         )
     if plan.budget > end:
         raise TrainingError(
-            f"budget={plan.budget:,.0f} is above the {end:,.0f} parameters of the mean subnet with all blocks at their "
+            f"total_parameters={plan.budget:,.0f} is above the {end:,.0f} of the mean path with all blocks at their "
             "largest, so that it would never be reached; lower it or allow wider blocks"
         )
 
@@ -287,7 +287,7 @@ class GrowthEntry:
         step: optimizer steps finished.
         scores: mean PCA score of every block that was measured.
         grown: the blocks that grew, the highest score first.
-        parameters_before, parameters_after: mean number of parameters of a subnet.
+        parameters_before, parameters_after: parameters of the mean path.
         reason: why no further block grew, as :class:`GrowthStep` has it.
     """
 
@@ -306,7 +306,7 @@ class GrowthHistory:
 
     Args:
         start: FFN width of every block before training.
-        budget: Parameters that the mean subnet is to have.
+        budget: Parameters that the mean path is to have.
         entries: One for each decision, in order.
     """
 
@@ -390,7 +390,7 @@ class GrowthHistory:
     def figure(self) -> go.Figure:
         """Return a plotly figure: for each name of a block the widths by layer and epoch, and the mean parameters.
 
-        Epoch 0 is the start. The last row holds the mean parameters of a subnet and the budget.
+        Epoch 0 is the start. The last row holds the parameters of the mean path and the budget.
         """
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots
@@ -408,7 +408,7 @@ class GrowthHistory:
             rows=rows + 1,
             cols=columns,
             specs=[*(cells[row * columns : (row + 1) * columns] for row in range(rows)), bottom],
-            subplot_titles=[*names, "mean parameters of a subnet"],
+            subplot_titles=[*names, "parameters of the mean path"],
         )
         for place, name in enumerate(names):
             widths = [[held.get((layer, name)) for held in over_time] for layer in layers]

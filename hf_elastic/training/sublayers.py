@@ -110,6 +110,7 @@ class Sublayers:
         width: of the embedding and of the output of layers.
         attention_widths: all widths that outputs of attention may have.
         vocabulary: number of tokens; ``None`` where the config names none.
+        causal: whether a token sees those before it alone.
 
     Raises:
         UnsupportedModelError: No row fits the model.
@@ -135,6 +136,8 @@ class Sublayers:
         self.depth = len(self._layers)
         self.width = int(found.config.hidden_size)
         self.vocabulary: int | None = getattr(found.config, "vocab_size", None)
+        left_to_right = row.causal or getattr(found.config, "is_decoder", False)
+        self.causal = bool(left_to_right and getattr(found.config, "is_causal", True))
 
     @contextmanager
     def hooked(self, capture: Capture) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Runs of ELM that take seconds: a size of two dimensions a head, and models that are timed by their parameters."""
+"""Runs of ELM that take seconds: a size of a few dimensions a head, and models that are timed by their parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_checkpoints import parameter_seconds
 from hf_elastic.pipeline import ElmOptions, elm_steps, elm_table
 from hf_elastic.spaces import ELM_SIZES, ElmSize
 
-NANO = ElmSize(layers=3, hidden_size=24, start=8, largest=32, step=8, heads=2, total_parameters=1e4)
+NANO = ElmSize(layers=3, hidden_size=24, start=8, largest=32, step=8, heads=3, total_parameters=1e4)
 
 
 def prepare(put: Callable[[Any, str, Any], None]) -> None:

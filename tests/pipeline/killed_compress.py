@@ -31,14 +31,14 @@ from hf_elastic.pipeline.options import CompressOptions
 PLAN = {"bf16": False, "seconds_per_step": 0.1, "supernet_steps": 20, "found_steps": 10}
 # Where an attempt kills itself: module, object in it, and at which call.
 POINTS: dict[str, tuple[str, str, int]] = {
-    "sorted half-written": ("hf_elastic.supernet", "write_json", 1),
+    "sorted half-written": ("hf_elastic.supernet_folder", "write_json", 1),
     "teacher": ("hf_elastic.pipeline.run", "save_file", 1),
     "tables": ("hf_elastic.tables.quality", "write_json", 2),
     "repair": ("hf_elastic.pipeline.run", "refitted", 1),
-    "repaired half-written": ("hf_elastic.supernet", "write_json", 1),
+    "repaired half-written": ("hf_elastic.supernet_folder", "write_json", 1),
     "training": ("hf_elastic.training.trainer", "ElasticTrainer.training_step", 19),
     "checkpoint half-written": ("hf_elastic.training.trainer", "ElasticTrainer._save_optimizer_and_scheduler", 1),
-    "supernet half-written": ("hf_elastic.supernet", "write_json", 1),
+    "supernet half-written": ("hf_elastic.supernet_folder", "write_json", 1),
     "search": ("hf_elastic.search.loop", "SearchLoop._measure", 3),
     "search over": ("hf_elastic.search.results", "SearchResult.save", 1),
     "specialising": ("hf_elastic.training.trainer", "ElasticTrainer.training_step", 6),

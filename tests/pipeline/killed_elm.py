@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[str, str, int]] = {
     "latency": ("hf_elastic.tables.block_latencies", "BlockLatencyTable.save", 1),
     "training": ("hf_elastic.training.trainer", "ElasticTrainer.training_step", 9),
     "checkpoint half-written": ("hf_elastic.training.trainer", "ElasticTrainer._save_optimizer_and_scheduler", 1),
-    "supernet half-written": ("hf_elastic.supernet", "write_json", 1),
+    "supernet half-written": ("hf_elastic.supernet_folder", "write_json", 1),
     "search": ("hf_elastic.search.loop", "SearchLoop._measure", 3),
     "search over": ("hf_elastic.search.results", "SearchResult.save", 1),
     "fusing": ("hf_elastic.pipeline.elm_run", "save_static", 1),

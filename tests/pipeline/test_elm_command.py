@@ -57,7 +57,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert ended.code == 0, ended.err
     for words in (
         "ElasticGPT2ForCausalLM supernet of size nano for causal-lm",
-        "2 instead of 3, of which the teacher has 2; 24 wide, 2 heads, FFNs of 8 to 32 in steps of 8",
+        "2 instead of 3, of which the teacher has 2; 24 wide, 3 heads, FFNs of 8 to 32 in steps of 8",
         "36 from 2 choices of 6 blocks",
         "of the mean path: K=4 blocks every 1 steps, 9 times; scores every 1 steps",
         "10 steps of 4 sequences",
@@ -87,7 +87,20 @@ def test_a_run_prints_its_table_and_the_same_command_shows_it_again(
     assert record["options"]["within"] == {"total_parameters": 0.9, "macs": 0.9} and not record["options"]["growth"]
     assert "run of ELM: size nano" in command("info", tmp_path / "small").out
     other = command(*arguments, "--seed", "1")
-    assert other.code == 2 and "holds a run with seed=0, now 1" in other.err and other.err.count("\n") == 1
+    assert other.code == 2 and "holds a run with --seed 0, now 1" in other.err and other.err.count("\n") == 1
+    for name in ("small.run", "small"):
+        folder, output = tmp_path / name, tmp_path / "no"
+        for verb, *words in (
+            ("search", "--within", "macs=0.9"), ("family", "--speedup", "2"), ("export", "largest", "--output", output),
+        ):  # fmt: skip
+            refused = command(verb, folder, *words)
+            assert refused.code == 2 and refused.err.count("\n") == 1 and not (tmp_path / "no").exists()
+            assert (
+                f"hf-elastic export {tmp_path}/small.run/supernet '{tmp_path}/small.run/search.json#1'" in refused.err
+            )
+    row = f"{tmp_path / 'small.run' / 'search.json'}#1"
+    exported = command("export", tmp_path / "small.run" / "supernet", row, "--output", tmp_path / "first")
+    assert exported.code == 0, exported.err
     blocks = json.dumps({f"layers.{n}.block": "standard" for n in range(3)})
     exported = command("export", tmp_path / "small.run" / "supernet", blocks, "--output", tmp_path / "other")
     assert exported.code == 0 and (tmp_path / "other" / "tokenizer.json").is_file()
@@ -96,9 +109,11 @@ def test_a_run_prints_its_table_and_the_same_command_shows_it_again(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--size", "huge"], "size='huge' is not one of"),
-        (["--layers", "2"], "layers=2 does not divide the teacher's 3 layers"),
-        (["--total-parameters", "1e9"], "budget=1,000,000,000 is above"),
+        (["--size", "huge"], "--size huge is not one of"),
+        (["--layers", "2"], "--layers 2 does not divide the teacher's 3 layers"),
+        (["--total-parameters", "1e9"], "--total-parameters 1,000,000,000 is above"),
+        (["--evaluations", "2"], "--evaluations 2 must be an integer of at least 4"),
+        (["--within", "macs=0.001"], "no path keeps macs=0.001"),
         (["--within", "macs"], "not of the form name=number"),
         (["--stream", "--data", "none.jsonl"], "there is no file none.jsonl"),
     ],
@@ -111,6 +126,18 @@ def test_an_error_is_one_line(
     )  # fmt: skip
     assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_retraining_has_no_row_of_it_and_a_missed_size_is_said(
+    command: Command, checkpoint: Find, data: Find, tmp_path: Path
+) -> None:
+    arguments = ["elm", checkpoint("causal-lm"), "--data", data("causal-lm"), "--output", tmp_path / "small", *FAST]
+    arguments += ["--retrain-epochs", "0", "--growth-every", "9", "--threshold", "0.01"]
+    ended = command(*arguments)
+    assert ended.code == 0, ended.err
+    assert "after head fusion" in ended.out and "after retraining" not in ended.out
+    assert "MISSED what it was to grow to: train longer" in ended.out and "ended by" not in ended.out
+    assert "stopped at min_heads in 2 of 2 blocks" in ended.out
 
 
 @pytest.fixture

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import elm_runs
 import pytest
-from block_models import path, supernet_of
+from block_models import path, supernet_of, tiny
 from elm_runs import options
 from tiny_checkpoints import classifier, masked_model, write_text
 
 from hf_elastic import ElasticError, ElmOptions, make_elm
-from hf_elastic.pipeline.elm_data import read_texts
-from hf_elastic.pipeline.elm_plan import plan_of
+from hf_elastic.pipeline.elm_data import read_texts, require_stock
+from hf_elastic.pipeline.elm_options import in_words_of_options
+from hf_elastic.pipeline.elm_plan import describe_plan, new_supernet, plan_of
 from hf_elastic.pipeline.elm_table import written_as
 from hf_elastic.spaces import ELM_SIZES
 
@@ -83,15 +85,18 @@ BAD: list[Change] = [
     ({"threshold": 1.5}, "threshold=1.5 must be"),
     ({"retrain_epochs": -1}, "retrain_epochs=-1 must be"),
     ({"retrain_epochs": 0, "weights": "fresh"}, "never trained"),
+    ({"evaluations": 2}, "evaluations=2 must be an integer of at least 4"),
     ({"evaluations": 3}, "evaluations=3 must be an integer of at least 4"),
+    ({"threshold": 0}, "threshold=0 must be a number above 0 and at most 1"),
+    ({"total_parameters": 0.5}, "total_parameters=0.5 must be a number of parameters above 1, no fraction"),
     ({"learning_rate": 0}, "learning_rate=0 must be"),
     ({"stream": True, "steps": None}, "say how many steps="),
     ({"growth": False, "calc_freq": 3}, "calc_freq= is of growth"),
     ({"growth_every": 13}, "growth_every=13 is more than steps=12"),
     ({"calc_freq": 3}, "calc_freq=3 is more than the 2 steps between two growths"),
     ({"layers": 2}, "layers=2 does not divide the teacher's 3 layers"),
-    ({"total_parameters": 9_000}, "budget=9,000 is below the"),
-    ({"total_parameters": 10**6}, "budget=1,000,000 is above the"),
+    ({"total_parameters": 9_000}, "total_parameters=9,000 is below the"),
+    ({"total_parameters": 10**6}, "total_parameters=1,000,000 is above the"),
     ({"within": {"total_parameters": 5_000}}, "no path keeps total_parameters=5000"),
     ({"within": {"macs": 0.01}}, "no path keeps macs=0.01"),
     ({"within": {"weight": 0.5}}, "weight"),
@@ -113,6 +118,43 @@ def test_bad_input_is_one_line_before_any_work(
         silent(options(checkpoint("masked-lm"), text, tmp_path / "out", **changes))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "typed"),
+    [
+        ("growth_every=13 is more than steps=12", "--growth-every 13 is more than --steps 12"),
+        ("stream=True reads data; say how many steps=", "--stream reads data; say how many --steps"),
+        (
+            "calc_freq= is of growth, which growth=False leaves out",
+            "--calc-freq is of growth, which --no-growth leaves out",
+        ),
+        ("weights='fresh' would", "--weights fresh would"),
+        ("no path keeps total_parameters=5000; loosen within=", "no path keeps total_parameters=5000; loosen --within"),
+        ("total_parameters=9,000 is below", "--total-parameters 9,000 is below"),
+        ("no path keeps macs=0.1", "no path keeps macs=0.1"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(said: str, typed: str) -> None:
+    assert in_words_of_options(said) == typed
+
+
+def test_a_student_that_is_larger_than_its_teacher_is_told_what_can_be_done(
+    checkpoint: Find, data: Find, tmp_path: Path
+) -> None:
+    for size, words in (("nano", "so take a larger teacher, or fewer"), ("micro", "a smaller size (nano), or fewer")):
+        chosen = options(checkpoint("masked-lm"), data("masked-lm"), tmp_path / "out", size=size)
+        texts = read_texts(chosen)
+        plan = replace(plan_of(chosen, texts), budget=1e6)
+        assert words in describe_plan(plan, new_supernet(plan_of(chosen, texts), chosen), options=chosen, texts=texts)
+
+
+def test_what_elm_has_made_is_no_teacher(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+    tiny("elastic_gpt2").save_pretrained(tmp_path / "made")
+    with pytest.raises(ElasticError, match="type elastic_gpt2.*hf-elastic elm starts from stock checkpoints"):
+        silent(options(tmp_path / "made", data("causal-lm"), tmp_path / "out"))
+    with pytest.raises(ElasticError, match="hf-elastic compress starts from stock checkpoints"):
+        require_stock(str(tmp_path / "made"), command="compress")
 
 
 def test_teachers_that_cannot_teach_are_refused(checkpoint: Find, data: Find, tmp_path: Path) -> None:

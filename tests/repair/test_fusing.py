@@ -211,6 +211,9 @@ def test_what_is_no_finished_model_with_heads_to_fuse_is_refused_with_the_reason
         fuse_heads(block_models.supernet_of("elastic_bert").model, data)
     with pytest.raises(UnsupportedModelError, match="finished model"):
         fuse_heads(block_models.tiny("elastic_gpt2"), data)  # candidates that make_elastic has not seen
+    for supernet in (supernet_of("bert"), block_models.supernet_of("elastic_bert")):
+        with pytest.raises(UnsupportedModelError, match=r"got a Supernet; extract a subnet first: fuse_heads\(hf_elas"):
+            fuse_heads(supernet, data)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match="PreTrainedModel|transformers model"):
         fuse_heads(torch.nn.Linear(2, 2), data)  # type: ignore[arg-type]
     skipping = block_models.tiny("elastic_bert", candidate_blocks=None, per_layer_config={1: {"skip": ["attention"]}})

@@ -19,9 +19,9 @@ def run(given: list[PCAGrowthCallback | SubnetSamplingCallback], args: TrainingA
 
 
 def test_weight_decay_that_nothing_restricts_is_refused_before_the_first_step(arguments: Arguments) -> None:
-    supernet = candidates()
+    supernet = candidates(blocks=("standard",))
     before = {name: value.clone() for name, value in supernet.model.state_dict().items()}
-    growth = callbacks(supernet)[1]
+    growth = callbacks(supernet, total_parameters=4_300)[1]
     args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, weight_decay=0.1)
     with pytest.raises(TrainingError, match="weight decay would move neurons .* add a SubnetSampling"):
         run([growth], args)
@@ -50,3 +50,32 @@ def test_blocks_that_were_never_measured_are_counted(arguments: Arguments) -> No
     args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8)
     with pytest.warns(UserWarning, match=r"2 of 12 blocks were measured since the last growth"):
         run(list(both), args)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_growth_without_anything_that_samples_is_refused_before_the_first_step(
+    arguments: Arguments, decay: float
+) -> None:
+    supernet = candidates()
+    growth = callbacks(supernet)[1]
+    args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, weight_decay=decay)
+    with pytest.raises(TrainingError, match="nothing samples paths.*add a SubnetSamplingCallback"):
+        run([growth], args)
+    growth.release()
+    alone = callbacks(candidates(blocks=("standard",)), total_parameters=4_300)[1]
+    args.weight_decay = 0.0
+    run([alone], args)  # there is one path
+    assert alone.history.entries
+
+
+@pytest.mark.parametrize("value", [None, "5e5", True, 0.5, 1])
+def test_a_budget_is_a_number_of_parameters(value: object) -> None:
+    with pytest.raises(TrainingError, match=f"total_parameters={value!r} must be a number of parameters above 1"):
+        callbacks(candidates(), total_parameters=value)
+
+
+def test_a_model_is_no_supernet() -> None:
+    with pytest.raises(
+        TrainingError, match=r"got a ElasticBertForMaskedLM; make one of it by hf_elastic\.make_elastic"
+    ):
+        PCAGrowthCallback(candidates().model, total_parameters=4_400, step=6)  # type: ignore[arg-type]

@@ -439,9 +439,7 @@ def test_activation_checkpointing_changes_no_gradient(arguments: Arguments) -> N
 
 def test_reentrant_checkpointing_is_refused_since_it_hides_states(arguments: Arguments) -> None:
     supernet, teacher = bert_supernet(base=True), bert(base=True, seed=9)
-    args = arguments(
-        **ONE_STEP, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
-    )
+    args = arguments(**ONE_STEP, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     plan, rows = Distillation(target="relational", teacher=teacher), sentences(4, labels=False)
     trainer = trainer_of(supernet, plan, args, train_dataset=rows)
     with pytest.raises(TrainingError, match="use_reentrant=False"):
@@ -537,6 +535,12 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(arguments: Argum
         with pytest.raises(TrainingError, match=message) as caught:
             trainer_of(supernet, Distillation(target="relational", teacher=teacher, **plan), arguments())
         assert "\n" not in str(caught.value)
+    causal = [candidates("elastic_gpt2").base, bert(base=True, is_decoder=True)]
+    for student, teacher in ((supernet, causal[0]), (supernet, causal[1]), (candidates("elastic_gpt2"), bert())):
+        plan = Distillation(target="relational", teacher=teacher, fit=True)
+        with pytest.raises(TrainingError, match=r"causal.*bidirectional|bidirectional.*causal") as caught:
+            trainer_of(student, plan, arguments())
+        assert "tokens that the other does not see; give a" in str(caught.value)
     narrow = candidates("elastic_bert")
     with pytest.raises(TrainingError, match="states are 8 and 24 wide"):
         trainer_of(narrow, Distillation(target="relational"), arguments())
@@ -555,6 +559,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(arguments: Argum
         {"target": "relational", "prediction": "kl", "prediction_weight": 0},
         {"target": "logits", "fit": True},
         {"target": "hidden_states", "prediction": "dist"},
+        {"target": "relational", "teacher": "bert-base-uncased"},
     ],
     ids=str,
 )
