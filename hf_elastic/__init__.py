@@ -72,9 +72,16 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.repair.refitting import refitted as refitted
     from hf_elastic.repair.teacher_cache import TeacherCache as TeacherCache
     from hf_elastic.repair.teacher_cache import cache_teacher as cache_teacher
+    from hf_elastic.routers_folder import save_routers as save_routers
+    from hf_elastic.routing import CalibrationReport as CalibrationReport
     from hf_elastic.routing import RoutingConfig as RoutingConfig
+    from hf_elastic.routing import RoutingStatistics as RoutingStatistics
     from hf_elastic.routing import add_routing as add_routing
+    from hf_elastic.routing import calibrate_routing as calibrate_routing
+    from hf_elastic.routing import load_routers as load_routers
+    from hf_elastic.routing import routing_statistics as routing_statistics
     from hf_elastic.routing import set_capacity as set_capacity
+    from hf_elastic.routing import train_routers as train_routers
     from hf_elastic.search import Evaluation as Evaluation
     from hf_elastic.search import Objective as Objective
     from hf_elastic.search import SearchResult as SearchResult
@@ -105,6 +112,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.training import PCAGrowthCallback as PCAGrowthCallback
     from hf_elastic.training import ProgressiveShrinking as ProgressiveShrinking
     from hf_elastic.training import RandomSubnet as RandomSubnet
+    from hf_elastic.training import RoutingLoss as RoutingLoss
+    from hf_elastic.training import RoutingLosses as RoutingLosses
     from hf_elastic.training import SandwichRule as SandwichRule
     from hf_elastic.training import SubnetSamplingCallback as SubnetSamplingCallback
     from hf_elastic.training import last_complete_checkpoint as last_complete_checkpoint
@@ -145,6 +154,8 @@ _HOMES = {
         "PCAGrowthCallback",
         "ProgressiveShrinking",
         "RandomSubnet",
+        "RoutingLoss",
+        "RoutingLosses",
         "SandwichRule",
         "SubnetSamplingCallback",
         "last_complete_checkpoint",
@@ -162,7 +173,18 @@ _HOMES = {
     "checkpoint": ("ExportReport", "export", "extract", "save_quantized"),
     "packed_format": ("unpack_",),
     "proxies": ("score",),
-    "routing": ("RoutingConfig", "add_routing", "set_capacity"),
+    "routing": (
+        "CalibrationReport",
+        "RoutingConfig",
+        "RoutingStatistics",
+        "add_routing",
+        "calibrate_routing",
+        "load_routers",
+        "routing_statistics",
+        "set_capacity",
+        "train_routers",
+    ),
+    "routers_folder": ("save_routers",),
     "repair.fusing": ("fuse_heads",),
     "repair.recovery": ("RecoverReport", "recover"),
     "repair.refitting": ("RefitReport", "refit", "refitted"),
@@ -188,6 +210,7 @@ __all__ = [
     "ArchitectureError",
     "BlockLatencyTable",
     "Budgets",
+    "CalibrationReport",
     "CheckpointError",
     "Choice",
     "CompressOptions",
@@ -225,6 +248,9 @@ __all__ = [
     "RecoverReport",
     "RefitReport",
     "RoutingConfig",
+    "RoutingLoss",
+    "RoutingLosses",
+    "RoutingStatistics",
     "SandwichRule",
     "SearchError",
     "SearchResult",
@@ -240,44 +266,49 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "Workload",
+    "__version__",
     "add_lora",
     "add_routing",
     "additivity",
     "cache_teacher",
+    "calibrate_routing",
     "check_latency",
     "compress",
+    "costs",
+    "distillation",
     "export",
     "extract",
     "extract_adapter",
     "fuse_heads",
     "last_complete_checkpoint",
     "load_adapter",
+    "load_routers",
     "make_elastic",
     "make_elm",
     "measure_block_latency_table",
     "measure_latency_table",
     "measure_quality_table",
+    "objectives",
+    "proxies",
     "quantize_",
     "recover",
     "refit",
     "refitted",
+    "routing_statistics",
     "save_quantized",
+    "save_routers",
     "score",
     "search_subnets",
     "set_capacity",
     "set_layer_order",
     "sort_by_importance_",
+    "spaces",
     "sparsify_",
     "sparsity_of",
+    "testing",
+    "train_routers",
     "uniform_evolution",
     "unpack_",
-    "costs",
-    "distillation",
-    "objectives",
-    "proxies",
-    "spaces",
-    "testing",
-    "__version__",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -14,7 +14,7 @@ from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import Family, family_of, layers_of, projection_of, submodule
 from hf_elastic.layers import PartHolder, check_forward, check_linear, make_elastic_linear, make_part_holder
 from hf_elastic.models import static_class_name
-from hf_elastic.parts import SKIPS, ChoiceNames, LayerPart, LayerShape, join_choices
+from hf_elastic.parts import SKIPS, AdapterPart, ChoiceNames, LayerPart, LayerShape, join_choices
 from hf_elastic.space import Choice, Condition, SearchSpace
 from hf_elastic.supernet import Supernet
 
@@ -62,22 +62,30 @@ def make_elastic(
     return Supernet(model)
 
 
-def make_layer_parts(model: PreTrainedModel, *, family: Family | None = None) -> None:
+def make_layer_parts(
+    model: PreTrainedModel,
+    *,
+    family: Family | None = None,
+    check: Callable[[Sequence[LayerShape]], object] | None = None,
+) -> None:
     """Makes the layers of a stock model elastic parts that leave nothing to choose, for what is built upon them.
 
     Adapters may be on the projections already, as nothing will shrink below them.
 
     Args:
         model, family: as for :func:`make_elastic`.
+        check: is told the shapes of the layers before any is changed, and may refuse them.
 
     Raises:
         UnsupportedModelError: as :func:`make_elastic`.
     """
-    _check_model(model)
+    _check_model(model, adapted=True)
     builder = _Builder(model, ElasticConfig(), _with_static_class(family_of(model, family), model))
     plans = [builder.plan(index) for index in range(len(builder.layers))]
     for plan in plans:
         builder.check_layer(plan)
+    if check is not None:
+        check([plan.full for plan in plans])
     for plan in plans:
         builder.convert(plan)
 
@@ -87,7 +95,7 @@ def _with_static_class(row: Family, model: PreTrainedModel) -> Family:
     return row if static_class_name(type(model)) is not None else replace(row, static_type=None)
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def _check_model(model: PreTrainedModel, *, adapted: bool = False) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"make_elastic takes a transformers PreTrainedModel, got {type(model).__name__}; "
@@ -101,7 +109,8 @@ def _check_model(model: PreTrainedModel) -> None:
             f"the model is quantised ({method or 'unknown method'}); load it in a float dtype, without "
             "quantization_config"
         )
-    if any(isinstance(module, PartHolder) for module in model.modules()):
+    parts = [part for module in model.modules() if isinstance(module, PartHolder) for part in module.elastic_parts]
+    if any(not (adapted and isinstance(part, AdapterPart)) for part in parts):
         raise UnsupportedModelError("the model is elastic already; use hf_elastic.Supernet(model) for its handle")
     if compiled := next((name for name, _ in model.named_modules() if "_orig_mod" in name), None):
         raise UnsupportedModelError(f"{compiled} is compiled; call torch.compile after make_elastic, not before")

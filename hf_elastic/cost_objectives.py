@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from hf_elastic import costs
 from hf_elastic.blocks import BlockPart
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.routers import RouterPart
 from hf_elastic.search import Objective
-from hf_elastic.space import Architecture
+from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Supernet
-from hf_elastic.tables.additive import OfAdapter, OfBlock, OfLayer, layer_table
+from hf_elastic.tables.additive import OfAdapter, OfBlock, OfLayer, OfRouter, layer_table
 from hf_elastic.tables.block_latencies import BlockLatencyTable
 from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, block_memory, layer_memory, memory_bytes
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
@@ -21,13 +22,23 @@ from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
 
 def parameters(supernet: Supernet) -> Objective:
     """Parameters without embeddings, see :func:`hf_elastic.costs.parameters`."""
-    return _cost(supernet, "parameters", lambda a: costs.parameters(supernet, a), layer=_added_parameters, block=_held)
+    return _parameter_count(supernet, "parameters", costs.parameters)
 
 
 def total_parameters(supernet: Supernet) -> Objective:
     """Parameters with embeddings, see :func:`hf_elastic.costs.total_parameters`."""
-    count = costs.total_parameters
-    return _cost(supernet, "total_parameters", lambda a: count(supernet, a), layer=_added_parameters, block=_held)
+    return _parameter_count(supernet, "total_parameters", costs.total_parameters)
+
+
+def _parameter_count(supernet: Supernet, name: str, count: Callable[[Supernet, Architecture], int]) -> Objective:
+    return _cost(
+        supernet,
+        name,
+        lambda architecture: count(supernet, architecture),
+        layer=_added_parameters,
+        block=_held,
+        router=_routers,
+    )
 
 
 def _added_parameters(part: LayerPart, shape: LayerShape) -> int:
@@ -36,6 +47,10 @@ def _added_parameters(part: LayerPart, shape: LayerShape) -> int:
 
 def _held(part: BlockPart, block: str) -> int:
     return part.parameters(block)
+
+
+def _routers(part: RouterPart, point: Mapping[str, Value]) -> int:
+    return part.parameters(point)
 
 
 def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size: int = 1) -> Objective:
@@ -47,6 +62,7 @@ def macs(supernet: Supernet, *, seq_len: int = costs.LATENCY_TOKENS, batch_size:
         arguments=(seq_len, batch_size),
         layer=lambda part, shape: batch_size * costs.layer_macs(part, shape, seq_len=seq_len),
         block=lambda part, block: batch_size * part.macs(block, seq_len=seq_len),
+        router=lambda part, point: -batch_size * part.saved_macs(point, seq_len=seq_len),
     )
 
 
@@ -102,6 +118,7 @@ def memory(
         arguments=(workload, dtype),
         layer=lambda part, shape: layer_memory(supernet, part, shape, workload=workload, dtype=dtype),
         block=lambda part, block: block_memory(supernet, part, block, workload=workload, dtype=dtype),
+        router=lambda part, point: (dtype or supernet.base.dtype).itemsize * part.parameters(point),
     )
 
 
@@ -162,9 +179,10 @@ def _cost(
     layer: OfLayer | None = None,
     block: OfBlock | None = None,
     adapter: OfAdapter | None = None,
+    router: OfRouter | None = None,
     unit: str = "",
 ) -> Objective:
-    """A cost; ``layer``, ``block`` and ``adapter`` are what one of them adds to it, up to a constant."""
+    """A cost; ``layer``, ``block``, ``adapter`` and ``router`` are what one of them adds to it, up to a constant."""
     extremes = (supernet.space.largest(), supernet.space.smallest())
     family = supernet.base.config.model_type
     sizes = (supernet.layer_order, [part.choices for part in supernet.block_parts])
@@ -175,7 +193,9 @@ def _cost(
         largest = sum(layer(part, part.full) for part in supernet.layer_parts) if layer else 0
         largest += sum(adapter(part, extremes[0]) for part in supernet.adapter_parts) if adapter else 0
         largest += sum(block(part, part.chosen(extremes[0])) for part in supernet.block_parts) if block else 0
-        table = layer_table(supernet, layer, block=block, adapter=adapter, constant=function(extremes[0]) - largest)
+        largest += sum(router(part, extremes[0]) for part in supernet.router_parts) if router else 0
+        constant = function(extremes[0]) - largest
+        table = layer_table(supernet, layer, block=block, adapter=adapter, router=router, constant=constant)
     return Objective(
         name, function, cost=True, unit=unit, related=lambda: related_costs(supernet), additive=table,
         fingerprint=digest,

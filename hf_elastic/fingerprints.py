@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 _SAMPLE = 64  # entries of each tensor that are read: enough to notice another checkpoint, or the same one trained on
@@ -19,10 +20,7 @@ def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] = (), 
         rest: tensors are read whole, of other things their ``repr``.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLE)].double().cpu()
-        digest.update(name.encode() + sample.numpy().tobytes())
+    _add_weights(digest, model.state_dict())
     for name, value in [pair for batch in batches for pair in sorted(batch.items())] + [("", value) for value in rest]:
         if isinstance(value, Tensor):
             shape = f"{name}{tuple(value.shape)}".encode()
@@ -30,3 +28,18 @@ def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] = (), 
         else:
             digest.update(f"{name}{value!r}".encode())
     return digest.hexdigest()
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
+    """Hexadecimal SHA-256 of a sample of each of some weights, as they are or as they would be in ``dtype``."""
+    digest = hashlib.sha256()
+    _add_weights(digest, weights, dtype=dtype)
+    return digest.hexdigest()
+
+
+def _add_weights(digest: hashlib._Hash, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
+    for name, tensor in weights.items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)]
+        sample = (sample if dtype is None else sample.to(dtype)).double().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())

@@ -40,6 +40,7 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.proxies import PROXIES, ZeroLMTable, label_free_alpha, score
 from hf_elastic.proxies.subject import Target
 from hf_elastic.proxies.zerolm_table import DEFAULT_ALPHA
+from hf_elastic.routers import require_unrouted
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -276,8 +277,9 @@ def damage(supernet: Supernet, table: QualityTable) -> Objective:
 
     Raises:
         DataError: the table does not reach every option of the space.
-        UnsupportedModelError: the layers are candidate blocks.
+        UnsupportedModelError: the layers are candidate blocks, or have routers.
     """
+    require_unrouted(supernet.base, "a quality table")
     supernet.require_layers("a quality table", instead="objectives.loss(supernet, validation)")
     return Objective(
         "damage",
@@ -315,8 +317,10 @@ def proxy(
     Raises:
         DataError: there is no such proxy, batches are missing, an option is not for this proxy, the table is of another
             model, or a label-free weight is outside of 0 to 1.
-        UnsupportedModelError: the proxy is a sum over widths and heads, and the layers are candidate blocks.
+        UnsupportedModelError: the proxy is a sum over widths and heads, and the layers are candidate blocks; or the
+            model has routers.
     """
+    require_unrouted(supernet.base, "a proxy")
     if name != "zerolm" and (alpha is not None or table is not None):
         raise DataError(f"alpha and table are of zerolm, not of {name}; leave them out")
     if name == "zerolm" or name in _SIZES:

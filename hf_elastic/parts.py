@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import Family, projection_of, submodule
 from hf_elastic.layers import ElasticProjection, PartHolder, Region, Skip, SkippableModule, make_skippable
+from hf_elastic.models.elastic_routers import LayerRouters
 from hf_elastic.space import Choice, Condition, Value
 
 Loadability = Literal["stock", "stock-padded", "remote-code"]
@@ -359,15 +360,22 @@ def join_choices(declared: Iterable[Sequence[Choice]]) -> tuple[Choice, ...]:
 
 
 def check_wrappers(model: nn.Module, parts: Iterable[ElasticPart]) -> None:
-    """Refuses stock adapters on projections that may shrink, and copies of elastic ones: they would not follow.
+    """Refuses stock adapters on projections that may shrink and copies of elastic ones, which would not follow, and
+    adapters on routers.
 
     Raises:
         UnsupportedModelError: the model has such.
     """
     layers = [part for part in parts if isinstance(part, LayerPart) and not part.may_shrink]
     fixed = {id(projection) for part in layers for projection in part.projections().values()}
+    routers = {id(m) for held in model.modules() if isinstance(held, LayerRouters) for m in held.modules()}
     for name, module in model.named_modules():
         children = dict(module.named_children())
+        if id(module) in routers and "base_layer" in children:
+            raise UnsupportedModelError(
+                f"{name} is a router, which an adapter does not change; call add_routing after get_peft_model, or make "
+                "the adapter with exclude_modules=r'.*\\.routers\\..*'"
+            )
         wrapped, copied = children.get("base_layer"), children.get("original_module")
         if copied is not None and any(isinstance(inner, ElasticProjection) for inner in copied.modules()):
             raise UnsupportedModelError(

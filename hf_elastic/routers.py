@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hf_elastic.errors import UnsupportedModelError
 from hf_elastic.layers import Region, SkippableModule
 from hf_elastic.models.elastic_routed import LAYOUTS
 from hf_elastic.models.elastic_routers import PERCENT, SUBLAYERS, TOKENS, LayerRouters, Observation
@@ -21,7 +22,19 @@ from hf_elastic.space import Choice, Value
 
 ROUTERS = "routers"
 """Name of the routers among the children of a layer."""
+_HELD = {"attention": ("heads", "num_attention_heads"), "mlp": ("experts", "intermediate_size")}
+"""Units of a sublayer, and the size of which they are parts."""
 Share = Literal["layer", "model"]
+
+
+def require_unrouted(model: nn.Module, what: str) -> None:
+    """Refuses a model with routers for what knows nothing of them.
+
+    Raises:
+        UnsupportedModelError: it has some.
+    """
+    if any(isinstance(module, LayerRouters) for module in model.modules()):
+        raise UnsupportedModelError(f"{what} is for models without routers; do it before add_routing")
 
 
 @dataclass(eq=False)
@@ -37,6 +50,12 @@ class RouterPart:
     layer: LayerPart
     routers: LayerRouters
     share: Share = "layer"
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the hidden layer that each router has; ``None``: there is none."""
+        hidden = self.routers[next(iter(self.routers))].hidden
+        return None if hidden is None else hidden.out_features
 
     def choice_name(self, kind: str) -> str:
         """Name of the choice that a kind follows."""
@@ -80,14 +99,37 @@ class RouterPart:
         shape, capacity = self.layer.shape(architecture), self.capacity(kind, architecture)
         if not (shape.attention if SUBLAYERS[kind] == "attention" else shape.mlp):
             return 0
+        return self._units(kind, capacity, shape)
+
+    def _units(self, kind: str, capacity: int, shape: LayerShape) -> int:
+        """What a capacity of the whole layer is in a shape of it, see :meth:`LayerRouters.units`."""
         if kind in TOKENS:
             return capacity
         there, whole = self.available(kind, shape), self.routers[kind].of
-        return there if capacity == whole else max(1, (capacity * there + whole // 2) // whole)
+        return max(1, (capacity * there + whole // 2) // whole)
 
     def routes(self, architecture: Mapping[str, Value]) -> bool:
         """Whether anything of the layer is routed in an architecture."""
-        return any(self.capacity(kind, architecture) < self.routers[kind].of for kind in self.routers)
+        shape = self.layer.shape(architecture)
+        full = {kind: self._units(kind, self.routers[kind].of, shape) for kind in self.routers}
+        return any(0 < self.served(kind, architecture) < full[kind] for kind in full)
+
+    def stated(self, architecture: Mapping[str, Value]) -> dict[str, Any]:
+        """What the config of an export says of the layer's routers; nothing where none of them routes.
+
+        Units, capacities and what is active are those of the layer as narrow as it is in the architecture. Left out are
+        routers of a sublayer that is skipped, and those to which the layer leaves nothing to choose.
+        """
+        if not self.routes(architecture):
+            return {}
+        shape = self.layer.shape(architecture)
+        found: dict[str, Any] = {"hidden": self.hidden_size}
+        for kind in self.routers:
+            values = sorted({self._units(kind, value, shape) for value in self.routers[kind].values})
+            active = self.served(kind, architecture)
+            if active and len(values) > 1:
+                found[kind] = {"of": values[-1], "values": values, "active": active}
+        return found
 
     def regions(self) -> dict[int, Region]:
         """All of a router that is in use, nothing of one that is bypassed, by ``id`` of the parameter."""
@@ -134,9 +176,13 @@ class RouterPart:
 
         def observe(what: Observation) -> None:
             seen[self._measured_name(what.kind)] = self._seen(what)
-            if what.held:  # the layer's projections were not called, from which it reads its sizes
-                size = {"heads": "num_attention_heads", "experts": "intermediate_size"}[what.kind]
-                seen[self._measured_name(size)] = what.held
+            units, size = _HELD[SUBLAYERS[what.kind]]
+            held = what.held  # the layer's projections were not called, from which it reads its sizes
+            if what.kind in TOKENS and not what.rows:  # nothing is computed that could differ from what is set
+                held = getattr(self.layer.current, size)
+                seen.update({self._measured_name(k): self.routers.units(k) for k in (units,) if k in self.routers})
+            if held:
+                seen[self._measured_name(size)] = held
 
         layout = LAYOUTS[self.layer.family.model_type]
         self.routers.observers.append(observe)
@@ -157,32 +203,43 @@ class RouterPart:
         return self.routers.active[what.kind] if what.rows == wanted else round(PERCENT * what.rows / keep.numel())
 
     def parameters(self, architecture: Mapping[str, Value]) -> int:
-        """Parameters of the routers that an export has: of all where anything of the layer is routed."""
-        if not self.routes(architecture):
-            return 0
-        total = sum(parameter.numel() for parameter in self.routers.parameters())
-        shape = self.layer.shape(architecture)
-        for kind in self.routers.available:
+        """Parameters of the routers that an export has."""
+        total = 0
+        for kind, stated in self.stated(architecture).items():
+            if kind == "hidden":
+                continue
             scores = self.routers[kind].scores
-            total -= (scores.out_features - self.available(kind, shape)) * (scores.in_features + 1)
+            total += sum(parameter.numel() for parameter in self.routers[kind].parameters())
+            if kind not in TOKENS:
+                total -= (scores.out_features - stated["of"]) * (scores.in_features + 1)
         return total
 
-    def saved_macs(self, architecture: Mapping[str, Value], *, seq_len: int) -> int:
+    def saved_macs(
+        self, architecture: Mapping[str, Value], *, seq_len: int, measured: Mapping[str, float] | None = None
+    ) -> int:
         """MACs of one sequence that the layer does without, nominally; the routers' own are taken off.
 
         Of attention over ``c`` of ``T`` tokens, projections cost ``c`` and products of queries and keys ``c²``; heads
         that do not serve a token save its queries, their products and their outputs, not its keys and values.
+
+        Args:
+            architecture: of the model.
+            seq_len: tokens of the sequence.
+            measured: shares by kind to be taken instead of the nominal ones: of all tokens those that enter, of all
+                heads or experts those that serve a token that enters.
         """
         shape = self.layer.shape(architecture)
         share = {kind: self.capacity(kind, architecture) / self.routers[kind].of for kind in self.routers}
-        tokens, entering = share.get("attention_tokens", 1.0), share.get("mlp_tokens", 1.0)
         for kind in self.routers.available:
             there = self.available(kind, shape)
             share[kind] = self.served(kind, architecture) / there if self.served(kind, architecture) else 1.0
+        running = [kind for kind in self.routers if share[kind] < 1]
+        share |= measured or {}
+        tokens, entering = share.get("attention_tokens", 1.0), share.get("mlp_tokens", 1.0)
         heads, experts = share.get("heads", 1.0), share.get("experts", 1.0)
         queries, keys, products, neurons = self._macs(shape, seq_len)
         kept = tokens * (heads * queries + keys) + tokens * tokens * heads * products + entering * experts * neurons
-        own = sum(self._router_macs(kind, share, seq_len) for kind in self.routers if share[kind] < 1)
+        own = sum(self._router_macs(kind, share, seq_len=seq_len, shape=shape) for kind in running)
         return round(queries + keys + products + neurons - kept - own)
 
     def _macs(self, shape: LayerShape, seq_len: int) -> tuple[int, int, int, int]:
@@ -200,11 +257,13 @@ class RouterPart:
             neurons = sum(of[path] for path in (*row.ffn_in, row.ffn_out))
         return queries, keys, products, neurons
 
-    def _router_macs(self, kind: str, share: Mapping[str, float], seq_len: int) -> float:
-        """A router of units reads the tokens that enter, one of tokens all."""
+    def _router_macs(self, kind: str, share: Mapping[str, float], *, seq_len: int, shape: LayerShape) -> float:
+        """A router of units reads tokens that enter and scores the units that there are; one of tokens reads all."""
         router, before = self.routers[kind], {"heads": "attention_tokens", "experts": "mlp_tokens"}.get(kind, "")
-        linears = [module for module in router.children() if isinstance(module, nn.Linear)]
-        return share.get(before, 1.0) * seq_len * sum(linear.weight.numel() for linear in linears)
+        rows = self.available(kind, shape) if kind in self.routers.available else 1
+        weights = rows * router.scores.in_features
+        weights += 0 if router.hidden is None else router.hidden.weight.numel()
+        return share.get(before, 1.0) * seq_len * weights
 
     @contextmanager
     def hidden(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,7 +35,8 @@ from hf_elastic.parts import (
     join_choices,
     shapes_loadability,
 )
-from hf_elastic.routers import RouterPart
+from hf_elastic.routers import RouterPart, require_unrouted
+from hf_elastic.routers_folder import ROUTER_FOLDER, write_routers
 from hf_elastic.space import Architecture, SearchSpace, Value
 from hf_elastic.supernet_folder import (
     SPACE_FILE,
@@ -45,6 +45,7 @@ from hf_elastic.supernet_folder import (
     load_model,
     read_record,
     save_generation_config,
+    warn_of_companions,
     write_code,
     write_record,
 )
@@ -277,11 +278,12 @@ class Supernet:
         return any(module is part.wrapper for module in self.base.modules())
 
     def require_plain(self, what: str) -> None:
-        """Refuses a model with adapters for what knows nothing of them.
+        """Refuses a model with adapters or routers for what knows nothing of them.
 
         Raises:
             UnsupportedModelError: it has some.
         """
+        require_unrouted(self.base, what)
         if self.adapter_parts:
             raise UnsupportedModelError(
                 f"{what} is for models without adapters; do it before they are added, or on "
@@ -386,7 +388,7 @@ class Supernet:
         * ``stock``: an ordinary checkpoint of the stock class, smaller and faster;
         * ``stock-padded``: the stock class holds it only after padding with zeros to a uniform shape: same
           logits, no speed gain (``export(..., loadability="remote-code")`` writes the compact one);
-        * ``remote-code``: needs ``trust_remote_code=True`` (or ``import hf_elastic``).
+        * ``remote-code``: needs ``trust_remote_code=True`` (or ``import hf_elastic``), as does whatever routes.
 
         Raises:
             ArchitectureError: the architecture is not a point of this space.
@@ -394,6 +396,8 @@ class Supernet:
         shapes = self.layer_shapes(architecture)
         if self.block_parts:
             return blocks_loadability(self.block_shapes(architecture), self.base)
+        if any(part.routes(architecture) for part in self.router_parts):
+            return "remote-code"
         if not shapes:
             return "stock"  # only adapters are elastic, so the model's shapes are the parent's
         return shapes_loadability(
@@ -414,8 +418,9 @@ class Supernet:
 
         Anyone loads the folder with the stock class (of candidate blocks, all of them, with ``trust_remote_code=True``;
         the largest path is active); :meth:`from_pretrained` restores the supernet bit-equal. The
-        parent's tokenizer is not copied, but its folder or Hub name is kept, so that an export finds it. Adapters are
-        saved beside the model, in ``adapter``; :func:`hf_elastic.load_adapter` puts them onto the restored one.
+        parent's tokenizer is not copied, but its folder or Hub name is kept, so that an export finds it. Adapters and
+        routers are saved beside the model, in ``adapter`` and ``routers``; :func:`hf_elastic.load_adapter` and
+        :func:`hf_elastic.load_routers` put them onto the restored one.
 
         Args:
             directory: a folder that does not exist or is empty.
@@ -431,7 +436,7 @@ class Supernet:
         if config is None and not self._saves_itself():
             raise CheckpointError(
                 f"this handle on a {type(self.model).__name__} holds no ElasticConfig, so it cannot be saved; save the "
-                "supernet that make_elastic returned, and adapters by the PeftModel's own save_pretrained"
+                "supernet that make_elastic returned, adapters by their save_pretrained, routers by save_routers"
             )
         own = self.block_parts or self.layer_parts
         with whole_folder(directory, overwrite=overwrite) as folder:
@@ -442,6 +447,9 @@ class Supernet:
                     write_code(model, folder)
                 if self.adapter_parts:
                     self.model.save_pretrained(folder / ADAPTER_FOLDER)
+            if self.router_parts:
+                (folder / ROUTER_FOLDER).mkdir()
+                write_routers(self.base, folder / ROUTER_FOLDER)
             digest = SearchSpace(join_choices(part.choices for part in own)).digest
             row = None if config is None or self.family in FAMILIES else self.family
             write_record(self.base, folder, config=config, row=row, layer_order=self.layer_order, space_digest=digest)
@@ -479,12 +487,7 @@ class Supernet:
                 f"{folder / SPACE_FILE} was made for another space than its ElasticConfig gives; save it again"
             )
         parent = record.get("parent")
-        if (folder / ADAPTER_FOLDER).is_dir():
-            warnings.warn(
-                f"{folder} holds adapters, which are not loaded with their base; put them onto it: "
-                f"hf_elastic.load_adapter(supernet.model, {str(folder / ADAPTER_FOLDER)!r})",
-                stacklevel=2,
-            )
+        warn_of_companions(folder, adapters=ADAPTER_FOLDER, routers=ROUTER_FOLDER)
         if isinstance(parent, str) and can_be_read(parent) and not (folder / "tokenizer_config.json").is_file():
             model.config._name_or_path = parent
         return supernet

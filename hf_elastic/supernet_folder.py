@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def read_record(folder: Path) -> dict[str, Any]:
                 f"{folder / name} is truncated or is not the file this supernet was saved with; copy the folder again"
             )
     return record
+
+
+def warn_of_companions(folder: Path, *, adapters: str, routers: str) -> None:
+    """Says how what stands beside a saved supernet, in folders of these names, is put onto it."""
+    for kind, name, function in (("adapters", adapters, "load_adapter"), ("routers", routers, "load_routers")):
+        if (folder / name).is_dir():
+            warnings.warn(
+                f"{folder} holds {kind}, which are not loaded with their base; put them onto it: "
+                f"hf_elastic.{function}(supernet.model, {str(folder / name)!r})",
+                stacklevel=3,
+            )
 
 
 def class_named(name: str) -> type[PreTrainedModel]:

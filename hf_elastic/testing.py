@@ -10,6 +10,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +27,15 @@ from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import ActivationError
 from hf_elastic.families import Family, family_of
 from hf_elastic.layers import Region, seeded, take_region
+from hf_elastic.models.elastic_routed import LAYOUTS
+from hf_elastic.models.elastic_routers import PERCENT, SUBLAYERS, TOKENS, Router
+from hf_elastic.routing import RoutingConfig, add_routing
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.training import FixedSubnet, RandomSubnet, SubnetSamplingCallback
 
 TOLERANCE = 1e-5
+_ROUTED_TOLERANCE = 2e-6  # experts and heads one by one sum in another order
 _MERGED_TOLERANCE = 5e-5  # W + s B A is rounded where W x + s B A x was not
 
 
@@ -47,6 +52,8 @@ class Case:
         tokens: length of the sequences.
         wrap: puts elastic adapters onto the model, such as ``lambda model: get_peft_model(model, config)``; freshly
             made they must change nothing.
+        routing: what of the model, with its adapters, is routed; nothing is frozen for it. Freshly made, routers must
+            change nothing.
     """
 
     make_model: Callable[[], PreTrainedModel]
@@ -55,6 +62,7 @@ class Case:
     sampled: int = 8
     tokens: int = 9
     wrap: Callable[[PreTrainedModel], nn.Module] | None = None
+    routing: RoutingConfig | None = None
     _seed: int = field(default=0)
 
     def model(self) -> PreTrainedModel:
@@ -63,7 +71,7 @@ class Case:
             return self.make_model().eval()
 
     def supernet(self) -> Supernet:
-        """Makes a new model elastic, in evaluation mode; the adapters that it has are not zero."""
+        """Makes a new model elastic, in evaluation mode; its adapters and routers are not as they began."""
         supernet = self.convert(self.model())
         generator = torch.Generator().manual_seed(self._seed)
         for part in supernet.adapter_parts:
@@ -71,6 +79,12 @@ class Case:
             for parameter in part.wrapper.parameters():
                 if id(parameter) not in base:
                     parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for routed in supernet.router_parts:
+            for parameter in routed.routers.parameters():
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.requires_grad_()
+        if supernet.router_parts and supernet.causal:
+            _set_thresholds(supernet, self.inputs(supernet.model, batch_size=8))
         return supernet
 
     def convert(self, model: PreTrainedModel) -> Supernet:
@@ -78,7 +92,10 @@ class Case:
         if self.config is not None or (self.wrap is None and model.config.model_type in ROLES):
             make_elastic(model, self.config, family=self.family)
         with seeded(self._seed):
-            return Supernet(model if self.wrap is None else self.wrap(model).eval())
+            whole = model if self.wrap is None else self.wrap(model).eval()
+        if self.routing is None:
+            return Supernet(whole)
+        return add_routing(whole, self.routing, seed=self._seed, freeze=False)
 
     def architectures(self, supernet: Supernet) -> list[Architecture]:
         """Largest, midpoint, smallest, and random ones."""
@@ -95,6 +112,28 @@ class Case:
         return {"input_ids": ids, "attention_mask": mask}
 
 
+def _set_thresholds(supernet: Supernet, inputs: dict[str, Tensor]) -> None:
+    """Sets what tokens of a causal model must exceed so that, on these inputs, about each capacity of them does."""
+    kept = inputs["attention_mask"].bool()
+    tokens = [(part, kind) for part in supernet.router_parts for kind in part.routers if kind in TOKENS]
+    for part, kind in tokens:
+        router: Router = part.routers[kind]
+        layout = LAYOUTS[part.layer.family.model_type]
+        name = layout.attention if SUBLAYERS[kind] == "attention" else layout.mlp_in
+        states: list[Tensor] = []
+
+        def note(module: nn.Module, args: Any, kwargs: Any, *, found: list[Tensor] = states) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = part.layer.layer.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+        with torch.no_grad():
+            supernet.base(**inputs)
+            scores = router(states[0])[kept].flatten()
+        hook.remove()
+        shares = torch.tensor([1 - value / PERCENT for value in router.values])
+        router.thresholds.copy_(scores.quantile(shares))
+
+
 def check_family(case: Case) -> None:
     """Runs every promise on a family.
 
@@ -108,7 +147,8 @@ def check_family(case: Case) -> None:
 def check_largest_is_parent(case: Case) -> None:
     """Promise 1: after conversion the largest architecture gives bit-identical outputs.
 
-    Of candidate blocks, moreover: each path gives what the static model of its own config does with its weights.
+    So it does, but for rounding, where everything goes through fresh routers. Of candidate blocks, moreover: each path
+    gives what the static model of its own config does with its weights.
     """
     model = case.model()
     inputs = case.inputs(model)
@@ -120,12 +160,33 @@ def check_largest_is_parent(case: Case) -> None:
     assert torch.equal(before, after), (
         f"promise 1: outputs moved by {_gap(before, after):.1e} when the model was converted"
     )
+    if supernet.router_parts:
+        with torch.no_grad(), _all_routed(supernet):
+            routed = model(**inputs)[0]
+        label = "promise 1: fresh routers that let everything in change the outputs"
+        _close(routed, before, label, mask=inputs["attention_mask"], tolerance=_ROUTED_TOLERANCE)
     for architecture in case.architectures(supernet) if supernet.block_parts else ():
         static = static_path(supernet, architecture)
         with torch.no_grad(), supernet.activate(architecture):
             got, wanted = model(**inputs)[0], static(**inputs)[0]
         label = f"promise 1: the path {architecture!r} differs from its static model"
         _close(got, wanted, label, mask=inputs["attention_mask"])
+
+
+@contextmanager
+def _all_routed(supernet: Supernet) -> Iterator[None]:
+    """Lets sublayers follow their routers at full capacity too, where these let everything in."""
+    held = [part.routers for part in supernet.router_parts]
+    for routers in held:
+        routers.__dict__["routes"] = lambda *kinds, known=frozenset(routers): bool(known.intersection(kinds))
+        for kind in routers if routers.causal else ():
+            if kind in TOKENS:
+                routers[kind].thresholds.fill_(-torch.inf)
+    try:
+        yield
+    finally:
+        for routers in held:
+            del routers.__dict__["routes"]
 
 
 def static_path(supernet: Supernet, architecture: Architecture) -> PreTrainedModel:

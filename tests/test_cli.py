@@ -176,7 +176,7 @@ def test_an_interrupted_family_says_how_it_goes_on(
 
     monkeypatch.setattr("hf_elastic.pipeline.goal.measure_latency_table", interrupted)
     ended = command("family", finished.with_name("small.run"), "--speedup", "1.2", "--output", tmp_path / "sizes")
-    assert (ended.code, ended.err) == (130, "hf-elastic: interrupted; the same command goes on where it was\n")
+    assert (ended.code, ended.err) == (130, "hf-elastic: interrupted; run the same command again to go on\n")
 
 
 @pytest.mark.parametrize("point", ["largest", "midpoint", "smallest", "json", "file"])
@@ -390,7 +390,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("hf_elastic.pipeline.run.near_limit", interrupted)
         ended = command(*arguments)
-    assert (ended.code, ended.err) == (130, "hf-elastic: interrupted; the same command goes on where it was\n")
+    assert (ended.code, ended.err) == (130, "hf-elastic: interrupted; run the same command again to go on\n")
     assert command(*arguments).code == 0
 
 

@@ -32,7 +32,8 @@ LAYERS = (
     },
     {
         "families", "parts", "activation", "supernet", "declaration", "conversion", "importance", "costs", "streams",
-        "fingerprints", "blocks", "routers", "supernet_folder", "fusion",
+        "fingerprints", "blocks", "routers", "routers_folder", "supernet_folder",
+        "fusion",
     },
     STRANGERS,
     {"repair", "spaces"},

@@ -114,7 +114,8 @@ def described_base(
 
 
 def _space(layers: Sequence[LayerPart]) -> str | None:
-    return SearchSpace(join_choices(part.choices for part in layers)).digest if layers else None
+    choices = join_choices(part.choices for part in layers)
+    return SearchSpace(choices).digest if choices else None  # layers may leave nothing to choose, or there are none
 
 
 def check_base(

@@ -18,10 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from hf_elastic import costs
 from hf_elastic.checkpoint.companions import MODULES, TOKENIZER_FILES, copy_companions
 from hf_elastic.checkpoint.extraction import extract
+from hf_elastic.checkpoint.router_extraction import Decisions, check_calibrated, routers_in_use
 from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
 from hf_elastic.layers import evaluating
 from hf_elastic.models import MODEL_TYPES
+from hf_elastic.models.elastic_routed_models import routers_of
 from hf_elastic.packed_format import integer_bits, quantised_layers, write_weights
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Loadability, Supernet
@@ -50,7 +52,7 @@ class ExportReport:
         files: names of the files copied from the parent (tokenizer, chat template, sentence-transformers
             modules).
         max_difference: largest |difference| of outputs between the extracted model and the supernet, on token
-            ids.
+            ids; where routers of the two decide otherwise about tokens that are as good as equal, with one's decisions.
         macs: of one forward over ``macs_seq_len`` tokens; ``None`` in a report that was put together from records.
         macs_seq_len: tokens at which MACs are stated everywhere, also beyond the positions of the model.
         sparsity: share of zeros in the linear layers, the output head left out.
@@ -109,8 +111,8 @@ def export(
 
     Raises:
         ArchitectureError: the architecture is not a point of the space.
-        ExportError: the form cannot hold it, the written model would not equal the subnet, or ``model`` is of another
-            class or of other shapes.
+        ExportError: the form cannot hold it, the written model would not equal the subnet, ``model`` is of another
+            class or of other shapes, or a causal model's routers of tokens were not calibrated.
         CheckpointError: the folder cannot be written, or transformers refuses to write the generation config;
             nothing is left half-written.
     """
@@ -118,6 +120,7 @@ def export(
     form = loadability or _form_of(model, supernet) or supernet.loadability(point)
     if loadability is None and merge is False and form == "stock-padded":
         form = "remote-code"  # the form that the extracted adapter fits
+    check_calibrated(supernet, point)
     parent = str(source or supernet.base.config._name_or_path or "")
     with whole_folder(directory, overwrite=overwrite) as folder:
         save_generation_config(supernet.base, folder)
@@ -229,15 +232,24 @@ def zero_share(model: PreTrainedModel) -> float:
 
 
 def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrainedModel, *, merged: bool) -> float:
-    """Compares the extracted model with the supernet on token ids before anything is written."""
+    """Compares the extracted model with the supernet on token ids before anything is written.
+
+    Where rounding lets routers decide otherwise about tokens that are as good as equal, the extracted model is asked
+    again with the decisions of the supernet.
+    """
     inputs = costs.default_inputs(supernet, seq_len=32)
+    decisions = Decisions()
     with evaluating(supernet.model), torch.inference_mode(), supernet.activate(architecture):
-        with nullcontext() if merged else supernet.plain():
+        with nullcontext() if merged else supernet.plain(), decisions.noted(routers_in_use(supernet, architecture)):
             wanted = supernet.base(**inputs)[0]
         got = model(**inputs)[0]
-    difference, scale = float((wanted - got).abs().max()), float(wanted.abs().max())
-    allowed = _TOLERANCE.get(wanted.dtype, 5e-2) * (_ROUNDED_AGAIN if merged else 1)
-    if not difference <= allowed * max(scale, 1e-6):
+        scale, allowed = float(wanted.abs().max()), _TOLERANCE.get(wanted.dtype, 5e-2)
+        limit = allowed * (_ROUNDED_AGAIN if merged else 1) * max(scale, 1e-6)
+        difference = float((wanted - got).abs().max())
+        if decisions.known and not difference <= limit:
+            with decisions.repeated(routers_of(model)):
+                difference = float((wanted - model(**inputs)[0]).abs().max())
+    if not (difference <= limit and decisions.agree):
         raise ExportError(
             f"the extracted model differs from the subnet by {difference:.2e} (outputs up to {scale:.2e}), "
             "nothing was written; please report this with the model's config"

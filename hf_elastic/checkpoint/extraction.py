@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from hf_elastic.checkpoint.block_extraction import block_model
 from hf_elastic.checkpoint.merging import base_weights, check_merge
+from hf_elastic.checkpoint.router_extraction import check_routed_form, stated_routing
 from hf_elastic.checkpoint.static_form import static_class, static_config, static_state_dict
 from hf_elastic.errors import ExportError
 from hf_elastic.layers import Region, take_region
@@ -36,7 +37,8 @@ def extract(
 ) -> PreTrainedModel:
     """Copies a subnet into a model of its own, compact: nothing of it is larger than the subnet.
 
-    Layers skipped as a whole are dropped and the others renumbered. The model equals the supernet with the
+    Layers skipped as a whole are dropped and the others renumbered; routers go with the layers in which something is
+    routed. The model equals the supernet with the
     architecture active (fp32: within 1e-5 · max|logit|), is in evaluation mode, on the supernet's device and
     in its dtype, and shares no memory with it.
 
@@ -44,7 +46,8 @@ def extract(
         supernet: where from; unchanged.
         architecture: what.
         loadability: form of the result. By default the stock class if it holds the subnet, else the static
-            class (``remote-code``); ``stock-padded`` gives the stock class, padded with zeros.
+            class (``remote-code``), the only one that holds routers; ``stock-padded`` gives the stock class, padded
+            with zeros.
         merge: what becomes of adapters, to be said where the model has such: ``True``: those in use are merged into
             the weights, ``W + s B A`` of the active rank; ``False``: they are left out
             (:func:`hf_elastic.extract_adapter` gives them). SparsePEFT's keep every zero of the base and
@@ -62,6 +65,7 @@ def extract(
     point = supernet.point(architecture)
     natural = supernet.loadability(point)
     form = loadability or ("stock" if natural == "stock" else "remote-code")
+    check_routed_form(supernet, point, form)
     _check_form(supernet, form, natural)
     check_merge(supernet, merge, form=form, allow_dense=allow_dense)
     with supernet.plain() as parent:
@@ -74,7 +78,9 @@ def extract(
             return _with_grids(type(parent), copy.deepcopy(parent.config), state=weights, parent=parent)
         cut = _Cut.of(supernet, point, merge=bool(merge))
         if form == "remote-code":
-            return _static_model(supernet, cut, cut.state_dict(None))
+            routing, routers = stated_routing(supernet, point, [part for part, _ in cut.kept])
+            state = cut.state_dict(None) | {cut.prefix + name: tensor for name, tensor in routers.items()}
+            return _static_model(supernet, cut, state, routing=routing)
         target = cut.kept[0][1] if form == "stock" else _padded_shape(supernet, cut)
         state = cut.state_dict(target if form == "stock-padded" else None)
         return build_model(type(parent), _stock_config(supernet, cut, target), state=state, parent=parent)
@@ -246,7 +252,9 @@ def _stock_config(supernet: Supernet, cut: _Cut, shape: LayerShape) -> PreTraine
     return config
 
 
-def _static_model(supernet: Supernet, cut: _Cut, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+def _static_model(
+    supernet: Supernet, cut: _Cut, weights: Mapping[str, Tensor], *, routing: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     row, parent = supernet.family, supernet.base
     source = copy.deepcopy(parent.config)
     types = getattr(source, "layer_types", None)
@@ -263,7 +271,7 @@ def _static_model(supernet: Supernet, cut: _Cut, weights: Mapping[str, Tensor]) 
             entry["num_key_value_heads"] = shape.num_key_value_heads
         skipped = [kind for kind, there in (("attention", shape.attention), ("mlp", shape.mlp)) if not there]
         per_layer[number] = {**entry, **({"skip": skipped} if skipped else {})}
-    config = static_config(source, per_layer, parent=parent)
+    config = static_config(source, per_layer, parent=parent, routing=routing)
     state = static_state_dict(parent, weights)
     return build_model(static_class(parent), config, state=state, parent=parent)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hf_elastic.errors import ExportError
+from hf_elastic.layers import PartHolder
 from hf_elastic.packed_format import is_quantised
 from hf_elastic.parts import AdapterPart
 from hf_elastic.quantgrid import pruned_share
@@ -23,6 +24,7 @@ def check_merge(supernet: Supernet, merge: bool | None, *, form: str, allow_dens
     Raises:
         ExportError: it would.
     """
+    _check_wrappers(supernet)
     parts = supernet.adapter_parts
     if not parts:
         if merge:
@@ -49,6 +51,15 @@ def check_merge(supernet: Supernet, merge: bool | None, *, form: str, allow_dens
     for part in parts if merge else ():
         if part.in_use:
             _check_kept(part, names[id(part.base)], allow_dense=allow_dense)
+
+
+def _check_wrappers(supernet: Supernet) -> None:
+    """Refuses a model with adapters that are no elastic parts, of which an extraction knows nothing."""
+    for name, module in supernet.base.named_modules():
+        if "base_layer" in dict(module.named_children()) and not isinstance(module, PartHolder):
+            raise ExportError(
+                f"{name} is a stock {type(module).__name__}, which no extraction carries; call merge_and_unload() first"
+            )
 
 
 def _check_kept(part: AdapterPart, name: str, *, allow_dense: bool) -> None:

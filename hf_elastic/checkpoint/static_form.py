@@ -80,7 +80,11 @@ def static_class(stock_model: StockModel) -> type[PreTrainedModel]:
 
 
 def static_config(
-    config: PreTrainedConfig, per_layer: Mapping[int, Mapping[str, Any]], *, parent: StockModel | None = None
+    config: PreTrainedConfig,
+    per_layer: Mapping[int, Mapping[str, Any]],
+    *,
+    parent: StockModel | None = None,
+    routing: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """Translates a stock config into the static one of its family, with per-layer shapes.
 
@@ -92,6 +96,7 @@ def static_config(
             (out of ``attention`` and ``mlp``); a layer, or a size, that is not given is the config's.
         parent: the stock model, of which a BERT or RoBERTa base model may lack the pooler. By default it is taken to
             have one.
+        routing: routers by layer, see :class:`~hf_elastic.models.configuration_elastic_bert.ElasticBertConfig`.
 
     Raises:
         ExportError: the family has no static class, the static class cannot do what the config asks for, or a layer's
@@ -112,6 +117,7 @@ def static_config(
         for number, layer in per_layer.items()
     }
     kind = config_class(target)
+    fields |= {} if routing is None else {"routing": dict(routing)}
     fields["per_layer_config"] = _fold_shared_sizes(fields, layers, names=kind.per_layer_names) or None
     try:
         return kind(**fields)

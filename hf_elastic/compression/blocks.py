@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_elastic.errors import CompressionError, DataError, UnsupportedModelError
 from hf_elastic.families import Family, family_of, layers_of
 from hf_elastic.layers import PartHolder, evaluating
+from hf_elastic.models.elastic_routers import LayerRouters
 from hf_elastic.packed_format import is_quantised
+from hf_elastic.routers import require_unrouted
 from hf_elastic.streams import MEMORY_LIMIT, Batch, HiddenStates, LayerRunner, checked_batches
 from hf_elastic.supernet import Supernet
 
@@ -179,11 +181,12 @@ def check_compressible(model: nn.Module, *, what: str) -> PreTrainedModel:
     """Refuses what cannot be compressed in place.
 
     Raises:
-        UnsupportedModelError: no transformers model, one with adapters, or a quantised one.
+        UnsupportedModelError: no transformers model, one with adapters or routers, or a quantised one.
         CompressionError: a parameter is NaN or infinite.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{what} takes a transformers model without adapters, got a {type(model).__name__}")
+    require_unrouted(model, what)
     for name, module in model.named_modules():
         if "base_layer" in dict(module.named_children()):
             raise UnsupportedModelError(f"{name} has an adapter, whose base {what} would change; do it before adapters")
@@ -225,7 +228,8 @@ def by_pattern(given: Mapping[str, Any], names: Sequence[str], *, what: str) -> 
 
 
 def projection_names(model: PreTrainedModel, family: Family | None) -> dict[str, nn.Module]:
-    """The linear layers inside the blocks, by name."""
-    names = {id(module): name for name, module in model.named_modules()}
+    """The linear layers inside the blocks, by name; those of routers are none."""
     layers = layers_of(model, family_of(model, family))
-    return {names[id(m)]: m for m in layers.modules() if isinstance(m, nn.Linear | Conv1D)}
+    routers = {id(m) for held in layers.modules() if isinstance(held, LayerRouters) for m in held.modules()}
+    names = {id(module): name for name, module in model.named_modules() if id(module) not in routers}
+    return {names[id(m)]: m for m in layers.modules() if isinstance(m, nn.Linear | Conv1D) and id(m) in names}

@@ -13,7 +13,10 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-_SHARED = ("elastic_layers", "elastic_blocks")
+_SHARED = (
+    "elastic_layers", "elastic_blocks", "elastic_mixins", "elastic_routing", "elastic_routers", "elastic_routed",
+    "elastic_routed_attention", "elastic_routed_cache", "elastic_routed_models",
+)  # fmt: skip
 _FURTHER = {"elastic_bert": ("elastic_bert_layers",), "elastic_gpt2": ("elastic_gpt2_layers",)}
 _FAMILIES = ("bert", "llama", "gpt2")
 MODEL_TYPES = tuple(f"elastic_{family}" for family in _FAMILIES)

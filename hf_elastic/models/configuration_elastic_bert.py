@@ -42,6 +42,9 @@ class ElasticBertConfig(PerLayerShapes, BertConfig):
         candidate_widths: per layer and candidate, the width that is in use; by default all.
         candidate_heads: per layer and candidate, which heads are in use: ``None`` for all, a list of those that stay,
             or into how many heads all the weights are split.
+        routing: routers of ElastiFormer by layer: ``{"layers": {"0": {"hidden": None, "mlp_tokens": {"of": 100,
+            "values": [80, 100], "active": 80}, "experts": {...}}}}``, with ``attention_tokens`` and ``heads`` alike.
+            Tokens are per cent; heads are all (groups of) heads that a layer has, experts runs of its FFN neurons.
     """
 
     model_type = "elastic_bert"
@@ -77,6 +80,7 @@ class ElasticBertConfig(PerLayerShapes, BertConfig):
     candidate_blocks: list[str] | None = None
     candidate_widths: list[list[int]] | None = None
     candidate_heads: list[list[list[int] | int | None]] | None = None
+    routing: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:

@@ -22,6 +22,7 @@ class ElasticGPT2Config(PerLayerShapes, GPT2Config):
         n_inner: FFN width; by default ``4 * n_embd``.
         block, bottleneck_size, bottleneck_head_dim, bottleneck_act, candidate_blocks, candidate_widths,
             candidate_heads: as in ``elastic_bert``; the blocks are causal and pre-norm here, with GPT-2's LayerNorm.
+        routing: routers by layer, as in ``elastic_bert``.
     """
 
     model_type = "elastic_gpt2"
@@ -42,6 +43,7 @@ class ElasticGPT2Config(PerLayerShapes, GPT2Config):
     candidate_blocks: list[str] | None = None
     candidate_widths: list[list[int]] | None = None
     candidate_heads: list[list[list[int] | int | None]] | None = None
+    routing: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:

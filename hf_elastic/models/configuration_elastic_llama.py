@@ -25,6 +25,7 @@ class ElasticLlamaConfig(PerLayerShapes, LlamaConfig):
         sliding_window: tokens that a layer of type ``sliding_attention`` sees.
         layer_types: ``full_attention`` or ``sliding_attention`` for each layer; by default all sliding if there is a
             ``sliding_window``, as in Mistral, else all full.
+        routing: routers by layer, as in ``elastic_bert``.
     """
 
     model_type = "elastic_llama"
@@ -49,6 +50,7 @@ class ElasticLlamaConfig(PerLayerShapes, LlamaConfig):
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
+    routing: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention_output_bias is None:

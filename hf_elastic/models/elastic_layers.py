@@ -6,6 +6,7 @@ This file travels with a checkpoint as remote code: it imports nothing but trans
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .elastic_blocks import check_blocks, complete_blocks, head_size
+from .elastic_routing import check_routing, with_text_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as Base
@@ -30,8 +31,11 @@ class PerLayerShapes(Base):
     per_layer_extras: ClassVar[tuple[str, ...]] = ()
     # Auto class -> "file.Class", what a checkpoint lists for processes without hf_elastic.
     auto_classes: ClassVar[dict[str, str]]
+    # Routers by layer, see elastic_routing.py.
+    routing: dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.routing = with_text_numbers(self.routing)
         shapes = kwargs.get("per_layer_config")
         if shapes is not None:
             names = self.per_layer_names
@@ -74,6 +78,14 @@ class PerLayerShapes(Base):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; a sublayer is left out by skip")
         if self.per_layer_extras:
             check_blocks(self)
+
+    def validate_routing(self) -> None:
+        """Checks what ``routing`` says.
+
+        Raises:
+            ValueError: see :func:`~hf_elastic.models.elastic_routing.check_routing`.
+        """
+        check_routing(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as a dict, the depth of layers that differ under its common name too.

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward as bert_eager
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward as gpt2_eager
@@ -22,6 +21,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from transformers.pytorch_utils import Conv1D
 
 from .elastic_mixins import Mixin
+from .elastic_routed_cache import Gathered, ScatteringCache, has_gaps, is_fresh, note_gaps, present_keys
 from .elastic_routers import Decision, LayerRouters, Observation
 
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -47,83 +47,6 @@ class Call:
     rest: dict[str, Any]
 
 
-class Gathered:
-    """Tokens ``(B, T)`` that enter, gathered into ``(B, n)``: those of each row first, then such as do not enter.
-
-    Attributes:
-        order: ``(B, n)`` places of the tokens.
-        filled: ``(B, n)`` whether there is a token that enters.
-    """
-
-    def __init__(self, keep: torch.Tensor) -> None:
-        counts = keep.sum(-1)  # (B,)
-        longest = int(counts.max())
-        self.keep = keep
-        self.order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[:, :longest]  # (B, n)
-        self.filled = torch.arange(longest, device=keep.device) < counts[:, None]  # (B, n)
-        self.whole = bool((counts == longest).all())
-        self.rows = torch.arange(keep.shape[0], device=keep.device)[:, None]  # (B, 1)
-
-    def take(self, values: torch.Tensor) -> torch.Tensor:
-        """``(B or 1, T, ...) -> (B, n, ...)``."""
-        return values.expand(self.keep.shape[0], *values.shape[1:])[self.rows, self.order]
-
-    def put(self, values: torch.Tensor) -> torch.Tensor:
-        """``(B, n, ...) -> (B, T, ...)``, zero where no token entered."""
-        result = values.new_zeros(*self.keep.shape, *values.shape[2:])
-        rows, columns = self.filled.nonzero(as_tuple=True)
-        result[rows, self.order[rows, columns]] = values[rows, columns]
-        return result
-
-
-class ScatteringCache:
-    """Stands for a KV cache while attention runs on gathered tokens: the cache gets a place for every token.
-
-    Args:
-        cache: the real one.
-        tokens: where the gathered ones stand.
-        alone: whether attention is over the gathered tokens only, since the cache was empty.
-    """
-
-    def __init__(self, cache: Any, tokens: Gathered, *, alone: bool) -> None:
-        self.cache, self.tokens, self.alone = cache, tokens, alone
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Writes ``(B, K, n, d)`` to the places of the tokens, zeros to the others."""
-        spread = [self.tokens.put(part.transpose(1, 2)).transpose(1, 2) for part in (keys, values)]  # (B, K, T, d)
-        whole = self.cache.update(*spread, layer_idx, *args, **kwargs)
-        return (keys, values) if self.alone else whole
-
-
-def present_keys(cache: Any, layer_idx: int, keep: torch.Tensor) -> torch.Tensor:
-    """Which of the keys that an update returns are of tokens that entered, ``(B, S)``.
-
-    Args:
-        cache: before the update with the tokens that are run now.
-        layer_idx: its layer.
-        keep: ``(B, T)`` of these tokens, which enter.
-
-    Raises:
-        ValueError: the cache does not keep keys as they are.
-    """
-    layer = cache.layers[layer_idx]
-    if not isinstance(layer, DynamicLayer | StaticLayer):
-        raise ValueError(
-            f"routed attention finds out from its keys which tokens entered, a {type(layer).__name__} does not keep "
-            "them; use a DynamicCache or a StaticCache"
-        )
-    if not layer.is_initialized or layer.keys is None or not layer.keys.numel():
-        if isinstance(layer, StaticLayer):
-            return nn.functional.pad(keep, (0, layer.max_cache_len - keep.shape[1]))
-        return keep
-    before = layer.keys.ne(0).any(-1).any(1)  # (B, S')
-    if isinstance(layer, StaticLayer):
-        start = int(layer.get_seq_length())
-        before[:, start : start + keep.shape[1]] = keep
-        return before
-    return torch.cat([before, keep], dim=1)
-
-
 def joined_mask(mask: torch.Tensor | None, seen: torch.Tensor) -> torch.Tensor:
     """A mask in which what is not ``seen`` (broadcast to ``(B, 1, T, S)``) is hidden too."""
     if mask is None or mask.dtype == torch.bool:
@@ -140,9 +63,11 @@ class RoutedAttention(Mixin):
     """The attention of a pre-norm layer, whose result is added to the residual stream."""
 
     routers: LayerRouters
+    layer_idx: int
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.routers.routes("attention_tokens", "heads") or not hidden_states.numel():
+        gaps = has_gaps(kwargs.get("past_key_values"), self.layer_idx)
+        if not (gaps or self.routers.routes("attention_tokens", "heads")) or not hidden_states.numel():
             return super().forward(hidden_states, *args, **kwargs)
         if args:
             raise TypeError("routed attention takes its arguments by keyword, as the layers of transformers give them")
@@ -166,9 +91,9 @@ class RoutedAttention(Mixin):
 
 
 class RoutedPostNormAttention(Mixin):
-    """The attention sublayer of a post-norm encoder; tokens that do not enter stay as they are.
+    """The attention sublayer of a post-norm layer: the norm of ``x + g A(x)`` for a token of weight ``g``.
 
-    A token of weight ``g`` becomes ``x + g (S(x) - x)``, with the norm in the sublayer ``S``.
+    For the others it is the norm of ``x``, see :class:`~hf_elastic.models.elastic_routed.RoutedOutput`.
     """
 
     routers: LayerRouters
@@ -180,20 +105,21 @@ class RoutedPostNormAttention(Mixin):
         if not self.routers.routes("attention_tokens", "heads") or not hidden_states.numel():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         call = Call(hidden_states, attention_mask, cache=None, rotation=None, rest=kwargs)
-        result = hidden_states + run_routed(self, call, self.attended)
+        update = run_routed(self, call, self.attended)
+        children: Any = dict(self.named_children())
+        result = children["output"].LayerNorm(update + hidden_states)
         return (result, None) if self.layout.attention_outputs == 2 else result
 
     def attended(self, call: Call) -> torch.Tensor:
-        """What the sublayer changes in all tokens of a call."""
+        """What attention adds to all tokens of a call."""
+        children: Any = dict(self.named_children())
+        core, output = children["self"], children["output"]
         if self.routers.routes("heads"):
-            children: Any = dict(self.named_children())
-            output = children["output"]
-            mixed = served_by_heads(children["self"], call, self.routers, out=output.dense)
-            result = output.LayerNorm(output.dropout(mixed) + call.states)
+            mixed = served_by_heads(core, call, self.routers, out=output.dense)
         else:
-            result = super().forward(call.states, call.mask, **call.rest)
-            result = result[0] if isinstance(result, tuple) else result
-        return result - call.states
+            mixed = output.dense(core(call.states, attention_mask=call.mask, **call.rest)[0])
+        result: torch.Tensor = output.dropout(mixed)
+        return result
 
 
 def run_routed(module: Any, call: Call, attend: Callable[[Call], torch.Tensor]) -> torch.Tensor:
@@ -215,8 +141,9 @@ def run_routed(module: Any, call: Call, attend: Callable[[Call], torch.Tensor]) 
             f"routed attention runs with attn_implementation {' or '.join(IMPLEMENTATIONS)}, this model has "
             f"{implementation!r}; call model.set_attn_implementation('sdpa')"
         )
+    fresh = call.cache is None or is_fresh(call.cache, core.layer_idx)
     if not routers.routes("attention_tokens"):
-        return attend(call)
+        return attend(call if fresh or not has_gaps(call.cache, core.layer_idx) else _seeing_entered(core, call))
     decision = routers.choose_tokens("attention_tokens", call.states)
     if module.training:
         masked = replace(call, mask=_learning_mask(call, decision.keep, causal=routers.causal))
@@ -227,13 +154,12 @@ def run_routed(module: Any, call: Call, attend: Callable[[Call], torch.Tensor]) 
     if not tokens.order.shape[1]:
         _write_nothing(core, call)
         return torch.zeros_like(call.states)
-    alone = call.cache is None or _is_fresh(call.cache, core.layer_idx)
-    mask = _gathered_mask(call, tokens, causal=routers.causal, layer_idx=None if alone else core.layer_idx)
+    mask = _gathered_mask(call, tokens, causal=routers.causal, layer_idx=None if fresh else core.layer_idx)
     gathered = replace(
         call,
         states=tokens.take(call.states),
         mask=_for_implementation(mask, implementation, call.states.dtype),
-        cache=None if call.cache is None else ScatteringCache(call.cache, tokens, alone=alone),
+        cache=None if call.cache is None else ScatteringCache(call.cache, tokens, alone=fresh),
         rotation=None if call.rotation is None else (tokens.take(call.rotation[0]), tokens.take(call.rotation[1])),
     )
     factors = tokens.take(decision.weight).to(call.states.dtype)
@@ -252,12 +178,11 @@ def _learning_mask(call: Call, keep: torch.Tensor, *, causal: bool) -> torch.Ten
     return joined_mask(call.mask, seen)
 
 
-def _is_fresh(cache: Any, layer_idx: int) -> bool:
-    """Whether a layer of a cache is empty and will hold exactly what it is given."""
-    layers = cache.layers
-    if layer_idx < len(layers) and not isinstance(layers[layer_idx], DynamicLayer):
-        return False
-    return int(cache.get_seq_length(layer_idx)) == 0
+def _seeing_entered(core: Any, call: Call) -> Call:
+    """A call at full capacity whose tokens do not see those that did not enter when the capacity was lower."""
+    everything = Gathered(torch.ones(call.states.shape[:2], dtype=torch.bool, device=call.states.device))
+    mask = _gathered_mask(call, everything, causal=True, layer_idx=core.layer_idx)
+    return replace(call, mask=_for_implementation(mask, core.config._attn_implementation, call.states.dtype))
 
 
 def _write_nothing(core: Any, call: Call) -> None:
@@ -271,6 +196,7 @@ def _write_nothing(core: Any, call: Call) -> None:
     heads = outputs // size // (3 if kind == "gpt2" else 1)
     zeros = call.states.new_zeros(call.states.shape[0], heads, call.states.shape[1], size)  # (B, K, T, d)
     call.cache.update(zeros, zeros, core.layer_idx)
+    note_gaps(call.cache, core.layer_idx)
 
 
 def _gathered_mask(call: Call, tokens: Gathered, *, causal: bool, layer_idx: int | None) -> torch.Tensor | None:
@@ -361,7 +287,8 @@ def _grouped_heads(heads: "_Heads", call: Call, decision: Decision, *, routers: 
         if by_group is None:
             result[places, group * mixed.shape[1] : (group + 1) * mixed.shape[1]] = mixed
         else:
-            result.index_add_(0, places, nn.functional.linear(mixed, by_group[:, group]))
+            served = nn.functional.linear(mixed, by_group[:, group])
+            result.index_add_(0, places, served.to(result.dtype))  # autocast has a dtype of its own
         total += len(places)
     routers.observe(Observation("heads", decision, total, held=heads.width // heads.size))
     if by_group is None:

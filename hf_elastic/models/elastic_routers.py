@@ -52,6 +52,10 @@ class Observation:
     held: int = 0
 
 
+class RouterScores(nn.Linear):
+    """The linear that scores; a model that initialises its weights leaves it at zero."""
+
+
 class Router(nn.Module):
     r"""Scores of one decision: :math:`z = W x + b`, or with a hidden layer :math:`z = W\,\mathrm{GELU}(V x + c) + b`.
 
@@ -80,20 +84,29 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.of, self.values = of, tuple(values)
-        self.hidden = None if hidden is None else nn.Linear(hidden_size, hidden)
-        self.scores = nn.Linear(hidden_size if hidden is None else hidden, 1 if tokens else of)
+        exact = torch.float32  # whatever precision a model around is made in
+        self.hidden = None if hidden is None else nn.Linear(hidden_size, hidden, dtype=exact)
+        self.scores = RouterScores(hidden_size if hidden is None else hidden, 1 if tokens else of, dtype=exact)
         nn.init.zeros_(self.scores.weight)
         nn.init.zeros_(self.scores.bias)
-        self.scores._is_hf_initialized = True  # type: ignore[assignment]
-        self.register_buffer("thresholds", torch.full((len(self.values),), torch.nan) if thresholds else None)
+        unknown = torch.full((len(self.values),), torch.nan, dtype=exact)
+        self.register_buffer("thresholds", unknown if thresholds else None)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Scores ``(..., 1)`` or ``(..., U)`` of states ``(..., D)``, in float32 whatever the precision around is."""
+    def forward(self, states: torch.Tensor, units: int | None = None) -> torch.Tensor:
+        """Scores of states ``(..., D)``, in float32 whatever the precision around is.
+
+        Args:
+            states: of tokens.
+            units: how many units there are now, the first ones.
+
+        Returns:
+            ``(..., 1)`` or ``(..., U)``.
+        """
         with torch.autocast(states.device.type, enabled=False):
             states = states.float()
             if self.hidden is not None:
                 states = nn.functional.gelu(_linear(self.hidden, states))
-            return _linear(self.scores, states)
+            return _linear(self.scores, states, rows=units)
 
     def threshold(self, value: int) -> torch.Tensor:
         """The score that a token must exceed at one of ``values``, a scalar.
@@ -110,8 +123,8 @@ class Router(nn.Module):
         return found
 
 
-def _linear(module: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(states, module.weight.float(), module.bias.float())
+def _linear(module: nn.Linear, states: torch.Tensor, *, rows: int | None = None) -> torch.Tensor:
+    return nn.functional.linear(states, module.weight[:rows].float(), module.bias[:rows].float())
 
 
 class RoutingContext:
@@ -149,6 +162,10 @@ class RoutingContext:
                 "routing by row must know which tokens are padding; give attention_mask of shape (batch, tokens)"
             )
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: nothing of the forward that is running, whose graph cannot be copied."""
+        return {**vars(self), "_mask": None, "losses": {}}
 
     def add_loss(self, kind: str, loss: torch.Tensor) -> None:
         """Adds a router's loss to those of the forward that is running."""
@@ -197,8 +214,13 @@ class LayerRouters(nn.ModuleDict):
         return router
 
     def routes(self, *kinds: str) -> bool:
-        """Whether one of these kinds is routed now, that is, below its full capacity."""
-        return any(kind in self and self.active[kind] < self[kind].of for kind in kinds)
+        """Whether one of these kinds is routed now, that is, not all tokens are to enter or not all units to serve."""
+        return any(kind in self and self._below(kind) for kind in kinds)
+
+    def _below(self, kind: str) -> bool:
+        if kind in UNITS:
+            return self.units(kind) < self.available[kind]
+        return self.active[kind] < self[kind].of
 
     def units(self, kind: str) -> int:
         """How many heads or experts serve a token now: the share that ``active`` is of all, of those available."""
@@ -208,12 +230,15 @@ class LayerRouters(nn.ModuleDict):
     def choose_tokens(self, kind: str, states: torch.Tensor) -> Decision:
         r"""Decides which tokens of states ``(B, T, D)`` enter a sublayer.
 
-        A token's update is weighted by :math:`2\sigma(z)`, which is 1 for a score of 0 and lets gradients reach the
-        router. In training, and in encoders always, those with the highest scores of each row enter: ``capacity`` of
-        its tokens that are not padding, rounded to the nearest, at least one; of equal scores the first. In a causal
-        model that would need tokens to come; there a token enters if its score exceeds the calibrated threshold. In
-        training, scores learn to tell the two apart by a binary cross entropy; the paper's threshold is unknown, ours
-        is, for this loss, the one that as many tokens of the whole batch exceed.
+        A token's update is weighted by :math:`g = c + (1 - c)\,2\sigma(z)`, which is 1 for a score of 0 and at full
+        capacity :math:`c`, and lets gradients reach the router. (The paper's weights are not known; with
+        :math:`2\sigma(z)` alone a router that learns for half of the tokens spoils what nearly all of them give.)
+
+        In training, and in encoders always, those with the highest scores of each row enter: ``capacity`` of its tokens
+        that are not padding, rounded to the nearest, at least one; of equal scores the first. In a causal model that
+        would need tokens to come; there a token enters if its score exceeds the calibrated threshold. In training,
+        scores learn to tell the two apart by a binary cross entropy; the paper's threshold is unknown, ours is, for
+        this loss, the one that as many tokens of the whole batch exceed.
         """
         router, capacity = self[kind], self.active[kind]
         by_rank = self.training or not self.causal
@@ -226,29 +251,32 @@ class LayerRouters(nn.ModuleDict):
             keep = keep if real is None else keep & real
         if self.training and self.causal and torch.is_grad_enabled():
             self.context.add_loss("tokens", _rank_loss(scores, keep, real))
-        return Decision(keep, 2 * scores.sigmoid())
+        return Decision(keep, _blended(2 * scores.sigmoid(), capacity / PERCENT))
 
     def choose_units(self, kind: str, states: torch.Tensor) -> Decision:
         r"""Decides which of ``U`` heads or experts serve each token of states ``(..., D)``.
 
-        Those with the highest scores, of equal ones the first; each is weighted by :math:`U\,\mathrm{softmax}(z)`,
-        which is 1 for equal scores. In training the load-balancing loss of Switch Transformers (arXiv 2101.03961,
-        equation 4) is noted, with the share of decisions instead of that of tokens.
+        Those with the highest scores, of equal ones the first; with a share of :math:`c` each is weighted by
+        :math:`c + (1 - c)\,U\,\mathrm{softmax}(z)`, which is 1 for equal scores and where all serve. In training the
+        load-balancing loss of Switch Transformers (arXiv 2101.03961, equation 4) is noted, with the share of decisions
+        instead of that of tokens.
         """
         count, there = self.units(kind), self.available[kind]
-        scores = self[kind](states)[..., :there]  # (..., U)
+        scores = self[kind](states, there)  # (..., U)
         shares = scores.softmax(-1)
         keep = torch.zeros_like(scores, dtype=torch.bool)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         keep.scatter_(-1, order[..., :count], True)
         if self.training and torch.is_grad_enabled():
             self.context.add_loss("balance", self._balance_loss(keep, shares))
-        return Decision(keep, there * shares)
+        return Decision(keep, _blended(there * shares, count / there))
 
     def _balance_loss(self, keep: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """``U * sum_u f_u P_u``: 1 where decisions are spread evenly."""
         real = self.context.real(shares, needed=True)
         chosen, wanted = (t.flatten(0, -2) if real is None else t[real] for t in (keep.float(), shares))  # (N, U)
+        if not len(chosen):  # nothing but padding
+            return shares.sum() * 0
         spread = chosen.mean(0) / chosen.mean(0).sum()
         return keep.shape[-1] * (spread * wanted.mean(0)).sum()
 
@@ -256,6 +284,11 @@ class LayerRouters(nn.ModuleDict):
         """Tells observers what was decided, and what was really computed for it."""
         for observer in self.observers:
             observer(observation)
+
+
+def _blended(weight: torch.Tensor, capacity: float) -> torch.Tensor:
+    """Moves weights towards one, as far as the capacity is towards full, where the router is bypassed."""
+    return capacity + (1 - capacity) * weight
 
 
 def _highest(scores: torch.Tensor, percent: int, real: torch.Tensor | None) -> torch.Tensor:
@@ -277,5 +310,7 @@ def _rank_loss(scores: torch.Tensor, keep: torch.Tensor, real: torch.Tensor | No
     """Binary cross entropy of ``sigmoid(z - z0)`` against what was kept; as many scores exceed ``z0`` as were kept."""
     flat, chosen = (t.flatten() if real is None else t[real] for t in (scores, keep))  # (N,)
     ordered, count = flat.detach().sort(descending=True).values, int(chosen.sum())
+    if not count:  # nothing but padding
+        return flat.sum() * 0
     border = (ordered[count - 1] + ordered[min(count, len(ordered) - 1)]) / 2
     return nn.functional.binary_cross_entropy_with_logits(flat - border, chosen.float())

@@ -31,9 +31,10 @@ from .elastic_bert_layers import (
     ElasticBertSelfAttention,
 )
 from .elastic_blocks import NoNorm
+from .elastic_routed_models import RoutedModel
 
 
-class ElasticBertPreTrainedModel(PreTrainedModel):
+class ElasticBertPreTrainedModel(RoutedModel, PreTrainedModel):
     config: ElasticBertConfig
     config_class = ElasticBertConfig
     base_model_prefix = "bert"
@@ -79,6 +80,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         self.encoder = ElasticBertEncoder(config)
         self.pooler = ElasticBertPooler(config, pooler_dropout) if pools else None
         self.gradient_checkpointing = False
+        self.attach_stated_routers(self.encoder.layer)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

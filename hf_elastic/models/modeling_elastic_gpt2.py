@@ -24,9 +24,10 @@ from .configuration_elastic_gpt2 import ElasticGPT2Config
 from .elastic_blocks import make_layer
 from .elastic_gpt2_layers import ElasticGPT2Attention, ElasticGPT2Block
 from .elastic_layers import static_cache_shapes
+from .elastic_routed_models import RoutedModel
 
 
-class ElasticGPT2PreTrainedModel(GPT2PreTrainedModel):
+class ElasticGPT2PreTrainedModel(RoutedModel, GPT2PreTrainedModel):
     config: ElasticGPT2Config
     config_class = ElasticGPT2Config
     _no_split_modules = ["ElasticGPT2Block"]
@@ -52,6 +53,7 @@ class ElasticGPT2Model(ElasticGPT2PreTrainedModel):
         self.h = nn.ModuleList(make_layer(config, i, ElasticGPT2Block) for i in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        self.attach_stated_routers(self.h)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

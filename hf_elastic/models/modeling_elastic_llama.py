@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_elastic_llama import ElasticLlamaConfig
 from .elastic_layers import skipped_sublayers, static_cache_shapes, write_cache_filler
+from .elastic_routed_models import RoutedModel
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -137,7 +138,7 @@ class ElasticLlamaDecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-class ElasticLlamaPreTrainedModel(LlamaPreTrainedModel):
+class ElasticLlamaPreTrainedModel(RoutedModel, LlamaPreTrainedModel):
     config: ElasticLlamaConfig
     config_class = ElasticLlamaConfig
     _no_split_modules = ["ElasticLlamaDecoderLayer"]
@@ -159,6 +160,7 @@ class ElasticLlamaModel(ElasticLlamaPreTrainedModel):
         # Some rotary types read the number of heads, which only a layer's config answers.
         self.rotary_emb = LlamaRotaryEmbedding(config.per_layer_config[0])  # type: ignore[arg-type]
         self.gradient_checkpointing = False
+        self.attach_stated_routers(self.layers)
         self.post_init()
 
     @merge_with_config_defaults

@@ -17,6 +17,7 @@ from hf_elastic.layers import evaluating
 from hf_elastic.proxies import activation, gradient, weight
 from hf_elastic.proxies.roles import Roles, require_whole, roles_of
 from hf_elastic.proxies.subject import Batch, Subject, Target
+from hf_elastic.routers import require_unrouted
 from hf_elastic.streams import checked_batches
 
 Proxy = Callable[[Subject], float]
@@ -68,12 +69,13 @@ def score(
         DataError: there is no such proxy or target, batches or labels are missing, a batch is no dict of tensors, or
             the score or what it is made of is not finite.
         UnsupportedModelError: the model lacks what the proxy looks at, its weights are packed or not loaded, or a
-            subnet is active in it.
+            subnet is active in it, or it has routers.
     """
     if name not in PROXIES:
         raise DataError(f"there is no proxy {name!r}; known: {', '.join(PROXIES)}")
     if target not in get_args(Target):
         raise DataError(f"there is no target {target!r}; known: {', '.join(get_args(Target))}")
+    require_unrouted(model, "a proxy")
     given = [batches] if isinstance(batches, Mapping) else list(batches)
     if roles is not None:
         require_whole(model)

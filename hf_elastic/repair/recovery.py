@@ -36,6 +36,7 @@ from hf_elastic.repair.teacher_cache import (
     filled_cache,
     planned,
 )
+from hf_elastic.routers import require_unrouted
 from hf_elastic.training.order import InOrder, training_order
 from hf_elastic.training.preparation import prepared_for_distillation
 from hf_elastic.training.resume import last_complete_checkpoint
@@ -133,6 +134,7 @@ def recover(
         DataError: the data is empty or cannot be read by the models.
         TrainingError: model and teacher do not fit each other, a setting is out of range, or the loss is not finite.
         CheckpointError: ``output`` holds something else, or another run.
+        UnsupportedModelError: the model has routers.
     """
     _check_kinds(model, teacher)
     plan = planned(target)
@@ -414,6 +416,7 @@ def _check_kinds(model: object, teacher: object) -> None:
         raise TrainingError(
             f"recover() trains a model of transformers, got {type(model).__name__}; extract() one first"
         )
+    require_unrouted(model, "recover()")
     if not isinstance(teacher, nn.Module | TeacherCache):
         raise TrainingError(f"the teacher must be a model or a TeacherCache, got {type(teacher).__name__}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -9,16 +10,15 @@ from transformers import PreTrainedModel
 
 from hf_elastic.conversion import make_layer_parts
 from hf_elastic.errors import SpaceError, UnsupportedModelError
+from hf_elastic.families import family_of, layers_of
 from hf_elastic.layers import PartHolder, seeded
 from hf_elastic.models.elastic_routed import LAYOUTS, attach_routers
 from hf_elastic.models.elastic_routers import PERCENT, TOKENS, LayerRouters
-from hf_elastic.parts import LayerPart
+from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import RouterPart
+from hf_elastic.routers_folder import ROUTING_CONFIG
 from hf_elastic.routing.configuration import RoutingConfig, resolve_capacity
 from hf_elastic.supernet import Supernet
-
-CONFIG = "_hf_elastic_routing"
-"""Where a model keeps the :class:`RoutingConfig` that it was given."""
 
 
 def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freeze: bool = True) -> Supernet:
@@ -38,7 +38,8 @@ def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freez
             otherwise nothing else changes its ``requires_grad``.
 
     Raises:
-        UnsupportedModelError: the model is of a type that is not routed, or is routed already.
+        UnsupportedModelError: the model is of a type that is not routed, is routed already, or has adapters on the
+            FFN whose experts are to be routed.
         SpaceError: experts do not divide a width, or a capacity is larger than what there is.
     """
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -49,10 +50,12 @@ def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freez
     _check(base, config)
     fresh = not any(isinstance(module, PartHolder) and _layer_of(module) for module in base.modules())
     if fresh:
-        make_layer_parts(base)
+        make_layer_parts(base, check=lambda shapes: _specs(config, shapes))
     holders = [module for module in base.modules() if isinstance(module, PartHolder) and _layer_of(module)]
     layers = [_layer_of(holder) for holder in holders]
-    specs = {number: _spec(config, layers[number]) for number in config.routed_layers(len(layers))}
+    specs = _specs(config, [layer.full for layer in layers])
+    for number, spec in specs.items():
+        _check_layer(layers[number], spec)
     if freeze:
         adapters = {id(p) for name, p in base.named_parameters() if "lora_" in name}
         for parameter in base.parameters():
@@ -65,7 +68,7 @@ def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freez
         holder: Any = holders[number]
         holder.routers.to(next(holder.parameters()).device)
         holder.elastic_parts = [*holder.elastic_parts, RouterPart(layers[number], holder.routers, config.share)]
-    base.__dict__[CONFIG] = config
+    base.__dict__[ROUTING_CONFIG] = config
     return Supernet(model)
 
 
@@ -87,25 +90,53 @@ def _check(base: PreTrainedModel, config: RoutingConfig) -> None:
         )
     if config.heads is not None and getattr(base.config, "reorder_and_upcast_attn", False):
         raise UnsupportedModelError("config.reorder_and_upcast_attn=True goes with no routed heads; set it to False")
+    if config.experts is not None:
+        _check_no_adapters(base)
 
 
-def _spec(config: RoutingConfig, layer: LayerPart) -> dict[str, Any]:
-    """What the routers of one layer decide about, see :class:`hf_elastic.models.elastic_routers.LayerRouters`."""
+def _check_no_adapters(base: PreTrainedModel) -> None:
+    """Refuses adapters on the FFN, of which single experts cannot be computed."""
+    row = family_of(base)
+    for number, layer in enumerate(layers_of(base, row)):
+        modules = dict(layer.named_modules())
+        for path in (*row.ffn_in, row.ffn_out):
+            if "base_layer" in dict(modules[path].named_children()):
+                raise UnsupportedModelError(
+                    f"{path} of layer {number} has an adapter, and an expert is a part of it; leave experts out, or "
+                    "adapt the projections of attention alone"
+                )
+
+
+def _specs(config: RoutingConfig, shapes: Sequence[LayerShape]) -> dict[int, dict[str, Any]]:
+    """What the routers of each routed layer decide about."""
+    return {
+        number: stated_routers(config, heads=shapes[number].num_key_value_heads, width=shapes[number].intermediate_size)
+        for number in config.routed_layers(len(shapes))
+    }
+
+
+def stated_routers(config: RoutingConfig, *, heads: int, width: int) -> dict[str, Any]:
+    """What the routers of a layer with so many (groups of) heads and neurons decide about.
+
+    Raises:
+        SpaceError: the layer has fewer, or experts do not divide its neurons.
+    """
     spec: dict[str, Any] = {"hidden": config.router_hidden_size if config.router == "mlp" else None}
     for kind in config.kinds:
         whole = PERCENT
         if kind == "heads":
-            whole = layer.full.num_key_value_heads
+            whole = heads
         elif kind == "experts":
-            whole = config.experts_of(layer.full.intermediate_size)
-            _check_widths(layer, whole)
+            whole = config.experts_of(width)
         spec[kind] = {"of": whole, "values": list(config.values_of(kind, whole)), "active": whole}
     return spec
 
 
-def _check_widths(layer: LayerPart, experts: int) -> None:
+def _check_layer(layer: LayerPart, spec: Mapping[str, Any]) -> None:
     """Experts are runs of neurons, so a narrower FFN must hold whole ones."""
-    name, each = layer.names.intermediate_size, layer.full.intermediate_size // experts
+    if "experts" not in spec:
+        return
+    name, each = layer.names.intermediate_size, layer.full.intermediate_size // spec["experts"]["of"]
     for choice in layer.choices:
         if choice.name == name and (bad := [width for width in choice.values if int(width) % each]):
             raise SpaceError(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hf_elastic.errors import SpaceError
-from hf_elastic.models.elastic_routers import KINDS, PERCENT, TOKENS
+from hf_elastic.models import elastic_routing
+from hf_elastic.models.elastic_routers import KINDS
 from hf_elastic.routers import Share
 
 Capacities = Sequence[int | float]
@@ -148,30 +149,20 @@ def resolve_capacity(kind: str, value: int | float, *, whole: int) -> int:
     Raises:
         SpaceError: it is larger than what there is, or no whole number of per cent.
     """
-    _check_capacity(kind, value)
-    if isinstance(value, int) and kind not in TOKENS:
-        if value > whole:
-            raise SpaceError(f"{kind}={value} is more than the {whole} there are; give 1 to {whole}, or a fraction")
-        return value
-    found = round(value * whole)
-    if kind in TOKENS and abs(value * PERCENT - found) > 1e-6:
-        raise SpaceError(f"{kind}={value} is no whole number of per cent; round it to {max(1, found) / PERCENT}")
-    return max(1, found)
+    try:
+        return elastic_routing.resolve_capacity(kind, value, whole=whole)
+    except ValueError as error:  # what travels with checkpoints knows no errors of ours
+        raise SpaceError(str(error)) from None
 
 
 def _check_capacities(kind: str, values: Any) -> None:
     if not isinstance(values, tuple) or not values:
         raise SpaceError(f"{kind}={values!r} must be a list of capacities, such as [0.6, 0.8, 1.0]")
     for value in values:
-        _check_capacity(kind, value)
-
-
-def _check_capacity(kind: str, value: Any) -> None:
-    count = isinstance(value, int) and not isinstance(value, bool) and kind not in TOKENS and value >= 1
-    fraction = isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1
-    if not (count or fraction):
-        also = "" if kind in TOKENS else ", or a count of at least 1"
-        raise SpaceError(f"{kind} has a capacity of {value!r}; it must lie in (0, 1]{also}")
+        try:
+            elastic_routing.check_capacity(kind, value)
+        except ValueError as error:
+            raise SpaceError(str(error)) from None
 
 
 def _check_count(name: str, value: Any) -> None:

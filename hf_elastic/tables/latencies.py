@@ -26,6 +26,7 @@ from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.files import read_json, write_json
 from hf_elastic.models import static_class_name
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.routers import require_unrouted
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.timing import (
@@ -189,7 +190,9 @@ class LatencyTable:
 
         Raises:
             CheckpointError: it is of another model, or not finished.
+            UnsupportedModelError: the model has routers.
         """
+        require_unrouted(supernet.base, "a latency table")
         if self.model != shape_digest(supernet):
             raise CheckpointError(
                 f"the latency table was measured on another model than this {type(supernet.model).__name__}; "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from hf_elastic.training.auxiliary import RoutingLosses
 from hf_elastic.training.callbacks import SubnetSamplingCallback
 from hf_elastic.training.growth import PCAGrowthCallback
 from hf_elastic.training.head_fusion import HeadFusionCallback
 from hf_elastic.training.resume import CompleteCheckpointCallback, last_complete_checkpoint
+from hf_elastic.training.routing_loss import RoutingLoss
 from hf_elastic.training.sampling import (
     FixedSubnet,
     ProgressiveShrinking,
@@ -26,6 +28,8 @@ __all__ = [
     "PCAGrowthCallback",
     "ProgressiveShrinking",
     "RandomSubnet",
+    "RoutingLoss",
+    "RoutingLosses",
     "SamplingRule",
     "SandwichRule",
     "SubnetSamplingCallback",

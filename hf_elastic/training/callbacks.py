@@ -13,6 +13,7 @@ from transformers.training_args import ParallelMode
 from hf_elastic.errors import TrainingError
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.decay import ActiveSliceStep
+from hf_elastic.training.periods import announce, check_restored
 from hf_elastic.training.sampling import SamplingRule
 
 Period = Literal["step", "micro_batch"]
@@ -84,8 +85,19 @@ class SubnetSamplingCallback(TrainerCallback):
             TrainingError: The run would break a promise.
         """
         self.release()
+        announce(self, state, samples=True)
         check_run(self.supernet, args, model=kwargs["model"])
         self._slices.start(kwargs["optimizer"])
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check what a resumed run goes on from, after all callbacks have restored what is theirs.
+
+        Raises:
+            TrainingError: Growth or fusion of the checkpoint would be undone.
+        """
+        check_restored(self.supernet, state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,9 +127,7 @@ class SubnetSamplingCallback(TrainerCallback):
         """Restore the optimizer's settings and the frozen slices."""
         self._slices.after_step()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make the largest subnet active again, before anything is evaluated or saved."""
         self._active.close()
 
@@ -126,6 +136,7 @@ class SubnetSamplingCallback(TrainerCallback):
     ) -> None:
         """Leave nothing behind."""
         self.release()
+        check_restored(self.supernet, state)  # a run that was over when it was resumed has no epoch
 
     def _switch(self, state: TrainerState) -> None:
         self._active.close()
@@ -153,14 +164,14 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
     """
     if model is None or not any(module is supernet.model for module in model.modules()):
         raise TrainingError(
-            f"the Trainer trains a {type(model).__name__} that does not hold the supernet; "
-            "pass model=supernet.model"
+            f"the Trainer trains a {type(model).__name__} that does not hold the supernet; pass model=supernet.model"
         )
     if supernet.active != supernet.space.largest():
         raise TrainingError(
             f"training starts while {supernet.active} is active; leave activate(...) first, "
             "so that the largest is active outside of steps"
         )
+    _check_routers(supernet)
     _check_trainable(supernet)
     if args.n_gpu > 1:
         raise TrainingError(
@@ -172,6 +183,17 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
         raise TrainingError(f"{kind} shards parameters, so that decay cannot follow active slices; use DDP")
     if args.parallel_mode == ParallelMode.DISTRIBUTED:
         _check_distributed(supernet, args, model=model)
+
+
+def _check_routers(supernet: Supernet) -> None:
+    """Check that no router is frozen where it started, as ``get_peft_model`` leaves it: all but adapters are frozen."""
+    for part in supernet.router_parts:
+        for kind in part.routers:
+            if not any(p.requires_grad or bool(p.any()) for p in part.routers[kind].scores.parameters()):
+                raise TrainingError(
+                    f"the router of {kind} in layer {part.layer.index} is frozen and was never trained (get_peft_model "
+                    "freezes all but its adapters); call hf_elastic.train_routers(model)"
+                )
 
 
 def _check_trainable(supernet: Supernet) -> None:
@@ -198,10 +220,11 @@ def _check_distributed(supernet: Supernet, args: TrainingArguments, *, model: nn
         find_unused = not any(vars(module).get("gradient_checkpointing") for module in model.modules())
     if find_unused:
         return
-    with supernet.activate(supernet.space.smallest()):
-        skipped = [name for name, boxes in supernet.active_regions().items() if not boxes]
-    if skipped:
-        raise TrainingError(
-            f"the space skips layers, so DDP would wait for gradients of {skipped[0]!r}; "
-            "set TrainingArguments(ddp_find_unused_parameters=True)"
-        )
+    for architecture in (supernet.space.smallest(), supernet.space.largest()):  # which bypasses all routers
+        with supernet.activate(architecture):
+            skipped = [name for name, boxes in supernet.active_regions().items() if not boxes]
+        if skipped:
+            raise TrainingError(
+                f"the space skips layers or routers, so DDP would wait for gradients of {skipped[0]!r}; "
+                "set TrainingArguments(ddp_find_unused_parameters=True)"
+            )

@@ -28,6 +28,7 @@ from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.fit_layers import FitLayers
 from hf_elastic.training.sublayers import LayerStates, Sublayers
+from hf_elastic.training.top_tokens import top_tokens_loss
 
 Target = Literal["logits", "embeddings", "hidden_states", "last_hidden_state", "relational"]
 Prediction = Literal["dist", "kl"]
@@ -46,7 +47,9 @@ class Distillation:
     The teacher is, in this order: the dataset's column ``teacher_column`` (embeddings computed beforehand),
     the model given as ``teacher``, or the largest subnet of the same step (in-place distillation: Yu & Huang
     2019, arXiv 1903.05134). The last learns from labels alone, so it needs some; the other two work without
-    labels.
+    labels, and so does ``teacher="parent"``: the supernet itself, largest, in evaluation mode and with all adapters
+    switched off, for a model of which only routers and adapters are trained (ElastiFormer, arXiv 2411.15281). No second
+    copy of it is in memory.
 
     The loss of a subnet is ``weight * distillation + label_weight * loss of the labels`` (if there are
     labels). BigNAS trains all subnets but the largest without labels (``label_weight=0``), Once-for-All with
@@ -67,11 +70,14 @@ class Distillation:
         target: ``"logits"``; ``"embeddings"`` of sentences; ``"hidden_states"`` of all layers;
             ``"last_hidden_state"``: of each token after the last layer, which for sentence encoders teaches more
             per step than their pooled embedding; ``"relational"``: see above, by ElasticTrainer only.
-        teacher: A model that takes the same inputs; ``None`` for the largest subnet (or the column).
+        teacher: A model that takes the same inputs; ``"parent"``: see above; ``None`` for the largest subnet (or the
+            column).
         weight: Factor of the distillation loss.
         label_weight: Factor of the loss of the labels for subnets that are distilled.
         temperature: Of the softmax, for logits and predictions.
         divergence: For logits and ``prediction="kl"``, see :func:`hf_elastic.distillation.logits_loss`.
+        top_tokens: Compare the teacher's so many most likely tokens alone, for logits, see
+            :func:`hf_elastic.training.top_tokens.top_tokens_loss`; ``None``: all.
         pooling: How token states become an embedding.
         relational_weight: Factor of :func:`hf_elastic.distillation.relational_loss`, added to the cosine
             distance of embeddings; 0 leaves it out.
@@ -92,7 +98,7 @@ class Distillation:
     """
 
     target: Target = "logits"
-    teacher: nn.Module | None = None
+    teacher: nn.Module | Literal["parent"] | None = None
     weight: float = 1.0
     label_weight: float = 1.0
     temperature: float = 1.0
@@ -104,6 +110,7 @@ class Distillation:
     prediction: Prediction | None = None
     prediction_weight: float = 1.0
     fit: bool = False
+    top_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.state_distance is None:
@@ -125,6 +132,12 @@ class Distillation:
                 "Distillation needs weight > 0, temperature > 0, label_weight >= 0, relational_weight >= 0, "
                 f"got {self.weight}, {self.temperature}, {self.label_weight}, {self.relational_weight}"
             )
+        if not isinstance(self.teacher, nn.Module | None) and self.teacher != "parent":
+            raise TrainingError(
+                f"Distillation(teacher={self.teacher!r}) is no model; load it, such as by "
+                "AutoModelForMaskedLM.from_pretrained(...), or give 'parent' for the model itself without adapters"
+            )
+        _check_top_tokens(self)
         if not self.prediction_weight > 0:
             raise TrainingError(
                 f"Distillation needs prediction_weight > 0, got {self.prediction_weight}; prediction=None leaves it out"
@@ -133,6 +146,11 @@ class Distillation:
             raise TrainingError(
                 f"fit and prediction belong to target='relational', got {self.target!r}; leave them out"
             )
+
+    @property
+    def given(self) -> nn.Module | None:
+        """The model that was given as the teacher."""
+        return self.teacher if isinstance(self.teacher, nn.Module) else None
 
     @property
     def forward_arguments(self) -> dict[str, Any]:
@@ -236,8 +254,24 @@ class Distillation:
     def _logits_loss(
         self, student: Tensor, teacher: Tensor, *, mask: Tensor | None, count: Tensor | float | None
     ) -> Tensor:
-        return logits_loss(
-            student, teacher, temperature=self.temperature, divergence=self.divergence, mask=mask, count=count
+        settings: dict[str, Any] = {"temperature": self.temperature, "divergence": self.divergence}
+        if self.top_tokens is not None:
+            return top_tokens_loss(student, teacher, top_tokens=self.top_tokens, mask=mask, count=count, **settings)
+        return logits_loss(student, teacher, mask=mask, count=count, **settings)
+
+
+def _check_top_tokens(plan: Distillation) -> None:
+    count = plan.top_tokens
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+        raise TrainingError(
+            f"Distillation(top_tokens={count!r}) must be a number of at least 2, or None for all tokens"
+        )
+    if plan.target != "logits" or plan.divergence == "mse":
+        raise TrainingError(
+            f"top_tokens={count} is of target='logits' and divergence='forward' or 'reverse', got {plan.target!r} and "
+            f"{plan.divergence!r}; leave it out"
         )
 
 
@@ -275,8 +309,8 @@ class Relation:
         fit: the fit layers; ``None`` without ``plan.fit``.
 
     Raises:
-        TrainingError: Their vocabularies differ, the teacher's depth is not a multiple of the student's, the teacher
-            attends in a bottleneck, or their widths differ and there are no fit layers.
+        TrainingError: Their vocabularies differ, one is causal and the other not, the teacher's depth is not a multiple
+            of the student's, the teacher attends in a bottleneck, or their widths differ and there are no fit layers.
         UnsupportedModelError: One is of a family that we do not know.
     """
 
@@ -284,11 +318,12 @@ class Relation:
         self._supernet = supernet
         known = tuple(part.family for part in supernet.layer_parts[:1])
         self.student = Sublayers(supernet.base, known=known)
-        self.teacher = self.student if plan.teacher is None else Sublayers(plan.teacher, known=known)
+        self.teacher = self.student if plan.given is None else Sublayers(plan.given, known=known)
         _check_vocabulary(self.student, self.teacher)
+        _check_direction(self.student, self.teacher)
         self._layers = layer_map(self.student.depth, self.teacher.depth)
         narrow = self.teacher.attention_widths - {self.teacher.width}
-        if narrow and plan.teacher is not None:
+        if narrow and plan.given is not None:
             raise TrainingError(
                 f"the teacher's outputs of attention are {' and '.join(map(str, sorted(narrow)))} wide and its layers' "
                 f"{self.teacher.width}; give a teacher without bottlenecks"
@@ -317,6 +352,15 @@ def _check_vocabulary(student: Sublayers, teacher: Sublayers) -> None:
         raise TrainingError(
             f"the teacher has a vocabulary of {teacher.vocabulary} tokens, the student of {student.vocabulary}, so one "
             "number means two tokens; give a teacher with the student's tokenizer"
+        )
+
+
+def _check_direction(student: Sublayers, teacher: Sublayers) -> None:
+    if student.causal != teacher.causal:
+        kinds = {True: "causal", False: "bidirectional"}
+        raise TrainingError(
+            f"the teacher is {kinds[teacher.causal]}, the student {kinds[student.causal]}, so a state of one is of "
+            f"tokens that the other does not see; give a {kinds[student.causal]} teacher"
         )
 
 

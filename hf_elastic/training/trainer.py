@@ -17,17 +17,22 @@ from hf_elastic.errors import CheckpointError, TrainingError
 from hf_elastic.families import shifts_labels
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Supernet
+from hf_elastic.training.auxiliary import RouterTerm, RoutingLosses
 from hf_elastic.training.callbacks import Period, SubnetSamplingCallback, check_run, checked_period
 from hf_elastic.training.decay import ActiveSliceStep
 from hf_elastic.training.fit_layers import FIT_FILE, FitLayers
+from hf_elastic.training.periods import announce, check_restored
 from hf_elastic.training.resume import (
     CompleteCheckpointCallback,
+    checked_blocks,
     checked_checkpoint,
     last_complete_checkpoint,
 )
+from hf_elastic.training.router_files import load_beside, save_beside
 from hf_elastic.training.sampling import SamplingRule
 from hf_elastic.training.sublayers import LayerStates, captured
 from hf_elastic.training.targets import Distillation, LossContext, Relation, Signal, detached, state_pairs
+from hf_elastic.training.teacher import Teacher
 
 # The mixin stands before any Trainer class; to a type checker it is one.
 _Below: Any = Trainer if TYPE_CHECKING else object
@@ -53,8 +58,16 @@ class _StepCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        announce(self, state, samples=True)
         check_run(self.supernet, args, model=kwargs["model"])
         self.slices.start(kwargs["optimizer"])
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_restored(self.supernet, state)
+
+    on_train_end = on_epoch_begin  # a run that was over when it was resumed has no epoch
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,6 +113,8 @@ class ElasticTrainerMixin(_Below):
             of ``small`` start with ``eval_small_``.
         freeze_inactive: Whether entries that no subnet of the step used keep their value; otherwise momentum
             may still move those that were used earlier.
+        routing: Factors of the losses that routers add, of a model that has some; by default
+            :class:`~hf_elastic.training.auxiliary.RoutingLosses`.
 
     Attributes:
         fit_layers: Maps of the student's states to the teacher's width, for ``Distillation(fit=True)``.
@@ -119,6 +134,7 @@ class ElasticTrainerMixin(_Below):
         per: Period = "step",
         eval_architectures: Mapping[str, Architecture | Mapping[str, Value]] | None = None,
         freeze_inactive: bool = False,
+        routing: RoutingLosses | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("model_init") is not None:
@@ -135,11 +151,14 @@ class ElasticTrainerMixin(_Below):
         self._elastic_slices = ActiveSliceStep(supernet, freeze_inactive=freeze_inactive)
         self._elastic_draw: _Draw | None = None
         self._elastic_teacher: Signal | None = None
+        self._elastic_routers = RouterTerm(supernet, routing)
+        teaches = None if self.distillation is None else Teacher(self.distillation, supernet)
         if not args:
             kwargs.setdefault("model", supernet.model)
         super().__init__(*args, **kwargs)
-        if self.distillation is not None and self.distillation.teacher is not None:
-            self._prepare_teacher(self.distillation.teacher)
+        if teaches is not None:
+            teaches.prepare(self.args.device)
+        self._elastic_teaching = teaches
         self._elastic_relation: Relation | None = None
         self.fit_layers: FitLayers | None = None
         if self.distillation is not None and self.distillation.target == "relational":
@@ -147,14 +166,6 @@ class ElasticTrainerMixin(_Below):
         self._elastic_events = _StepCallback(supernet, self._elastic_slices, fit=self.fit_layers)
         self.add_callback(self._elastic_events)
         self.add_callback(CompleteCheckpointCallback())
-
-    def _prepare_teacher(self, teacher: nn.Module) -> None:
-        if teacher is self.supernet.model:
-            raise TrainingError(
-                "the teacher is the supernet itself; leave teacher=None to distil from its largest subnet"
-            )
-        teacher.to(self.args.device)
-        teacher.eval()
 
     def _relate(self, plan: Distillation) -> None:
         self._elastic_relation = Relation(plan, self.supernet, seed=self.args.seed)
@@ -188,12 +199,16 @@ class ElasticTrainerMixin(_Below):
         return self.accelerator.clip_grad_norm_(both, self.args.max_grad_norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.fit_layers is not None and self.args.should_save:  # before what the Trainer writes last
+        if self.args.should_save:  # before what the Trainer writes last
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.fit_layers.save_to(folder)
+            save_beside(self.supernet, folder)
+            if self.fit_layers is not None:
+                self.fit_layers.save_to(folder)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checked_blocks(resume_from_checkpoint, self.supernet)
+        load_beside(self.supernet, resume_from_checkpoint)
         if self.fit_layers is not None:
             self.fit_layers.load_from(resume_from_checkpoint)
         elif (Path(resume_from_checkpoint) / FIT_FILE).is_file():
@@ -206,6 +221,7 @@ class ElasticTrainerMixin(_Below):
     def _load_best_model(self) -> None:
         if self.fit_layers is not None:
             self.fit_layers.load_from(str(self.state.best_model_checkpoint))
+        load_beside(self.supernet, str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +241,8 @@ class ElasticTrainerMixin(_Below):
             resume_from_checkpoint = found
         elif resume_from_checkpoint:
             resume_from_checkpoint = checked_checkpoint(resume_from_checkpoint)
+        if self._elastic_teaching is not None:
+            self._elastic_teaching.check()
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
@@ -241,7 +259,7 @@ class ElasticTrainerMixin(_Below):
             for number, architecture in enumerate(draws, start=1):
                 # DDP exchanges gradients once, in the backward of the last subnet.
                 exchange = nullcontext() if number == len(draws) else self.accelerator.no_sync(model)
-                with exchange, self.supernet.activate(architecture):
+                with exchange, self.supernet.activate(architecture), self._elastic_routers.listening():
                     self._elastic_slices.record()
                     self._elastic_draw = _Draw(architecture, share=1 / len(draws))
                     losses.append(super().training_step(model, dict(inputs), num_items_in_batch))
@@ -277,6 +295,8 @@ class ElasticTrainerMixin(_Below):
             )
         else:
             loss, outputs = self._distilled_loss(model, inputs, given, num_items_in_batch=num_items_in_batch)
+        steps = self._normalisation(num_items_in_batch).get("steps", 1)
+        loss = self._elastic_routers.added_to(loss, divisor=steps)
         loss = loss if share == 1.0 else loss * share
         return (loss, outputs) if return_outputs else loss
 
@@ -356,26 +376,10 @@ class ElasticTrainerMixin(_Below):
         return given if self.distillation.target == "embeddings" else None
 
     def _compute_teacher_signal(self, inputs: Mapping[str, Any]) -> Signal:
-        """Run the teacher without gradient: the given model, or the largest subnet in evaluation mode."""
-        plan = self.distillation
-        assert plan is not None
-        plain = {name: value for name, value in inputs.items() if name not in self.label_names}
-        asked = {**plain, **plan.forward_arguments}
+        assert self._elastic_teaching is not None
         place = None if self._elastic_relation is None else self._elastic_relation.teacher
-        with torch.no_grad(), self.accelerator.autocast():
-            if plan.teacher is not None:
-                with captured(place) as seen:
-                    outputs = plan.teacher(**asked)
-                return detached(plan.signal(outputs, plain, states=seen.states()))
-            model = self.supernet.model
-            training = model.training
-            model.eval()
-            try:
-                with self.supernet.activate(self.supernet.space.largest()), captured(place) as seen:
-                    outputs = model(**asked)
-                return detached(plan.signal(outputs, plain, states=seen.states()))
-            finally:
-                model.train(training)
+        with self.accelerator.autocast():
+            return self._elastic_teaching.signal(inputs, labels=self.label_names, place=place)
 
     def _normalisation(self, num_items_in_batch: Any) -> dict[str, Any]:
         """Return what a distillation loss is divided by to accumulate as the Trainer's own loss does."""

@@ -6,14 +6,18 @@ import sys
 from typing import Any
 
 import torch
+from tiny_routed import routed
 from tiny_training import bert_supernet, llama_supernet, same, sentences, settings, texts, weights
 from transformers import Trainer, TrainingArguments
 
 from hf_elastic import Supernet
 from hf_elastic.errors import TrainingError
 from hf_elastic.training import (
+    Distillation,
     ElasticTrainer,
     RandomSubnet,
+    RoutingLoss,
+    RoutingLosses,
     SandwichRule,
     SubnetSamplingCallback,
     last_complete_checkpoint,
@@ -40,7 +44,34 @@ def run(case: str, output_dir: str, *, batch: int) -> Supernet:
     return supernet
 
 
+def run_routed(case: str, output_dir: str, *, batch: int, losses: RoutingLosses) -> Supernet:
+    """Train routers and adapters from the parent; a subnet of a step may use nothing that is trained."""
+    supernet = routed(adapters=None if case.endswith("alone") else "stock")
+    # Later steps would differ where a score of one token passes that of another by rounding.
+    changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2, "max_steps": 3}
+    args = TrainingArguments(**settings(f"{output_dir}/{case}", **changes))
+    plan = Distillation(teacher="parent", label_weight=0.2)
+    rule, rows = RandomSubnet(seed=1), texts(uneven=True)
+    if case.startswith("routed-stock"):
+        loss, sampling = RoutingLoss(supernet, plan, routing=losses), SubnetSamplingCallback(supernet, rule)
+        callbacks = [sampling, loss]
+        Trainer(
+            model=supernet.model, args=args, train_dataset=rows, compute_loss_func=loss, callbacks=callbacks
+        ).train()
+    elif case == "routed-sandwich-alone":
+        sandwich = SandwichRule(seed=1, random=0)
+        ElasticTrainer(
+            supernet=supernet, sampling=sandwich, distill=plan, routing=losses, args=args, train_dataset=rows
+        ).train()
+    else:
+        ElasticTrainer(
+            supernet=supernet, sampling=rule, distill=plan, routing=losses, args=args, train_dataset=rows
+        ).train()
+    return supernet
+
+
 CASES = ("callback", "callback-skips", "sandwich", "sandwich-skips")
+ROUTED = ("routed", "routed-stock", "routed-sandwich-alone")
 
 
 def refuses_to_wait_for_skipped_layers(output_dir: str) -> bool:
@@ -77,6 +108,10 @@ if __name__ == "__main__":
     folder, rank = sys.argv[1], sys.argv[2]
     torch.set_num_threads(1)
     results: dict[str, Any] = {case: weights(run(case, folder, batch=2).model) for case in CASES}
+    for case in ROUTED:
+        none, some = RoutingLosses(tokens=0.0, balance=0.0), RoutingLosses(tokens=0.3, balance=0.7)
+        results[case] = weights(run_routed(case, folder, batch=2, losses=none).model)
+        results[f"{case} with losses"] = weights(run_routed(case, folder, batch=2, losses=some).model)
     results["refused"] = refuses_to_wait_for_skipped_layers(folder)
     results["resumed"] = resumes(folder)
     torch.save(results, f"{folder}/rank{rank}.pt")

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import CASES, run
+from distributed_run import CASES, ROUTED, run, run_routed
 from tiny_training import same, weights
+
+from hf_elastic.training import RoutingLosses
 
 
 def free_port() -> int:
@@ -57,5 +59,15 @@ def test_two_ranks_keep_equal_weights_train_as_one_process_refuse_skips_and_resu
         alone = weights(run(case, str(tmp_path / "alone"), batch=4).model)
         for name, weight in alone.items():
             torch.testing.assert_close(ranks[0][case][name], weight, rtol=1e-3, atol=2e-4, msg=f"{case}: {name}")
+    for case in ROUTED:
+        # Losses of routers look at a rank's tokens together, so that one process sees others.
+        assert same(ranks[0][case], ranks[1][case]), case
+        assert same(ranks[0][f"{case} with losses"], ranks[1][f"{case} with losses"]), case
+        none = RoutingLosses(tokens=0.0, balance=0.0)
+        alone = weights(run_routed(case, str(tmp_path / "alone"), batch=4, losses=none).model)
+        for name, weight in alone.items():
+            torch.testing.assert_close(ranks[0][case][name], weight, rtol=1e-3, atol=2e-4, msg=f"{case}: {name}")
+    for name, weight in ranks[0]["routed with losses"].items():
+        torch.testing.assert_close(ranks[0]["routed-stock with losses"][name], weight, rtol=1e-3, atol=2e-4, msg=name)
     assert all(rank["refused"] for rank in ranks)
     assert all(rank["resumed"] for rank in ranks)

@@ -361,9 +361,9 @@ def test_training_again_starts_a_new_history_from_the_widths_now(arguments: Argu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"total_parameters": 3_000}, r"budget=3,000 is below the 3,799 parameters of the mean subnet before any"),
-        ({"total_parameters": 5_000}, r"budget=5,000 is above the 4,843 parameters .* at their largest"),
-        ({"total_parameters": math.nan}, "budget=nan"),
+        ({"total_parameters": 3_000}, r"total_parameters=3,000 is below the 3,799 of the mean path before any"),
+        ({"total_parameters": 5_000}, r"total_parameters=5,000 is above the 4,843 .* at their largest"),
+        ({"total_parameters": math.nan}, "total_parameters=nan"),
         ({"step": 0}, "step=0 must be an integer of at least 1"),
         ({"step": 0.25 * 32}, "step=8.0 must be an integer"),
         ({"count": 0}, "count=0"),

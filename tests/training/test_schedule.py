@@ -169,9 +169,7 @@ def test_a_thousand_random_subnets_come_near_the_mean() -> None:
     assert abs(np.mean(sizes) - plan.mean_parameters()) < 4 * np.std(sizes) / math.sqrt(1000)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((12, 6, 10), 21), ((6, 6, 10), 10), ((2, 2, 12), 1), ((1, 1, 1), 3)]
-)
+@pytest.mark.parametrize(("size", "expected"), [((12, 6, 10), 21), ((6, 6, 10), 10), ((2, 2, 12), 1), ((1, 1, 1), 3)])
 def test_growths_per_epoch_are_rounded_down(size: tuple[int, int, int], expected: int) -> None:
     assert growths_per_epoch(*size) == expected
 
@@ -314,11 +312,11 @@ def test_a_budget_that_growth_cannot_meet_is_refused_before_training() -> None:
     check_budget(small_plan(budget=100.0))
     check_budget(small_plan(budget=180.0))
     check_budget(paper_plan({}, "block"))
-    with pytest.raises(TrainingError, match="budget=99 is below the 100 parameters of the mean subnet"):
+    with pytest.raises(TrainingError, match="total_parameters=99 is below the 100 of the mean path"):
         check_budget(small_plan(budget=99.0))
-    with pytest.raises(TrainingError, match="budget=181 is above the 180 parameters .* all blocks at their largest"):
+    with pytest.raises(TrainingError, match="total_parameters=181 is above the 180 .* all blocks at their largest"):
         check_budget(small_plan(budget=181.0))
-    with pytest.raises(TrainingError, match=r"above the 18,\d\d\d,\d\d\d parameters"):
+    with pytest.raises(TrainingError, match=r"above the 18,\d\d\d,\d\d\d of the mean path"):
         check_budget(paper_plan({}, "block", budget=20e6))
 
 
@@ -451,7 +449,7 @@ def test_the_figure_holds_widths_and_parameters() -> None:
     assert list(lines["mean"].y) == [kept.entries[0].parameters_before, *(e.parameters_after for e in kept.entries)]
     assert list(lines["mean"].x) == list(range(11))
     assert set(lines["budget"].y) == {CAP}
-    assert [note.text for note in figure.layout.annotations] == [*BLOCKS, "mean parameters of a subnet"]
+    assert [note.text for note in figure.layout.annotations] == [*BLOCKS, "parameters of the mean path"]
     assert lines["mean"].yaxis not in {trace.yaxis for trace in heatmaps.values()}
     json.loads(figure.to_json())
 
