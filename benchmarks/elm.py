@@ -44,6 +44,7 @@ from hf_elastic.models import config_class, model_class
 from hf_elastic.models.elastic_blocks import BLOCKS
 from hf_elastic.spaces import mean_path_parameters
 from hf_elastic.training import PCAGrowthCallback
+from hf_elastic.training.periods import announce
 
 SHARE = Bar("at most", 0.05)
 VOCABULARY = 1024
@@ -91,6 +92,7 @@ class Growing:
         self.callback.release()
         self.state.global_step = 0
         batches = [self.batch] * self.calc_freq
+        announce(self.callback, self.state, samples=True)  # paths are drawn here, not by a callback
         self.callback.on_train_begin(self.args, self.state, self.control, train_dataloader=batches)
         self.state.global_step = step
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import render_elm
+import render_routing
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -408,7 +409,7 @@ def of_elm(section: Callable[[Mapping[str, Any], Callable[[Any], str]], list[str
 
 ELM = {
     "elm-growth": render_elm.elm_growth, "elm-fusion": render_elm.elm_fusion,
-    "elm-distillation": render_elm.elm_distillation, "elm": render_elm.elm,
+    "elm-distillation": render_elm.elm_distillation, "elm": render_elm.elm, "routing": render_routing.routing,
 }  # fmt: skip
 MINILM = {
     "minilm-general": "all-MiniLM-L6-v2, general English",

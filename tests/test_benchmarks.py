@@ -377,3 +377,18 @@ def test_the_benchmark_of_growth_judges_scores_at_both_widths_and_a_growth(tmp_p
     assert all(row["low"] <= row["share"] <= row["high"] and row["met"] in ("yes", "NO") for row in found["rows"])
     assert str(tmp_path) not in json.dumps(found)
     assert "what PCA growth costs" in script("render").page({file.stem: found})
+
+
+@pytest.mark.slow
+def test_the_routing_benchmark_measures_every_kind_in_every_family(tmp_path: Path) -> None:
+    file = tmp_path / "routing.json"
+    tiny = "--layers 2 --hidden 32 --heads 4 --experts 4 --length 32 --pairs 2 --threads 1"
+    script("routing").main([*tiny.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    prefill = [row for row in found["rows"] if "MACs left" in row]
+    assert {row["family"] for row in prefill} == {"bert", "llama", "gpt2"} and len(prefill) == 18
+    assert all(row["MACs left"] < 1 for row in prefill if row["half"] != "full")
+    judged = [row for row in prefill if row.get("met")]
+    assert len(judged) == 6 and all(row["met"] in ("yes", "NO") for row in judged)
+    assert len(found["routers"]) == 12 and str(tmp_path) not in json.dumps(found)
+    assert "the time that it saves" in script("render").page({file.stem: found})

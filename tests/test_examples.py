@@ -249,6 +249,24 @@ def test_the_example_of_elm_writes_a_decoder_of_blocks(tmp_path: Path) -> None:
     assert model.config.model_type == "elastic_gpt2" and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mlp_tokens", "experts"])
+def test_the_example_of_routing_compares_choices_at_each_capacity(kind: str, tmp_path: Path) -> None:
+    model, text = language_model(tmp_path / "model"), write_text(tmp_path / "text.txt", count=200)
+    done = run_example(
+        "routing", "--model", str(model), "--data", str(text), "--output", str(tmp_path / "out"), "--kinds", kind,
+        "--capacities", "0.5", "0.75", "--experts", "4", "--steps", "4", "--batch-size", "4", "--length", "16",
+        "--held-out", "16", "--seeds", "0", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = json.loads((tmp_path / "out" / "table.json").read_text())["table"]
+    methods = {"random", "learned", "learned, LoRA of rank 1"}
+    methods |= {"norm", "sublayers dropped"} if kind == "mlp_tokens" else set()
+    assert {row["method"] for row in table} == methods and {row["capacity"] for row in table} == {0.5, 0.75}
+    assert (tmp_path / "out" / "routing.html").is_file()
+    assert sum(file.stat().st_size for file in (tmp_path / "out" / kind).iterdir()) < 50_000
+
+
 def test_answers_are_read_out_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     found = importlib.import_module("instructions")

@@ -25,6 +25,8 @@ from .elastic_routed_cache import Gathered, ScatteringCache, has_gaps, is_fresh,
 from .elastic_routers import Decision, LayerRouters, Observation
 
 IMPLEMENTATIONS = ("eager", "sdpa")
+BLOCK = 256
+"""Gathered queries of a head that are asked together on a CPU."""
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -271,7 +273,7 @@ def _grouped_heads(heads: "_Heads", call: Call, decision: Decision, *, routers: 
     weight, bias = _active_weight(out) or (None, None)
     by_group = None if weight is None else weight.unflatten(1, (heads.count, -1))  # (out, G, r * d)
     result = states.new_zeros(batch * count, heads.width if by_group is None else by_group.shape[0])
-    mask, total = heads.full_mask(), 0
+    total = 0
     for group in range(heads.count):
         tokens = Gathered(decision.keep[..., group])
         if not tokens.order.shape[1]:
@@ -281,8 +283,7 @@ def _grouped_heads(heads: "_Heads", call: Call, decision: Decision, *, routers: 
         queries = heads.group_queries(group, states, places)  # (N, r, d)
         spread = queries.new_zeros(*tokens.order.shape, *queries.shape[1:])
         spread[rows, columns] = queries  # (B, m, r, d)
-        seen = None if mask is None else mask.expand(batch, -1, -1, -1)[:, 0][tokens.rows, tokens.order][:, None]
-        mixed = heads.attend(spread.transpose(1, 2), seen, group=group)[rows, columns].flatten(1)  # (N, r * d)
+        mixed = heads.attend_some(spread.transpose(1, 2), tokens, group=group)[rows, columns].flatten(1)  # (N, r * d)
         mixed = mixed * decision.weight.flatten(0, 1)[places, group, None].to(mixed.dtype)
         if by_group is None:
             result[places, group * mixed.shape[1] : (group + 1) * mixed.shape[1]] = mixed
@@ -367,16 +368,31 @@ class _Heads:
             rotation = tuple(part.expand(batch, count, -1).flatten(0, 1)[places] for part in rotation)  # type: ignore[assignment]
         return self._rotated(queries, rotation)
 
-    def full_mask(self) -> torch.Tensor | None:
-        """The mask by which some of the queries can be asked alone."""
-        count, mask = self.call.states.shape[1], self.call.mask
-        if mask is not None or count == 1 or not self.core.is_causal:
-            return mask
-        places = torch.arange(self.keys.shape[2], device=self.keys.device)
-        return (places <= torch.arange(count, device=places.device)[:, None])[None, None]  # (1, 1, n, S)
+    def attend_some(self, queries: torch.Tensor, tokens: Gathered, *, group: int) -> torch.Tensor:
+        """Queries ``(B, r, m, d)`` of gathered tokens on the keys of a group: ``(B, m, 1, r * d)``.
 
-    def attend(self, queries: torch.Tensor, mask: torch.Tensor | None, *, group: int | None = None) -> torch.Tensor:
-        """Queries ``(B, heads, m, d)`` on keys of all groups, or of one: ``(B, m, groups, r * d)``."""
+        Causal queries are asked in blocks, each on the keys up to its last token: what is behind that is not computed,
+        as in the causal kernels that attention to all queries has.
+        """
+        mask, device = self.call.mask, queries.device
+        if mask is not None:
+            own = mask.expand(queries.shape[0], -1, -1, -1)[:, 0][tokens.rows, tokens.order][:, None]  # (B, 1, m, S)
+            return self.attend(queries, own, group=group)
+        if tokens.keep.shape[1] == 1 or not self.core.is_causal:
+            return self.attend(queries, None, group=group)
+        step = BLOCK if device.type == "cpu" else queries.shape[2]
+        pieces = []
+        for start in range(0, queries.shape[2], step):
+            order = tokens.order[:, None, start : start + step, None]  # (B, 1, b, 1)
+            last = int(order.max()) + 1
+            seen = torch.arange(last, device=device) <= order  # (B, 1, b, last)
+            pieces.append(self.attend(queries[:, :, start : start + step], seen, group=group, last=last))
+        return torch.cat(pieces, dim=1)
+
+    def attend(
+        self, queries: torch.Tensor, mask: torch.Tensor | None, *, group: int | None = None, last: int | None = None
+    ) -> torch.Tensor:
+        """Queries ``(B, heads, m, d)`` on the first keys of all groups, or of one: ``(B, m, groups, r * d)``."""
         core, chosen = self.core, slice(None) if group is None else slice(group, group + 1)
         implementation = core.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _EAGER[self.kind])
@@ -385,8 +401,8 @@ class _Heads:
         mixed, _ = interface(
             core,
             queries,
-            self.keys[:, chosen],
-            self.values[:, chosen],
+            self.keys[:, chosen, :last],
+            self.values[:, chosen, :last],
             _for_implementation(mask, implementation, queries.dtype),
             dropout=rate.p if isinstance(rate, nn.Dropout) else rate,
             scaling=core.scaling,

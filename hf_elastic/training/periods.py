@@ -110,7 +110,7 @@ def require_sampling(state: TrainerState) -> None:
     """
     if _SAMPLES not in vars(state).get(_PRESENT, ()):
         raise TrainingError(
-            "nothing samples paths, so the largest alone would train and grow; add a SubnetSamplingCallback beside "
+            "nothing samples subnets here, so the largest alone would be trained; add a SubnetSamplingCallback beside "
             "this one, or use ElasticTrainer"
         )
 

@@ -29,6 +29,7 @@ from tiny_models import GROUPED, inputs, space, tiny
 from torch import nn
 
 from hf_elastic import ElasticConfig, RoutingConfig, Supernet, add_routing
+from hf_elastic.models import elastic_routed_attention
 from hf_elastic.models.elastic_routed import LAYOUTS
 
 LAYER = 1
@@ -128,8 +129,9 @@ def _compare(supernet: Supernet, feed: dict[str, Any], *, sublayer: tuple[str, s
 @pytest.mark.parametrize("kinds", [("attention_tokens",), ("heads",), ATTENTION], ids="+".join)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_is_that_of_the_tokens_that_enter_and_of_the_heads_that_serve(
-    family: str, kinds: tuple[str, ...], way: str
+    family: str, kinds: tuple[str, ...], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(elastic_routed_attention, "BLOCK", 3)  # queries of a head in several blocks
     implementation, training = WAYS[way]
     supernet = routed(family, **{kind: ALL[kind] for kind in kinds})
     supernet.model.set_attn_implementation(implementation)

@@ -59,7 +59,7 @@ def test_growth_without_anything_that_samples_is_refused_before_the_first_step(
     supernet = candidates()
     growth = callbacks(supernet)[1]
     args = arguments(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, weight_decay=decay)
-    with pytest.raises(TrainingError, match="nothing samples paths.*add a SubnetSamplingCallback"):
+    with pytest.raises(TrainingError, match="nothing samples subnets.*add a SubnetSamplingCallback"):
         run([growth], args)
     growth.release()
     alone = callbacks(candidates(blocks=("standard",)), total_parameters=4_300)[1]
