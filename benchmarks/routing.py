@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table([{k: v for k, v in row.items() if k not in ("median", "low", "high", "count")} for row in rows])
     sizes = overhead(options)
     print_table(sizes)
-    write_json(options.json, {"environment": machine, "options": vars(options), "rows": rows, "routers": sizes})
+    stated = {name: value for name, value in vars(options).items() if name != "json"}
+    write_json(options.json, {"environment": machine, "options": stated, "rows": rows, "routers": sizes})
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

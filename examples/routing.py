@@ -15,10 +15,10 @@ written (``OUTPUT/table.json``), the figure is ``OUTPUT/routing.html``; the rout
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,15 +38,15 @@ SUBLAYER = {"mlp_tokens": "mlp", "attention_tokens": "attention"}
 class Random(Router):
     """Chooses at random, the same at every call of a batch of the same size."""
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, units: int | None = None) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.of + states.numel())
-        return 1e-6 * torch.rand(*states.shape[:-1], self.scores.out_features, generator=generator)
+        return 1e-6 * torch.rand(*states.shape[:-1], units or self.scores.out_features, generator=generator)
 
 
 class Norm(Router):
     """Prefers tokens with large states."""
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, units: int | None = None) -> torch.Tensor:
         return 1e-6 * states.norm(dim=-1, keepdim=True)
 
 
@@ -60,13 +60,13 @@ class Task:
         self.causal = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
         lines = [line for path in arguments.data for line in Path(path).read_text(encoding="utf-8").splitlines()]
         lines = [line.strip() for line in lines if len(line.strip()) > 10]
-        rows = [self.tokenizer(line, truncation=True, max_length=arguments.length)["input_ids"] for line in lines]
+        cut = {} if self.causal else {"truncation": True, "max_length": arguments.length}
+        rows = [self.tokenizer(line, **cut)["input_ids"] for line in lines]
         if self.causal:  # one stream of tokens
-            ids = [token for row in rows for token in row]
-            rows = [
-                ids[start : start + arguments.length]
-                for start in range(0, len(ids) - arguments.length, arguments.length)
-            ]
+            ids, length = [token for row in rows for token in row], arguments.length
+            rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        if len(rows) < 32:
+            sys.exit(f"{' '.join(arguments.data)} gives {len(rows)} rows of {arguments.length} tokens; give more text")
         held = max(8, min(arguments.held_out, len(rows) // 5))
         self.rows, self.held = [{"input_ids": row} for row in rows[2 * held :]], self.batches(rows[:held])
         self.calibration = self.batches(rows[held : 2 * held])
@@ -269,7 +269,7 @@ def main() -> None:
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     task = Task(arguments)
-    parent = task.judge(copy.deepcopy(task.load()))
+    parent = task.judge(task.load())
     rows = [row for kind in arguments.kinds for row in measure(task, kind)]
     table = summary(rows, list(parent))
     print("parent", {name: round(value, 4) for name, value in parent.items()})
