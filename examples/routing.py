@@ -31,7 +31,7 @@ import hf_elastic as he
 from hf_elastic.models.elastic_routers import Router
 
 Batch = dict[str, torch.Tensor]
-QUERIES_AND_VALUES = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bert": ["query", "value"]}
+QUERIES_AND_VALUES = {"gpt2": ["c_attn"], "bert": ["query", "value"], "roberta": ["query", "value"]}
 SUBLAYER = {"mlp_tokens": "mlp", "attention_tokens": "attention"}
 
 
@@ -130,9 +130,7 @@ def routed(task: Task, kind: str, *, lora: bool) -> he.Supernet:
     model = task.load()
     he.add_routing(model, config_of(kind, model, task.arguments))
     if lora:
-        names = QUERIES_AND_VALUES[
-            next(name for name in QUERIES_AND_VALUES if name in f"{model.config.model_type} llama")
-        ]
+        names = QUERIES_AND_VALUES.get(model.config.model_type, ["q_proj", "v_proj"])
         model = get_peft_model(model, LoraConfig(r=1, lora_alpha=2, target_modules=names))
         he.train_routers(model)
     return he.Supernet(model)
