@@ -6,17 +6,17 @@ are a part of the supernet. Capacities of tokens are whole per cent, those of he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_elastic.errors import UnsupportedModelError
 from hf_elastic.layers import Region, SkippableModule
 from hf_elastic.models.elastic_routed import LAYOUTS
-from hf_elastic.models.elastic_routers import PERCENT, SUBLAYERS, TOKENS, LayerRouters, Observation
+from hf_elastic.models.elastic_routers import PERCENT, SUBLAYERS, TOKENS, LayerRouters, Observation, routers_of
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Choice, Value
 
@@ -33,8 +33,15 @@ def require_unrouted(model: nn.Module, what: str) -> None:
     Raises:
         UnsupportedModelError: it has some.
     """
-    if any(isinstance(module, LayerRouters) for module in model.modules()):
+    if routers_of(model):
         raise UnsupportedModelError(f"{what} is for models without routers; do it before add_routing")
+
+
+def router_tensors(parts: Iterable[RouterPart]) -> dict[str, Tensor]:
+    """Weights and thresholds of routers themselves, by number of the layer and name within its routers."""
+    return {
+        f"{part.layer.index}.{name}": tensor for part in parts for name, tensor in part.routers.state_dict().items()
+    }
 
 
 @dataclass(eq=False)

@@ -19,9 +19,8 @@ from hf_elastic.files import file_digest, read_json, whole_folder, write_json
 from hf_elastic.fingerprints import weights_fingerprint
 from hf_elastic.layers import PartHolder
 from hf_elastic.models.elastic_routed import LAYOUTS
-from hf_elastic.models.elastic_routed_models import routers_of
-from hf_elastic.models.elastic_routers import TOKENS, LayerRouters, Router
-from hf_elastic.routers import RouterPart
+from hf_elastic.models.elastic_routers import TOKENS, LayerRouters, Router, routers_of
+from hf_elastic.routers import RouterPart, router_tensors
 from hf_elastic.space import Value
 from hf_elastic.supernet_folder import parent_of
 
@@ -100,11 +99,7 @@ def write_routers(base: PreTrainedModel, folder: Path) -> None:
         if isinstance(part, RouterPart)
     ]
     active = vars(base)["_hf_elastic_state"].active
-    weights = {
-        f"{part.layer.index}.{name}": tensor.detach().cpu().contiguous()
-        for part in parts
-        for name, tensor in part.routers.state_dict().items()
-    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in router_tensors(parts).items()}
     save_file(weights, folder / WEIGHTS_FILE)
     record = {
         "format": FORMAT,
@@ -220,13 +215,14 @@ def fill_routers(saved: SavedRouters, parts: Iterable[RouterPart]) -> dict[str, 
     Returns:
         The capacities that were active when they were saved, by name of the choice.
     """
-    active: dict[str, Value] = {}
-    for part in parts:
-        number = str(part.layer.index)
-        for name, tensor in part.routers.state_dict().items():
-            tensor.copy_(saved.weights[f"{number}.{name}"])
-        active |= {part.choice_name(kind): saved.layers[number][kind]["active"] for kind in part.routers}
-    return active
+    found = tuple(parts)
+    for name, tensor in router_tensors(found).items():
+        tensor.copy_(saved.weights[name])
+    return {
+        part.choice_name(kind): saved.layers[str(part.layer.index)][kind]["active"]
+        for part in found
+        for kind in part.routers
+    }
 
 
 def base_sizes(base: PreTrainedModel) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
 from hf_elastic.layers import evaluating
 from hf_elastic.models import MODEL_TYPES
-from hf_elastic.models.elastic_routed_models import routers_of
+from hf_elastic.models.elastic_routers import routers_of
 from hf_elastic.packed_format import integer_bits, quantised_layers, write_weights
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Loadability, Supernet

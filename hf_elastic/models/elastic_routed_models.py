@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .elastic_routed import attach_routers
-from .elastic_routers import LayerRouters, Router, RouterScores
+from .elastic_routers import Router, RouterScores, routers_of
 from .elastic_routing import resolve_capacity, routed_layers, shown_capacities
 
 if TYPE_CHECKING:
@@ -72,8 +72,3 @@ class RoutedModel(Base):
         for number, kind, units in found:
             held[number].active[kind] = routing["layers"][str(number)][kind]["active"] = units
         self.config.routing = routing
-
-
-def routers_of(model: nn.Module) -> list[LayerRouters]:
-    """The routers of a model, layer after layer."""
-    return [module for module in model.modules() if isinstance(module, LayerRouters)]

@@ -314,3 +314,8 @@ def _rank_loss(scores: torch.Tensor, keep: torch.Tensor, real: torch.Tensor | No
         return flat.sum() * 0
     border = (ordered[count - 1] + ordered[min(count, len(ordered) - 1)]) / 2
     return nn.functional.binary_cross_entropy_with_logits(flat - border, chosen.float())
+
+
+def routers_of(model: nn.Module) -> list[LayerRouters]:
+    """The routers of a model, layer after layer."""
+    return [module for module in model.modules() if isinstance(module, LayerRouters)]

@@ -13,7 +13,7 @@ from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import family_of, layers_of
 from hf_elastic.layers import PartHolder, seeded
 from hf_elastic.models.elastic_routed import LAYOUTS, attach_routers
-from hf_elastic.models.elastic_routers import PERCENT, TOKENS, LayerRouters
+from hf_elastic.models.elastic_routers import PERCENT, TOKENS, routers_of
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import RouterPart
 from hf_elastic.routers_folder import ROUTING_CONFIG
@@ -82,7 +82,7 @@ def _check(base: PreTrainedModel, config: RoutingConfig) -> None:
     if model_type not in LAYOUTS or model_type.startswith("elastic_"):
         known = ", ".join(name for name in LAYOUTS if not name.startswith("elastic_"))
         raise UnsupportedModelError(f"model type {model_type!r} cannot be routed; known: {known}")
-    if any(isinstance(module, LayerRouters) for module in base.modules()):
+    if routers_of(base):
         raise UnsupportedModelError("the model has routers already; use hf_elastic.Supernet(model) for its handle")
     if getattr(base.config, "chunk_size_feed_forward", 0):
         raise UnsupportedModelError(

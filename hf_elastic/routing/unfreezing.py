@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from hf_elastic.errors import UnsupportedModelError
-from hf_elastic.models.elastic_routers import LayerRouters
+from hf_elastic.models.elastic_routers import routers_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,7 +20,7 @@ def train_routers(model: Model) -> Model:
     Raises:
         UnsupportedModelError: the model has no routers.
     """
-    found = [module for module in model.modules() if isinstance(module, LayerRouters)]
+    found = routers_of(model)
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} has no routers; call hf_elastic.add_routing first")
     for routers in found:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from hf_elastic.errors import TrainingError
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.decay import ActiveSliceStep
-from hf_elastic.training.periods import announce, check_restored
+from hf_elastic.training.periods import ReleasedCallback, announce, check_restored
 from hf_elastic.training.sampling import SamplingRule
 
 Period = Literal["step", "micro_batch"]
 
 
-class SubnetSamplingCallback(TrainerCallback):
+class SubnetSamplingCallback(ReleasedCallback):
     """Train one subnet of a supernet per optimizer step (or per micro-batch) with the stock ``Trainer``.
 
     Inside a step the drawn subnet is active; outside (evaluation, saving, logging) the largest is. Weight
@@ -67,14 +66,6 @@ class SubnetSamplingCallback(TrainerCallback):
         """Make active what was active before the step, and undo what a step that did not end left behind."""
         self._active.close()
         self._slices.release()
-
-    def __enter__(self) -> SubnetSamplingCallback:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

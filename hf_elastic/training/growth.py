@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from numbers import Real
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_elastic import costs
@@ -23,6 +22,7 @@ from hf_elastic.training.decay import check_restricted
 from hf_elastic.training.pca import Normalisation, PreActivations, check_score_settings, pca_score
 from hf_elastic.training.periods import (
     Every,
+    ReleasedCallback,
     announce,
     best_state,
     check_restored,
@@ -47,7 +47,7 @@ from hf_elastic.training.schedule import (
 )
 
 
-class PCAGrowthCallback(TrainerCallback, ExportableState):
+class PCAGrowthCallback(ReleasedCallback, ExportableState):
     r"""Widen the FFNs of a supernet's candidate blocks during training, by the PCA growth of ELM (arXiv 2510.27037).
 
     Every ``calc_freq`` steps the pre-activations of the blocks that run are scored (:func:`pca_score`); after each
@@ -172,14 +172,6 @@ class PCAGrowthCallback(TrainerCallback, ExportableState):
         self._measuring = self._inside = self._due = self._restricted = False
         self._mask = None
         self._batch.clear()
-
-    def __enter__(self) -> PCAGrowthCallback:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

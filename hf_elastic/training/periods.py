@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import TracebackType
+from typing import Any, Literal, Self, cast
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,6 +20,25 @@ from hf_elastic.training.schedule import GrowthHistory
 _PRESENT, _SAMPLES = "_hf_elastic_present", "samples subnets"  # attribute of the state of a run, and one of its words
 
 Every = Literal["epoch"] | int
+
+
+class ReleasedCallback(TrainerCallback):
+    """A callback that leaves something on the model inside a run, and takes it off as a context manager.
+
+    The Trainer tells callbacks nothing about an exception that leaves ``train()``.
+    """
+
+    def release(self) -> None:
+        """Leave nothing behind."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 def restores_itself(name: str) -> TrainingError:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_elastic.errors import CheckpointError
+from hf_elastic.routers import router_tensors
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.teacher import AdaptedModel
 
@@ -24,7 +25,9 @@ def save_beside(supernet: Supernet, checkpoint: str | Path) -> None:
     """Write the routers into a checkpoint, if it is without them."""
     if left_out(supernet):
         Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(supernet).items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in router_tensors(supernet.router_parts).items()
+        }
         save_file(tensors, Path(checkpoint) / ROUTERS_FILE)
 
 
@@ -37,7 +40,7 @@ def load_beside(supernet: Supernet, checkpoint: str | Path) -> None:
     """
     if not left_out(supernet):
         return
-    file, ours = Path(checkpoint) / ROUTERS_FILE, _tensors(supernet)
+    file, ours = Path(checkpoint) / ROUTERS_FILE, router_tensors(supernet.router_parts)
     cure = "resume from a checkpoint in output_dir that was written with the same routers, or start again"
     try:
         theirs = load_file(file)
@@ -49,11 +52,3 @@ def load_beside(supernet: Supernet, checkpoint: str | Path) -> None:
         raise CheckpointError(f"{file} holds other routers than the model has; {cure}")
     for name, tensor in theirs.items():
         ours[name].copy_(tensor)
-
-
-def _tensors(supernet: Supernet) -> dict[str, torch.Tensor]:
-    return {
-        f"layers.{part.layer.index}.{name}": tensor
-        for part in supernet.router_parts
-        for name, tensor in part.routers.state_dict().items()
-    }

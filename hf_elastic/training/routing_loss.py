@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_elastic.errors import TrainingError
 from hf_elastic.families import shifts_labels
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.auxiliary import RouterTerm, RoutingLosses
-from hf_elastic.training.periods import require_sampling
+from hf_elastic.training.periods import ReleasedCallback, require_sampling
 from hf_elastic.training.router_files import load_beside, save_beside
 from hf_elastic.training.targets import Distillation, LossContext, state_pairs
 from hf_elastic.training.teacher import Teacher
@@ -25,7 +24,7 @@ from hf_elastic.training.teacher import Teacher
 _SUMMED = "num_items_in_batch"  # of whose labels the Trainer wants a mean over all micro-batches and ranks
 
 
-class RoutingLoss(TrainerCallback):
+class RoutingLoss(ReleasedCallback):
     """Compute what :class:`hf_elastic.ElasticTrainer` minimises, for the stock ``Trainer``: distillation and routers.
 
     The stock Trainer gives a loss function outputs and labels alone. Hooks on the model keep the inputs for the teacher
@@ -73,14 +72,6 @@ class RoutingLoss(TrainerCallback):
         self._hooks.close()
         self._routers.forget()
         self._inputs = self._args = None
-
-    def __enter__(self) -> RoutingLoss:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -27,8 +27,7 @@ from hf_elastic import (
     extract,
     make_elastic,
 )
-from hf_elastic.models.elastic_routed_models import routers_of
-from hf_elastic.models.elastic_routers import Decision, LayerRouters
+from hf_elastic.models.elastic_routers import Decision, LayerRouters, routers_of
 
 MODELS = [
     ("bert", "lm"), ("bert", "sequence"), ("bert", "token"), ("roberta", "lm"), ("roberta", "sequence"),
