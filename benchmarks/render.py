@@ -410,6 +410,7 @@ def of_elm(section: Callable[[Mapping[str, Any], Callable[[Any], str]], list[str
 ELM = {
     "elm-growth": render_elm.elm_growth, "elm-fusion": render_elm.elm_fusion,
     "elm-distillation": render_elm.elm_distillation, "elm": render_elm.elm, "routing": render_routing.routing,
+    "routing-stories260K": render_routing.routing_quality, "routing-minilm": render_routing.routing_quality,
 }  # fmt: skip
 MINILM = {
     "minilm-general": "all-MiniLM-L6-v2, general English",

@@ -1,15 +1,16 @@
-"""ElastiFormer on a model of yours: what routers are worth at each capacity, beside choices that learn nothing.
+"""ElastiFormer on a model of yours: what routers are worth at each capacity, beside choices that know nothing.
 
     python examples/routing.py --model my-llama --data stories.txt --output routing
-    python examples/routing.py --model my-sentence-encoder --data sentences.txt --output routing --kinds heads
+    python examples/routing.py --model my-sentence-encoder --data sentences.txt --output routing --pairs sts.jsonl
 
-For each kind of router: routers of all layers learn from the model itself (one router for all capacities), with and
-without LoRA of rank 1 on queries and values, for some seeds. At each capacity they stand beside routers that choose at
-random, by the norm of a token (the largest ones), and, for tokens, beside a model without as many sublayers as would
-take the same time, the best set of them. Causal models are judged by the loss of held-out text and by how often their
-most likely token is the parent's, sentence encoders by the cosine to the parent's embeddings. The table is printed and
-written (``OUTPUT/table.json``), the figure is ``OUTPUT/routing.html``; the routers of the last seed are in
-``OUTPUT/KIND``, a few kilobytes.
+For each kind of router, one router for all capacities in every layer: fitted in closed form without training
+(``fit_routers``), trained by self-distillation from zero as in the paper, and both of them trained with LoRA of rank 1
+on queries and values; each for some seeds. Beside them stand routers that choose at random, tokens with the largest
+norm, and the best model without as many whole sublayers as take the time that routing saves. Causal models are judged
+by the loss of held-out text and by how often their most likely token is the parent's, sentence encoders by the cosine
+to the parent's embeddings and, with ``--pairs`` (a JSON line with sentence1, sentence2 and score each), by the Spearman
+correlation of similarities with scores. The table is printed and written (``OUTPUT/table.json``), the figure is
+``OUTPUT/routing.html``; fitted routers are in ``OUTPUT/KIND``, a few kilobytes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy.stats import spearmanr
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
@@ -32,14 +35,15 @@ from hf_elastic.models.elastic_routers import Router
 
 Batch = dict[str, torch.Tensor]
 QUERIES_AND_VALUES = {"gpt2": ["c_attn"], "bert": ["query", "value"], "roberta": ["query", "value"]}
-SUBLAYER = {"mlp_tokens": "mlp", "attention_tokens": "attention"}
+SUBLAYER = {"mlp_tokens": "mlp", "experts": "mlp", "attention_tokens": "attention", "heads": "attention"}
 
 
 class Random(Router):
-    """Chooses at random, the same at every call of a batch of the same size."""
+    """Chooses at random, in each layer otherwise; the same at every call of a batch of the same size."""
 
     def forward(self, states: torch.Tensor, units: int | None = None) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.of + states.numel())
+        own = int(1e6 * float(self.scores.weight.abs().sum()))  # weights are drawn, see unlearned()
+        generator = torch.Generator().manual_seed(own + states.numel())
         return 1e-6 * torch.rand(*states.shape[:-1], units or self.scores.out_features, generator=generator)
 
 
@@ -55,23 +59,48 @@ class Task:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        architectures = AutoConfig.from_pretrained(arguments.model).architectures or [""]
-        self.causal = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
+        self.causal = (AutoConfig.from_pretrained(arguments.model).architectures or [""])[0].endswith(
+            ("ForCausalLM", "LMHeadModel")
+        )
+        self.tokenizer = self.load_tokenizer()
+        rows, calibration, held = self.texts()
+        self.rows = [{"input_ids": row} for row in rows]
+        self.fitting, self.calibration, self.held = map(self.batches, (rows[: arguments.fit_rows], calibration, held))
+        parent = self.load()
+        self.parameters = sum(parameter.numel() for parameter in parent.parameters())
+        self.wanted = [self.output(parent, batch) for batch in self.held]
+        self.pairs = self.scored_pairs() if arguments.pairs else None
+
+    def load_tokenizer(self) -> Callable[..., dict[str, list[int]]]:
+        return AutoTokenizer.from_pretrained(self.arguments.model)
+
+    def texts(self) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Rows of token ids to train on, to calibrate on and to judge by."""
+        arguments = self.arguments
         lines = [line for path in arguments.data for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        lines = [line.strip() for line in lines if len(line.strip()) > 10]
-        cut = {} if self.causal else {"truncation": True, "max_length": arguments.length}
-        rows = [self.tokenizer(line, **cut)["input_ids"] for line in lines]
-        if self.causal:  # one stream of tokens
-            ids, length = [token for row in rows for token in row], arguments.length
-            rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        rows = self.encoded([line.strip() for line in lines if len(line.strip()) > 10])
         if len(rows) < 32:
             sys.exit(f"{' '.join(arguments.data)} gives {len(rows)} rows of {arguments.length} tokens; give more text")
         held = max(8, min(arguments.held_out, len(rows) // 5))
-        self.rows, self.held = [{"input_ids": row} for row in rows[2 * held :]], self.batches(rows[:held])
-        self.calibration = self.batches(rows[held : 2 * held])
-        parent = self.load()
-        self.wanted = [self.output(parent, batch) for batch in self.held]
+        return rows[2 * held :], rows[held : 2 * held], rows[:held]
+
+    def encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, or of causal models' one stream of them cut into rows."""
+        length = self.arguments.length
+        cut = {} if self.causal else {"truncation": True, "max_length": length}
+        rows = [self.tokenizer(text, **cut)["input_ids"] for text in texts]
+        if not self.causal:
+            return rows
+        ids = [token for row in rows for token in row]
+        return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+
+    def scored_pairs(self) -> tuple[list[Batch], list[int], list[float]]:
+        """Batches of first and second sentences by length, the places of all there, and how alike people find them."""
+        pairs = [json.loads(line) for line in Path(self.arguments.pairs).read_text(encoding="utf-8").splitlines()]
+        rows = self.encoded([pair[name] for name in ("sentence1", "sentence2") for pair in pairs])
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # as batches() has them
+        places = sorted(range(len(rows)), key=order.__getitem__)
+        return self.batches(rows), places, [pair["score"] for pair in pairs]
 
     def load(self) -> nn.Module:
         kind = AutoModelForCausalLM if self.causal else AutoModel
@@ -102,19 +131,34 @@ class Task:
         return (result.last_hidden_state * mask).sum(1) / mask.sum(1)
 
     def judge(self, model: nn.Module) -> dict[str, float]:
-        """Loss and agreement with the parent, or the mean cosine to it."""
-        total, agreed, count = 0.0, 0.0, 0
+        """Loss and agreement with the parent, or the mean cosine to it and the correlation with scores."""
+        if self.causal:
+            return self.judge_text(model)
+        return self.judge_sentences(model) | ({} if self.pairs is None else self.judge_pairs(model))
+
+    def judge_text(self, model: nn.Module) -> dict[str, float]:
+        total, agreed, count = 0.0, 0, 0
         for batch, wanted in zip(self.held, self.wanted, strict=True):
-            got = self.output(model, batch)
-            if self.causal:
-                labels = batch["input_ids"][:, 1:].flatten()
-                total += float(nn.functional.cross_entropy(got[:, :-1].flatten(0, 1), labels, reduction="sum"))
-                agreed += float((got.argmax(-1) == wanted.argmax(-1))[:, 1:].sum())
-                count += len(labels)
-            else:
-                total += float(nn.functional.cosine_similarity(got, wanted, dim=-1).sum())
-                count += len(got)
-        return {"loss": total / count, "agreement": agreed / count} if self.causal else {"cosine": total / count}
+            got = self.output(model, batch)[:, :-1]
+            real = batch["attention_mask"][:, 1:].bool()  # tokens that are predicted
+            labels = batch["input_ids"][:, 1:][real]
+            total += float(nn.functional.cross_entropy(got[real], labels, reduction="sum"))
+            agreed += int((got.argmax(-1) == wanted[:, :-1].argmax(-1))[real].sum())
+            count += len(labels)
+        return {"loss": total / count, "agreement": agreed / count}
+
+    def judge_sentences(self, model: nn.Module) -> dict[str, float]:
+        cosines = [
+            nn.functional.cosine_similarity(self.output(model, batch), wanted, dim=-1)
+            for batch, wanted in zip(self.held, self.wanted, strict=True)
+        ]
+        return {"cosine": float(torch.cat(cosines).mean())}
+
+    def judge_pairs(self, model: nn.Module) -> dict[str, float]:
+        batches, places, scores = self.pairs
+        one, other = torch.cat([self.output(model, batch) for batch in batches])[places].chunk(2)
+        similarities = nn.functional.cosine_similarity(one, other, dim=-1)
+        return {"spearman": float(spearmanr(similarities.numpy(), scores).statistic)}
 
 
 def config_of(kind: str, model: nn.Module, arguments: argparse.Namespace) -> he.RoutingConfig:
@@ -136,12 +180,12 @@ def routed(task: Task, kind: str, *, lora: bool) -> he.Supernet:
     return he.Supernet(model)
 
 
-def train(task: Task, supernet: he.Supernet, *, seed: int) -> None:
+def train(task: Task, supernet: he.Supernet, *, seed: int, learning_rate: float) -> None:
     """Self-distillation: a capacity a step, from the model with routers bypassed."""
     arguments = task.arguments
     args = TrainingArguments(
         f"{arguments.output}/training", max_steps=arguments.steps, per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate, lr_scheduler_type="cosine", warmup_steps=max(1, arguments.steps // 20),
+        learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=max(1, arguments.steps // 20),
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, seed=seed,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -153,63 +197,91 @@ def train(task: Task, supernet: he.Supernet, *, seed: int) -> None:
     supernet.model.eval()
 
 
-def capacities(task: Task, supernet: he.Supernet, *, method: str, extra: dict) -> list[dict]:
-    """A row for each capacity below full."""
+def capacities(task: Task, supernet: he.Supernet, *, method: str, seed: int) -> list[dict]:
+    """A row for each capacity; at the full one routers are bypassed, and what differs is LoRA's."""
     he.calibrate_routing(supernet, task.calibration)
     (choice,) = supernet.space.choices
     rows = []
-    for value in choice.values[:-1]:
-        architecture = supernet.space.canonical({choice.name: value})
-        with supernet.activate(architecture):
+    for value in choice.values:
+        with supernet.activate(supernet.space.canonical({choice.name: value})):
             found = task.judge(supernet.model)
         share = value / choice.values[-1]
-        rows.append({"kind": choice.name, "method": method, "capacity": share, **extra, **found})
+        rows.append({"kind": choice.name, "method": method, "capacity": share, "seed": seed, **found})
     return rows
 
 
-def unlearned(task: Task, kind: str, made: Callable[..., Router], *, method: str) -> list[dict]:
+def unlearned(task: Task, kind: str, made: type[Router], *, seed: int) -> list[dict]:
     """Routers that choose by a rule."""
     supernet = routed(task, kind, lora=False)
+    generator = torch.Generator().manual_seed(seed)
     for part in supernet.router_parts:
-        old = part.routers[kind]
-        new = made(
-            part.layer.hidden_size, of=old.of, values=old.values, tokens=kind.endswith("tokens"),
-            thresholds=old.thresholds is not None,
-        )  # fmt: skip
-        part.routers[kind] = new.eval()
-    return capacities(task, supernet, method=method, extra={"seed": 0})
+        router = part.routers[kind]
+        router.__class__ = made
+        with torch.no_grad():
+            router.scores.weight.copy_(torch.rand(router.scores.weight.shape, generator=generator))
+    return capacities(task, supernet, method=made.__name__.lower(), seed=seed)
 
 
 def dropped(task: Task, kind: str) -> list[dict]:
-    """The best model without so many sublayers, as many as the tokens that routers leave out of all together."""
+    """The best model without so many whole sublayers: as many as the share that routers leave out of each."""
     supernet = he.make_elastic(task.load(), he.ElasticConfig(skip=[SUBLAYER[kind]]))
     names, rows = list(supernet.space.names), []
-    for share in task.arguments.capacities:
-        found = []
-        for gone in itertools.islice(itertools.combinations(names, round((1 - share) * len(names))), 40):
-            point = {**supernet.space.largest(), **dict.fromkeys(gone, SUBLAYER[kind])}
-            with supernet.activate(point):
-                found.append(task.judge(supernet.model))
-        best = min(found, key=lambda row: row["loss"] if task.causal else -row["cosine"])
-        rows.append({"kind": kind, "method": "sublayers dropped", "capacity": share, "seed": 0, **best})
+    shares = sorted({row / len(names) for row in range(1, len(names))})
+    for share in [share for share in shares if share >= min(task.arguments.capacities)]:
+        best = min(
+            itertools.islice(itertools.combinations(names, round((1 - share) * len(names))), 40),
+            key=lambda gone: distance(task, supernet, without(supernet, gone, SUBLAYER[kind])),
+        )
+        with supernet.activate(without(supernet, best, SUBLAYER[kind])):
+            found = task.judge(supernet.model)
+        rows.append({"kind": kind, "method": "sublayers dropped", "capacity": share, "seed": 0, **found})
     return rows
 
 
-def measure(task: Task, kind: str) -> list[dict]:
-    """All rows of one kind."""
-    rows = unlearned(task, kind, Random, method="random")
-    if kind in SUBLAYER:
-        rows += unlearned(task, kind, Norm, method="norm") + dropped(task, kind)
-    for seed, lora in itertools.product(task.arguments.seeds, (False, True)):
+def without(supernet: he.Supernet, gone: Sequence[str], sublayer: str) -> dict:
+    return {**supernet.space.largest(), **dict.fromkeys(gone, sublayer)}
+
+
+def distance(task: Task, supernet: he.Supernet, point: dict) -> float:
+    """The loss, or how far embeddings are from the parent's."""
+    with supernet.activate(point):
+        if task.causal:
+            return task.judge_text(supernet.model)["loss"]
+        return -task.judge_sentences(supernet.model)["cosine"]
+
+
+def measure(task: Task, kind: str) -> tuple[list[dict], dict]:
+    """All rows of one kind, and what its routers add to the model."""
+    rows, seeds = dropped(task, kind), task.arguments.seeds
+    rows += [row for seed in seeds for row in unlearned(task, kind, Random, seed=seed)]
+    rows += unlearned(task, kind, Norm, seed=0) if kind.endswith("tokens") else []
+    fitted = routed(task, kind, lora=False)
+    began = time.perf_counter()
+    print(he.fit_routers(fitted, task.fitting))
+    seconds = time.perf_counter() - began
+    rows += capacities(task, fitted, method="fitted", seed=0)
+    print(he.routing_statistics(fitted, task.held, fitted.space.smallest()))
+    for seed, method in itertools.product(seeds, ("fitted, LoRA", "learned", "learned, LoRA")):
         set_seed(seed)
-        supernet = routed(task, kind, lora=lora)
-        train(task, supernet, seed=seed)
-        method = "learned, LoRA of rank 1" if lora else "learned"
-        rows += capacities(task, supernet, method=method, extra={"seed": seed})
-        if not lora:
-            print(he.routing_statistics(supernet, task.held, supernet.space.smallest()))
-            he.save_routers(supernet, f"{task.arguments.output}/{kind}", overwrite=True)
-    return rows
+        supernet = routed(task, kind, lora=method.endswith("LoRA"))
+        rate = task.arguments.learning_rate
+        if method.startswith("fitted"):
+            for part, same in zip(supernet.router_parts, fitted.router_parts, strict=True):
+                part.routers.load_state_dict(same.routers.state_dict())
+            rate = task.arguments.fitted_learning_rate
+        train(task, supernet, seed=seed, learning_rate=rate)
+        rows += capacities(task, supernet, method=method, seed=seed)
+        print(f"{time.strftime('%H:%M:%S')} {kind}, {method}, seed {seed}: done", flush=True)
+    return rows, added(task, fitted, kind) | {"seconds to fit": seconds}
+
+
+def added(task: Task, supernet: he.Supernet, kind: str) -> dict:
+    """Parameters and bytes of the routers, beside the paper's 0.00006 % to 0.3 % of the model."""
+    folder = Path(task.arguments.output) / kind
+    he.save_routers(supernet, folder, overwrite=True)
+    count = sum(parameter.numel() for part in supernet.router_parts for parameter in part.routers.parameters())
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return {"kind": kind, "parameters": count, "of the model": count / task.parameters, "bytes": size}
 
 
 def summary(rows: list[dict], measures: Sequence[str]) -> list[dict]:
@@ -249,34 +321,53 @@ def draw(table: list[dict], measure_name: str, *, path: Path, parent: float) -> 
     figure.write_html(path)
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="causal model or sentence encoder, with its tokenizer")
     parser.add_argument("--data", required=True, nargs="+", help="files of text, a line a sentence")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--kinds", nargs="+", default=["mlp_tokens", "attention_tokens", "heads", "experts"])
+    parser.add_argument("--pairs", help="JSON lines with sentence1, sentence2, score")
+    parser.add_argument("--kinds", nargs="+", choices=SUBLAYER, default=list(SUBLAYER))
     parser.add_argument("--capacities", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--held-out", type=int, default=256, help="rows to judge on, and as many to calibrate on")
+    parser.add_argument("--fit-rows", type=int, default=512, help="rows to fit routers on")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--fitted-learning-rate", type=float, default=1e-3, help="behind the fit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    task = Task(arguments)
+    return parser.parse_args(arguments)
+
+
+def run(task: Task) -> dict:
+    """Measures all kinds, prints the table, and draws the figure; returns what the table is made of."""
+    output = Path(task.arguments.output)
     parent = task.judge(task.load())
-    rows = [row for kind in arguments.kinds for row in measure(task, kind)]
-    table = summary(rows, list(parent))
+    found = [measure(task, kind) for kind in task.arguments.kinds]
+    table = summary([row for rows, _ in found for row in rows], list(parent))
+    routers = [each for _, each in found]
     print("parent", {name: round(value, 4) for name, value in parent.items()})
     for row in table:
         numbers = "  ".join(f"{name} {row[name]:.4f} +- {row[f'{name} +-']:.4f}" for name in parent)
-        print(f"{row['kind']:<17} {row['method']:<24} {row['capacity']:>5.0%}  {numbers}")
-    (output / "table.json").write_text(json.dumps({"parent": parent, "table": table}, indent=1), encoding="utf-8")
+        print(f"{row['kind']:<17} {row['method']:<18} {row['capacity']:>5.0%}  {numbers}")
+    for each in routers:
+        print(
+            f"{each['kind']}: {each['parameters']:,} parameters, {each['of the model']:.4%} of the model (paper: "
+            f"0.00006 % to 0.3 %), {each['bytes']:,} bytes on disk, fitted in {each['seconds to fit']:.0f} s"
+        )
+    result = {"parent": parent, "table": table, "routers": routers}
+    (output / "table.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     first = next(iter(parent))
     draw(table, first, path=output / "routing.html", parent=parent[first])
+    return result
+
+
+def main() -> None:
+    arguments = parsed()
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    run(Task(arguments))
 
 
 if __name__ == "__main__":

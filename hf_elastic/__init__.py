@@ -74,10 +74,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.repair.teacher_cache import cache_teacher as cache_teacher
     from hf_elastic.routers_folder import save_routers as save_routers
     from hf_elastic.routing import CalibrationReport as CalibrationReport
+    from hf_elastic.routing import RouterFit as RouterFit
     from hf_elastic.routing import RoutingConfig as RoutingConfig
     from hf_elastic.routing import RoutingStatistics as RoutingStatistics
     from hf_elastic.routing import add_routing as add_routing
     from hf_elastic.routing import calibrate_routing as calibrate_routing
+    from hf_elastic.routing import fit_routers as fit_routers
     from hf_elastic.routing import load_routers as load_routers
     from hf_elastic.routing import routing_statistics as routing_statistics
     from hf_elastic.routing import set_capacity as set_capacity
@@ -175,10 +177,12 @@ _HOMES = {
     "proxies": ("score",),
     "routing": (
         "CalibrationReport",
+        "RouterFit",
         "RoutingConfig",
         "RoutingStatistics",
         "add_routing",
         "calibrate_routing",
+        "fit_routers",
         "load_routers",
         "routing_statistics",
         "set_capacity",
@@ -247,6 +251,7 @@ __all__ = [
     "RandomSubnet",
     "RecoverReport",
     "RefitReport",
+    "RouterFit",
     "RoutingConfig",
     "RoutingLoss",
     "RoutingLosses",
@@ -279,6 +284,7 @@ __all__ = [
     "export",
     "extract",
     "extract_adapter",
+    "fit_routers",
     "fuse_heads",
     "last_complete_checkpoint",
     "load_adapter",

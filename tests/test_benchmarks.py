@@ -392,3 +392,26 @@ def test_the_routing_benchmark_measures_every_kind_in_every_family(tmp_path: Pat
     assert len(judged) == 6 and all(row["met"] in ("yes", "NO") for row in judged)
     assert len(found["routers"]) == 12 and str(tmp_path) not in json.dumps(found)
     assert "the time that it saves" in script("render").page({file.stem: found})
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_routing_quality_tells_what_is_lost_at_the_papers_points(
+    tmp_path: Path, data_dir: Path
+) -> None:
+    file = tmp_path / "routing-stories260K.json"
+    tiny = "--kinds mlp_tokens experts --capacities 0.56 0.8 --steps 4 --seeds 0 --held-out 8 --fit-rows 8"
+    folders = ["--data", str(data_dir), "--output", str(tmp_path / "out")]
+    script("routing_quality").main(["stories260K", *folders, "--json", str(file), "--", *tiny.split()])
+    found = json.loads(file.read_text())
+    assert {(row["kind"], round(row["capacity"], 2)) for row in found["bars"] if row["method"] == "fitted"} == {
+        ("mlp_tokens", 0.8), ("experts", 0.56)
+    }  # fmt: skip
+    for row in found["bars"]:
+        (told,) = [
+            each["loss"] / found["parent"]["loss"] - 1
+            for each in found["table"]
+            if all(each[name] == row[name] for name in ("kind", "method", "capacity"))
+        ]
+        assert row["lost"] == pytest.approx(told) and row["met"] == (told <= 0.01)
+    assert str(tmp_path) not in json.dumps(found) and str(data_dir) not in json.dumps(found)
+    assert "Routing on a real model: stories260K" in script("render").page({file.stem: found})

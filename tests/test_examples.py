@@ -13,8 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tiny_checkpoints import language_model, write_text
-from transformers import AutoModelForCausalLM
+import torch
+from scipy.stats import spearmanr
+from tiny_checkpoints import language_model, sentence_encoder, sentences, write_text
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "compress_minilm.py"
 
@@ -259,12 +261,52 @@ def test_the_example_of_routing_compares_choices_at_each_capacity(kind: str, tmp
         "--held-out", "16", "--seeds", "0", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    table = json.loads((tmp_path / "out" / "table.json").read_text())["table"]
-    methods = {"random", "learned", "learned, LoRA of rank 1"}
-    methods |= {"norm", "sublayers dropped"} if kind == "mlp_tokens" else set()
-    assert {row["method"] for row in table} == methods and {row["capacity"] for row in table} == {0.5, 0.75}
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    table = found["table"]
+    methods = {"random", "fitted", "fitted, LoRA", "learned", "learned, LoRA"}
+    methods |= {"norm"} if kind == "mlp_tokens" else set()
+    shown = {(row["method"], row["capacity"]) for row in table if row["method"] != "sublayers dropped"}
+    assert shown == {(method, capacity) for method in methods for capacity in (0.5, 0.75, 1.0)}
+    assert any(row["method"] == "sublayers dropped" for row in table)
+    parent = found["parent"]["loss"]
+    for row in table:
+        if row["capacity"] == 1 and not row["method"].endswith("LoRA"):
+            assert row["loss"] == pytest.approx(parent, rel=1e-6) and row["agreement"] == 1
     assert (tmp_path / "out" / "routing.html").is_file()
-    assert sum(file.stat().st_size for file in (tmp_path / "out" / kind).iterdir()) < 50_000
+    (routers,) = found["routers"]
+    assert routers["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out" / kind).iterdir()) < 50_000
+    assert f"{routers['parameters']:,} parameters" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_of_routing_judges_sentence_encoders_by_pairs(tmp_path: Path) -> None:
+    model, texts = sentence_encoder(tmp_path / "model"), sentences(160)
+    (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
+    pairs = [
+        {"sentence1": one, "sentence2": other, "score": number % 5}
+        for number, (one, other) in enumerate(zip(texts[:20], texts[20:40], strict=True))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    done = run_example(
+        "routing", "--model", str(model), "--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out"),
+        "--pairs", str(tmp_path / "pairs.jsonl"), "--kinds", "heads", "--capacities", "0.5", "--steps", "2",
+        "--batch-size", "4", "--held-out", "16", "--seeds", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert found["parent"]["cosine"] == pytest.approx(1)
+    first, second = (encoded(model, [pair[name] for pair in pairs]) for name in ("sentence1", "sentence2"))
+    scores = [pair["score"] for pair in pairs]
+    similarities = torch.nn.functional.cosine_similarity(first, second)
+    assert found["parent"]["spearman"] == pytest.approx(spearmanr(similarities.numpy(), scores).statistic, abs=1e-6)
+
+
+def encoded(model: Path, texts: list[str]) -> torch.Tensor:
+    """Mean embeddings of texts one by one, ``(N, D)``."""
+    encoder, tokenizer = AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        states = [encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1) for text in texts]
+    return torch.cat(states)
 
 
 def test_answers_are_read_out_of_text(monkeypatch: pytest.MonkeyPatch) -> None:

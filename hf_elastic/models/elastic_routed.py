@@ -1,7 +1,8 @@
 """Sublayers that follow their routers: what is not chosen is not computed (ElastiFormer, arXiv 2411.15281).
 
-In training everything is computed and then weighted or masked, so that routers get gradients; otherwise tokens are
-gathered, computed and scattered, heads and experts computed for the tokens that they serve. Both give the same.
+In training and under a probe everything is computed and then weighted or masked, so that routers get gradients;
+otherwise tokens are gathered, computed and scattered, heads and experts computed for the tokens that they serve. Both
+give the same.
 This file travels with a checkpoint as remote code: it imports nothing but transformers and files beside it.
 """
 
@@ -190,7 +191,7 @@ class RoutedMlp(Mixin):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if not self.routers.routes("mlp_tokens", "experts") or not states.numel():
             return super().forward(states)
-        return self._learning(states) if self.training else self._skipping(states)
+        return self._learning(states) if self.routers.whole else self._skipping(states)
 
     def _learning(self, states: torch.Tensor) -> torch.Tensor:
         routers, whole = self.routers, super().forward
@@ -250,7 +251,7 @@ class RoutedIntermediate(Mixin):
         if not routers.routes("mlp_tokens", "experts") or not states.numel():
             return super().forward(states)
         tokens = routers.choose_tokens("mlp_tokens", states) if routers.routes("mlp_tokens") else None
-        if self.training:
+        if routers.whole:
             served = routers.choose_units("experts", states) if routers.routes("experts") else None
             self.__dict__["decided"] = (tokens, served)
             return super().forward(states)
@@ -279,7 +280,7 @@ class RoutedOutput(Mixin):
             return super().forward(states, residual)
         tokens, served = vars(self.entering).pop("decided")
         children: Any = dict(self.named_children())
-        if self.training:
+        if self.routers.whole:
             if served is not None:
                 experts = _Experts(self.entering, self, layout=self.layout, routers=self.routers)
                 states = experts.weighted(states, served)

@@ -147,8 +147,11 @@ def run_routed(module: Any, call: Call, attend: Callable[[Call], torch.Tensor]) 
     if not routers.routes("attention_tokens"):
         return attend(call if fresh or not has_gaps(call.cache, core.layer_idx) else _seeing_entered(core, call))
     decision = routers.choose_tokens("attention_tokens", call.states)
-    if module.training:
-        masked = replace(call, mask=_learning_mask(call, decision.keep, causal=routers.causal))
+    if routers.whole:
+        seen = _learning_mask(call, decision.keep, causal=routers.causal)
+        if routers.probe is not None:
+            seen = _weighted_mask(seen, decision.weight.to(call.states.dtype))
+        masked = replace(call, mask=seen)
         factors = (decision.weight * decision.keep).to(call.states.dtype)
         return attend(masked) * factors.unsqueeze(-1)  # (B, T, D)
     tokens = Gathered(decision.keep)
@@ -178,6 +181,14 @@ def _learning_mask(call: Call, keep: torch.Tensor, *, causal: bool) -> torch.Ten
     if call.mask.shape[-1] != count:
         raise ValueError("routers of attention are trained on whole sequences; leave past_key_values out of the inputs")
     return joined_mask(call.mask, seen)
+
+
+def _weighted_mask(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A mask that adds the logarithm of a token's weight ``(B, T)`` to the scores of its key, but for its own query."""
+    own = torch.eye(weight.shape[1], dtype=torch.bool, device=weight.device)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=weight.dtype).masked_fill(~mask, torch.finfo(weight.dtype).min)
+    return mask + weight.log()[:, None, None, :].masked_fill(own, 0.0)
 
 
 def _seeing_entered(core: Any, call: Call) -> Call:
@@ -257,8 +268,8 @@ def served_by_heads(core: Any, call: Call, routers: LayerRouters, *, out: Any) -
         out: projection from the heads back.
     """
     decision = routers.choose_units("heads", call.states)
-    heads = _Heads(core, call, routers.available["heads"])
-    if core.training:
+    heads = _Heads(core, call, routers.available["heads"], whole=routers.whole)
+    if routers.whole:
         mixed = heads.attend(heads.queries(), call.mask)  # (B, n, G, r * d)
         factors = (decision.weight * decision.keep).to(mixed.dtype).unsqueeze(-1)
         result: torch.Tensor = out((mixed * factors).flatten(-2))
@@ -302,7 +313,7 @@ def _grouped_heads(heads: "_Heads", call: Call, decision: Decision, *, routers: 
 class _Heads:
     """Keys and values of a call, written to its cache, and queries of all heads or of one group."""
 
-    def __init__(self, core: Any, call: Call, count: int) -> None:
+    def __init__(self, core: Any, call: Call, count: int, *, whole: bool) -> None:
         self.core, self.call, self.count, self.kind = core, call, count, _kind(core)
         self.size: int = core.attention_head_size if self.kind == "bert" else core.head_dim
         query, key, value = (getattr(core, name) for name in _PROJECTIONS[self.kind])
@@ -312,7 +323,7 @@ class _Heads:
         self.whole: torch.Tensor | None = None  # (B, n, H * d) queries, where they cannot be computed by group
         if not self.fused:
             keys, values = key(call.states), value(call.states)
-        elif self.weights is None or core.training:
+        elif self.weights is None or whole:
             self.whole, keys, values = query(call.states).chunk(3, dim=-1)
         else:
             weight, bias = self.weights[0].chunk(3), self.weights[1].chunk(3)

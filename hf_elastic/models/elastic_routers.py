@@ -186,6 +186,8 @@ class LayerRouters(nn.ModuleDict):
         active: value of each kind.
         available: heads and experts that there are now: fewer than ``of`` where the layer is narrower than it was made.
         observers: told what was decided and computed.
+        probe: gives the weights of a decision about states, ``(B, T)`` or ``(..., U)``, instead of the routers: nothing
+            is left out then, all is weighted.
     """
 
     def __init__(self, hidden_size: int, *, spec: Mapping[str, Any], context: RoutingContext, causal: bool) -> None:
@@ -207,6 +209,12 @@ class LayerRouters(nn.ModuleDict):
         self.active: dict[str, int] = {kind: spec[kind]["active"] for kind in self}
         self.available: dict[str, int] = {kind: spec[kind]["of"] for kind in self if kind in UNITS}
         self.observers: list[Callable[[Observation], None]] = []
+        self.probe: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is computed, and weighted or masked afterwards, so that weights get gradients."""
+        return self.training or self.probe is not None
 
     def __getitem__(self, kind: str) -> Router:
         router = super().__getitem__(kind)
@@ -240,6 +248,8 @@ class LayerRouters(nn.ModuleDict):
         scores learn to tell the two apart by a binary cross entropy; the paper's threshold is unknown, ours is, for
         this loss, the one that as many tokens of the whole batch exceed.
         """
+        if self.probe is not None:
+            return _everything(self.probe(kind, states))
         router, capacity = self[kind], self.active[kind]
         by_rank = self.training or not self.causal
         real = self.context.real(states, needed=by_rank)
@@ -261,6 +271,8 @@ class LayerRouters(nn.ModuleDict):
         load-balancing loss of Switch Transformers (arXiv 2101.03961, equation 4) is noted, with the share of decisions
         instead of that of tokens.
         """
+        if self.probe is not None:
+            return _everything(self.probe(kind, states))
         count, there = self.units(kind), self.available[kind]
         scores = self[kind](states, there)  # (..., U)
         shares = scores.softmax(-1)
@@ -284,6 +296,10 @@ class LayerRouters(nn.ModuleDict):
         """Tells observers what was decided, and what was really computed for it."""
         for observer in self.observers:
             observer(observation)
+
+
+def _everything(weight: torch.Tensor) -> Decision:
+    return Decision(torch.ones_like(weight, dtype=torch.bool), weight)
 
 
 def _blended(weight: torch.Tensor, capacity: float) -> torch.Tensor:
