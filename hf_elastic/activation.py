@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -69,3 +71,21 @@ class Activation:
 def adapter_names(base: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that peft has put onto a model."""
     return tuple(sorted(vars(base).get("peft_config") or ()))
+
+
+@runtime_checkable
+class AdaptedLayer(Protocol):
+    """A module that peft put around another one."""
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of what it holds besides that one."""
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of all that is off where adapters are, ``modules_to_save`` too."""
+    for module in model.modules():
+        for name in module.adapter_layer_names if isinstance(module, AdaptedLayer) else ():
+            held = attrgetter(name)(module)
+            if isinstance(held, nn.Module):
+                yield from held.parameters()

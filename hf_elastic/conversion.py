@@ -14,6 +14,7 @@ from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import Family, family_of, layers_of, projection_of, submodule
 from hf_elastic.layers import PartHolder, check_forward, check_linear, make_elastic_linear, make_part_holder
 from hf_elastic.models import static_class_name
+from hf_elastic.models.elastic_routers import routers_of
 from hf_elastic.parts import SKIPS, AdapterPart, ChoiceNames, LayerPart, LayerShape, join_choices
 from hf_elastic.space import Choice, Condition, SearchSpace
 from hf_elastic.supernet import Supernet
@@ -100,6 +101,10 @@ def _check_model(model: PreTrainedModel, *, adapted: bool = False) -> None:
         raise UnsupportedModelError(
             f"make_elastic takes a transformers PreTrainedModel, got {type(model).__name__}; "
             "convert the model before get_peft_model, torch.compile or DistributedDataParallel"
+        )
+    if routers_of(model):
+        raise UnsupportedModelError(
+            "the model has routers; make_elastic comes before add_routing, so take the model without them"
         )
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is not None or getattr(model, "is_quantized", False):

@@ -143,9 +143,10 @@ def run_routed(module: Any, call: Call, attend: Callable[[Call], torch.Tensor]) 
             f"routed attention runs with attn_implementation {' or '.join(IMPLEMENTATIONS)}, this model has "
             f"{implementation!r}; call model.set_attn_implementation('sdpa')"
         )
-    fresh = call.cache is None or is_fresh(call.cache, core.layer_idx)
     if not routers.routes("attention_tokens"):
-        return attend(call if fresh or not has_gaps(call.cache, core.layer_idx) else _seeing_entered(core, call))
+        gaps = call.cache is not None and has_gaps(call.cache, core.layer_idx)
+        return attend(_seeing_entered(core, call) if gaps and not is_fresh(call.cache, core.layer_idx) else call)
+    fresh = call.cache is None or is_fresh(call.cache, core.layer_idx)
     decision = routers.choose_tokens("attention_tokens", call.states)
     if routers.whole:
         seen = _learning_mask(call, decision.keep, causal=routers.causal)

@@ -103,10 +103,13 @@ class Router(nn.Module):
             ``(..., 1)`` or ``(..., U)``.
         """
         with torch.autocast(states.device.type, enabled=False):
+            return _linear(self.scores, self.features(states), rows=units)
+
+    def features(self, states: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads, in float32: states ``(..., D)``, or what the hidden layer makes of them."""
+        with torch.autocast(states.device.type, enabled=False):
             states = states.float()
-            if self.hidden is not None:
-                states = nn.functional.gelu(_linear(self.hidden, states))
-            return _linear(self.scores, states, rows=units)
+            return states if self.hidden is None else nn.functional.gelu(_linear(self.hidden, states))
 
     def threshold(self, value: int) -> torch.Tensor:
         """The score that a token must exceed at one of ``values``, a scalar.
@@ -137,11 +140,14 @@ class RoutingContext:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._place = list(inspect.signature(forward).parameters).index("attention_mask")
         self._mask: torch.Tensor | None = None
+        self._before: int | None = None  # tokens in the cache when the forward began, if there is one
         self.losses: dict[str, list[torch.Tensor]] = {}
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Reads the mask of padding off the arguments of the base model; its forward hook."""
         self._mask = kwargs.get("attention_mask", args[self._place] if len(args) > self._place else None)
+        cache = kwargs.get("past_key_values")
+        self._before = None if cache is None else int(cache.get_seq_length())
         self.losses = {}
 
     def real(self, states: torch.Tensor, *, needed: bool) -> torch.Tensor | None:
@@ -156,7 +162,10 @@ class RoutingContext:
         """
         mask = self._mask
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            return mask[:, -states.shape[1] :].to(states.device, torch.bool)
+            count = states.shape[1]
+            if self._before is not None and mask.shape[1] > self._before + count:  # of all places in a fixed cache
+                mask = mask[:, : self._before + count]
+            return mask[:, -count:].to(states.device, torch.bool)
         if mask is not None and needed:
             raise ValueError(
                 "routing by row must know which tokens are padding; give attention_mask of shape (batch, tokens)"

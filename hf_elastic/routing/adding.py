@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_elastic.activation import adapter_parameters
 from hf_elastic.conversion import make_layer_parts
 from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import family_of, layers_of
@@ -18,6 +19,7 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import RouterPart
 from hf_elastic.routers_folder import ROUTING_CONFIG
 from hf_elastic.routing.configuration import RoutingConfig, resolve_capacity
+from hf_elastic.routing.handles import require_routers
 from hf_elastic.supernet import Supernet
 
 
@@ -35,7 +37,7 @@ def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freez
         config: what is routed.
         seed: of the hidden layers of ``router="mlp"``.
         freeze: whether what is trained is the routers alone, and adapters where the model has such, as in the paper;
-            otherwise nothing else changes its ``requires_grad``.
+            otherwise no ``requires_grad`` changes.
 
     Raises:
         UnsupportedModelError: the model is of a type that is not routed, is routed already, or has adapters on the
@@ -57,7 +59,7 @@ def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freez
     for number, spec in specs.items():
         _check_layer(layers[number], spec)
     if freeze:
-        adapters = {id(p) for name, p in base.named_parameters() if "lora_" in name}
+        adapters = {id(parameter) for parameter in adapter_parameters(base)}
         for parameter in base.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in adapters)
     with seeded(seed):
@@ -154,14 +156,16 @@ def set_capacity(supernet: Supernet, **capacities: int | float) -> None:
             What is not named stays.
 
     Raises:
+        UnsupportedModelError: it is no handle, or of a model without routers.
         SpaceError: a kind is not routed, or a capacity is not one of its values.
     """
+    require_routers(supernet, "set_capacity")
     active: dict[str, Any] = dict(supernet.active)
     for kind, value in capacities.items():
         parts = [part for part in supernet.router_parts if kind in part.routers]
         if not parts:
             routed = sorted({name for part in supernet.router_parts for name in part.routers})
-            raise SpaceError(f"{kind} is not routed in this model; routed: {', '.join(routed) or 'nothing'}")
+            raise SpaceError(f"{kind} is not routed in this model; routed: {', '.join(routed)}")
         for part in parts:
             router = part.routers[kind]
             found = resolve_capacity(kind, value, whole=router.of)

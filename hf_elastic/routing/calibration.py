@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_elastic.errors import DataError, TrainingError, UnsupportedModelError
+from hf_elastic.errors import DataError, TrainingError
 from hf_elastic.layers import evaluating
 from hf_elastic.models.elastic_routers import PERCENT, TOKENS, Router
 from hf_elastic.routers import RouterPart
+from hf_elastic.routing.handles import require_routers
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import Batch, checked_batches
 from hf_elastic.supernet import Supernet
@@ -127,7 +128,7 @@ def calibrate_routing(
     before attention has mixed them, those are all occurrences of one word.
 
     Do this after training, in the precision in which the model will be used. Nothing is drawn at random, no gradient is
-    computed, and modes and the active architecture stay as they were.
+    computed, and modes and the active architecture stay as they were; thresholds too, where anything is raised.
 
     Args:
         supernet: a model with routers.
@@ -145,8 +146,7 @@ def calibrate_routing(
         TrainingError: a router gives all tokens one score; it was not trained.
         ArchitectureError: the architecture is not a point of the space.
     """
-    if not supernet.router_parts:
-        raise UnsupportedModelError("the model has no routers to calibrate; call hf_elastic.add_routing first")
+    require_routers(supernet, "calibrate_routing")
     data = checked_batches(batches)
     settings = _settings(supernet) if architecture is None else {"architecture": [supernet.point(architecture)]}
     if nothing := _nothing_to_do(supernet):
@@ -155,13 +155,26 @@ def calibrate_routing(
     flat = [setting for setting in flat if setting.routed]
     if not flat:
         return CalibrationReport(note="nothing to calibrate: all tokens enter everywhere in this architecture")
-    with torch.no_grad(), evaluating(supernet.model):
+    with torch.no_grad(), evaluating(supernet.model), _kept_on_failure(supernet.router_parts):
         made = [setting for setting in flat if setting.name in _MADE]
         passes = _Calibration(made, data).run()
         for setting in flat:
             if setting not in made:
                 setting.measure(data, first=False)
     return _report(flat, passes)
+
+
+@contextmanager
+def _kept_on_failure(parts: Iterable[RouterPart]) -> Iterator[None]:
+    """Gives all thresholds back as they were if anything is raised inside the block."""
+    routers = [part.routers[kind] for part in parts for kind in part.routers if kind in TOKENS]
+    before = [(router, router.thresholds.clone()) for router in routers if router.thresholds is not None]
+    try:
+        yield
+    except BaseException:
+        for router, thresholds in before:
+            router.thresholds.copy_(thresholds)
+        raise
 
 
 def _nothing_to_do(supernet: Supernet) -> str:

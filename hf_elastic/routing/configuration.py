@@ -33,7 +33,7 @@ class RoutingConfig:
         experts: experts that serve each token: the FFN cut into ``num_experts`` runs of neurons of equal length.
         num_experts: by default the largest count in ``experts``.
         layers: numbers of the layers that are routed; by default every ``every``-th, from the first on.
-        every: see ``layers``.
+        every: see ``layers``, without which alone it may be given.
         router: ``"linear"``, or ``"mlp"`` with a hidden layer of ``router_hidden_size``.
         router_hidden_size: width of that layer.
         share: whether each layer has choices of its own (``"layer"``), or all follow one (``"model"``).
@@ -64,6 +64,10 @@ class RoutingConfig:
             raise SpaceError(f"share={self.share!r} is unknown; allowed: {', '.join(get_args(Share))}")
         for name in ("every", "router_hidden_size"):
             _check_count(name, getattr(self, name))
+        if self.layers is not None and not isinstance(self.layers, tuple):
+            raise SpaceError(f"layers={self.layers!r} must be a list of numbers of layers")
+        if self.layers is not None and self.every != 1:
+            raise SpaceError(f"layers={list(self.layers)} and every={self.every} both say which layers are routed")
         if not self.kinds:
             raise SpaceError(f"RoutingConfig routes nothing; give at least one of {', '.join(KINDS)}")
         for kind in self.kinds:
@@ -86,10 +90,9 @@ class RoutingConfig:
         """
         if self.layers is None:
             return tuple(range(0, count, self.every))
-        named = sorted(set(self.layers), key=str)
-        if not named or any(type(number) is not int or not 0 <= number < count for number in named):
+        if not self.layers or any(type(number) is not int or not 0 <= number < count for number in self.layers):
             raise SpaceError(f"layers={list(self.layers)} must name layers of 0 to {count - 1}")
-        return tuple(sorted(named))
+        return tuple(sorted(set(self.layers)))
 
     def experts_of(self, width: int) -> int:
         """Experts of an FFN of so many neurons.

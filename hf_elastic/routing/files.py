@@ -60,11 +60,10 @@ def _config_of(saved: SavedRouters) -> RoutingConfig:
         config = RoutingConfig.from_dict(saved.routing)
         stated = stated_routers(config, heads=sizes["heads"], width=sizes["intermediate_size"])
         numbers = config.routed_layers(sizes["num_hidden_layers"])
-    except (SpaceError, TypeError) as error:
+        agree = all(_agree(stated, layer) for layer in saved.layers.values())
+    except (SpaceError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} has no usable RoutingConfig: {error}; copy the folder again") from error
-    if saved.layers.keys() != set(map(str, numbers)) or any(
-        not _agree(stated, layer) for layer in saved.layers.values()
-    ):
+    if saved.layers.keys() != set(map(str, numbers)) or not agree:
         raise CheckpointError(f"{file} has other routers than its RoutingConfig makes; copy the folder again")
     return config
 

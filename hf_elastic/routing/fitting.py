@@ -18,20 +18,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_elastic.distillation import Pooling, embedding_loss, logits_loss, pooled
-from hf_elastic.errors import DataError, TrainingError, UnsupportedModelError
+from hf_elastic.errors import DataError, TrainingError
 from hf_elastic.layers import evaluating
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.models.elastic_routers import TOKENS, Router
 from hf_elastic.routers import RouterPart
+from hf_elastic.routing.handles import require_routers
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import Batch, checked_batches
 from hf_elastic.supernet import Supernet
 
 SPREAD = 0.1
-"""Standard deviation of the fitted scores of units: their weights stay near one, and training can still change them."""
+"""Standard deviation of the fitted scores of a unit around their mean, root mean square over units: what tokens differ
+in moves weights little, and training can still change it."""
 _LABELS = ("labels", "start_positions", "end_positions")
 
 FitTarget = Literal["logits", "embeddings"]
@@ -96,8 +97,8 @@ def fit_routers(
     that hardly enters attention is hardly seen by others either: the logarithm of its weight is added to the scores of
     its key. Then each router is a ridge regression on what it reads: of the ranks of tokens (in an encoder within their
     row, as they are chosen there; in a causal model within the batch) from -1/2 to 1/2, and of the worths of units less
-    their mean for the token, scaled to a standard deviation of 0.1. A router with a hidden layer keeps that layer as it
-    is, with random features, and has its last one fitted.
+    their mean for the token, scaled so that the scores of a unit vary by 0.1 around their mean. A router with a hidden
+    layer keeps that layer as it is, with random features, and has its last one fitted.
 
     Sizes are the largest, adapters as they are. Behind this, causal models need
     :func:`~hf_elastic.calibrate_routing`. Nothing is drawn at random, and modes and the active architecture stay as
@@ -122,13 +123,12 @@ def fit_routers(
             reads features.
         TrainingError: an option is out of range, the model does not give the target, or gradients are off for good.
     """
-    if not supernet.router_parts:
-        raise UnsupportedModelError("the model has no routers to fit; call hf_elastic.add_routing first")
+    require_routers(supernet, "fit_routers")
     if target not in ("logits", "embeddings", None):
         raise TrainingError(f"fit_routers(target={target!r}) is unknown; allowed: 'logits', 'embeddings'")
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise TrainingError(f"fit_routers(points={points!r}) must be a whole number of at least 1")
-    if not 0 < ridge < math.inf:
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < math.inf:
         raise TrainingError(f"fit_routers(ridge={ridge!r}) must be above 0, and finite")
     if torch.is_inference_mode_enabled():
         raise TrainingError("fit_routers needs gradients; call it outside of torch.inference_mode()")
@@ -261,7 +261,7 @@ class _Fitting:
             wanted = wanted - wanted.mean(-1, keepdim=True)
         if not bool(torch.isfinite(worth[real]).all()):
             raise DataError(f"worths of {kind} in layer {layer} hold NaN or infinity; check weights and batches")
-        features = _features(routers[kind], states[real])  # (N, I)
+        features = routers[kind].features(states[real]).detach()  # (N, I)
         if place not in self._sums:
             self._sums[place] = NormalEquations(features.shape[1], wanted.shape[1], device=features.device)
         self._sums[place].add(features, wanted)
@@ -303,15 +303,6 @@ def _check_mask(batch: Batch) -> None:
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise DataError(f"the attention_mask is {tuple(mask.shape)}; give one of shape (batch, tokens)")
-
-
-def _features(router: Router, states: Tensor) -> Tensor:
-    """What the last layer of a router reads, ``(N, I)``."""
-    states, hidden = states.float(), router.hidden
-    if hidden is None:
-        return states
-    with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
-        return F.gelu(F.linear(states, hidden.weight.float(), hidden.bias.float()))
 
 
 def _ranks(worths: Tensor, real: Tensor) -> Tensor:

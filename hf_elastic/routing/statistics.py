@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hf_elastic import costs
-from hf_elastic.errors import DataError, UnsupportedModelError
+from hf_elastic.errors import DataError
 from hf_elastic.layers import evaluating
 from hf_elastic.models.elastic_routed_cache import Gathered
 from hf_elastic.models.elastic_routers import KINDS, PERCENT, TOKENS, Observation
 from hf_elastic.routers import RouterPart
+from hf_elastic.routing.handles import require_routers
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import Batch, checked_batches
 from hf_elastic.supernet import Supernet
@@ -175,8 +176,7 @@ def routing_statistics(
         DataError: there is no batch, or a mask is not of shape ``(B, T)``.
         ArchitectureError: the architecture is not a point of the space.
     """
-    if not supernet.router_parts:
-        raise UnsupportedModelError("the model has no routers to watch; call hf_elastic.add_routing first")
+    require_routers(supernet, "routing_statistics")
     data = checked_batches(batches)
     point = supernet.active if architecture is None else supernet.point(architecture)
     masks = [_real(batch) for batch in data]
@@ -208,12 +208,15 @@ def _real(batch: Batch) -> Tensor:
     """Which tokens ``(B, T)`` of a batch are not padding."""
     mask = batch.get("attention_mask")
     if mask is None:
-        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-        if tokens is None:
+        given = (("input_ids", None), ("inputs_embeds", -1))
+        shapes = [batch[name].shape[:end] for name, end in given if name in batch]
+        if not shapes:
             raise DataError(
                 f"a batch has {', '.join(batch)}; give input_ids, and an attention_mask where there is padding"
             )
-        return torch.ones(tokens.shape[:2], dtype=torch.bool)
+        if len(shapes[0]) != 2:
+            raise DataError(f"input_ids are {tuple(shapes[0])}; give some of shape (batch, tokens)")
+        return torch.ones(shapes[0], dtype=torch.bool)
     if mask.dim() != 2:
         raise DataError(f"the attention_mask is {tuple(mask.shape)}; give one of shape (batch, tokens)")
     return mask.cpu().bool()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from hf_elastic.activation import adapter_names
+from hf_elastic.activation import adapter_names, adapter_parameters
 from hf_elastic.errors import TrainingError
 from hf_elastic.layers import evaluating
 from hf_elastic.supernet import Supernet
@@ -24,15 +23,6 @@ class AdaptedModel(Protocol):
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """Switch them off inside the block."""
-
-
-@runtime_checkable
-class AdaptedLayer(Protocol):
-    """A module that peft put around another one."""
-
-    @property
-    def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of what it holds besides that one."""
 
 
 class Teacher:
@@ -138,11 +128,7 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
 
 
 def _added_parameters(supernet: Supernet) -> Iterator[nn.Parameter]:
-    """Parameters of routers, and of all that is off where adapters are (``modules_to_save`` too)."""
+    """Parameters of routers, and of adapters."""
     for part in supernet.router_parts:
         yield from part.routers.parameters()
-    for module in supernet.model.modules():
-        for name in module.adapter_layer_names if isinstance(module, AdaptedLayer) else ():
-            held = attrgetter(name)(module)
-            if isinstance(held, nn.Module):
-                yield from held.parameters()
+    yield from adapter_parameters(supernet.model)

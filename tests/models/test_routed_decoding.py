@@ -186,6 +186,30 @@ def test_generation_fills_a_cache_of_either_kind(cache: str) -> None:
     assert torch.equal(supernet.base.generate(**feed, **settings, cache_implementation=cache), wanted)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_mask_of_all_places_in_a_cache_of_fixed_length_is_read_up_to_now(family: str) -> None:
+    supernet = routed(family)
+    feed = padded_inputs(supernet.model)
+    places = torch.nn.functional.pad(feed["attention_mask"], (0, 16 - feed["attention_mask"].shape[1]))
+    cache, pieces = caches(supernet.base)["static"], []
+    for now in (slice(0, 6), slice(6, 7), slice(7, 9)):
+        with torch.no_grad():
+            output = supernet.base(
+                input_ids=feed["input_ids"][:, now], attention_mask=places, position_ids=feed["position_ids"][:, now],
+                past_key_values=cache,
+            )  # fmt: skip
+        pieces.append(output.logits)
+    assert_same(torch.cat(pieces, dim=1), whole(supernet, feed), feed["attention_mask"])
+
+
+def test_heads_alone_ask_nothing_of_a_cache() -> None:
+    supernet, feed = routed("llama", heads=[1]), inputs(tiny("llama"))
+    cache = DynamicCache(config=supernet.base.config)
+    cache.layers = [type("RoundedLayer", (type(layer),), {})() for layer in cache.layers]
+    with torch.no_grad():
+        assert torch.equal(supernet.base(**feed, past_key_values=cache).logits, supernet.base(**feed).logits)
+
+
 def test_a_cache_that_does_not_keep_keys_is_refused_before_anything_is_written() -> None:
     supernet = routed("llama", attention_tokens=[0.5])
     cache = DynamicCache(config=supernet.base.config)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from routed_models import routed
 from tiny_models import CONFIGS, inputs, supernet_of, tiny
 from torch import nn
@@ -162,7 +162,8 @@ def test_a_model_is_routed_once() -> None:
     add_routing(model, TOKENS)
     message = refusal(UnsupportedModelError, add_routing, model, RoutingConfig(heads=[1]))
     assert message == "the model has routers already; use hf_elastic.Supernet(model) for its handle"
-    assert "elastic already" in refusal(UnsupportedModelError, make_elastic, model, ElasticConfig(skip=["layer"]))
+    message = refusal(UnsupportedModelError, make_elastic, model, ElasticConfig(skip=["layer"]))
+    assert "make_elastic comes before add_routing" in message
 
 
 @pytest.mark.parametrize(("family", "changes", "config", "words"), [
@@ -285,9 +286,8 @@ def test_a_capacity_that_is_not_there_leaves_the_dial_where_it_was(turn: dict[st
 
 
 def test_the_dial_of_a_model_without_routers_says_so() -> None:
-    assert "heads is not routed in this model; routed: nothing" in refusal(
-        SpaceError, set_capacity, supernet_of("llama"), heads=1
-    )
+    message = refusal(UnsupportedModelError, set_capacity, supernet_of("llama"), heads=1)
+    assert message == "the model has no routers for set_capacity; call hf_elastic.add_routing first"
 
 
 def test_a_capacity_that_is_no_value_is_no_architecture() -> None:
@@ -308,3 +308,15 @@ def test_every_architecture_that_is_drawn_can_be_described_and_shown() -> None:
 
 def test_every_family_of_the_package_is_routed_or_refused() -> None:
     assert {*CONFIGS} - {*ROUTED} == {"distilbert"}
+
+
+def test_adapters_of_any_kind_stay_trained_beside_the_routers() -> None:
+    model = get_peft_model(tiny("llama"), IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    supernet = add_routing(model, TOKENS)
+    now = {name for name, parameter in supernet.model.named_parameters() if parameter.requires_grad}
+    assert trained and now - trained and now > trained and all("routers" in name for name in now - trained)
+    kept = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    add_routing(kept, TOKENS)
+    trained = {name for name, parameter in kept.named_parameters() if parameter.requires_grad}
+    assert any("modules_to_save" in name for name in trained) and not any("original_module" in name for name in trained)

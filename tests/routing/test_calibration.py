@@ -230,6 +230,29 @@ def test_what_cannot_be_calibrated_is_refused_with_the_cure() -> None:
         calibrate_routing(fresh, batches(fresh))
 
 
+def thresholds(supernet: Supernet) -> list[Tensor]:
+    routers = [part.routers["mlp_tokens"] for part in supernet.router_parts]
+    return [router.thresholds.clone() for router in routers]
+
+
+def test_a_calibration_that_fails_leaves_the_thresholds_there_were() -> None:
+    fresh = add_routing(tiny("llama"), RoutingConfig(mlp_tokens=[0.5]))
+    with pytest.raises(TrainingError):
+        calibrate_routing(fresh, batches(fresh))
+    assert all(each.isnan().all() for each in thresholds(fresh))
+    set_capacity(fresh, mlp_tokens=0.5)
+    with pytest.raises(RuntimeError, match="has no threshold"):
+        fresh.model(**batches(fresh)[0])
+    supernet = uncalibrated("llama", mlp_tokens=[0.5])
+    data = batches(supernet)
+    calibrate_routing(supernet, data)
+    before = thresholds(supernet)
+    broken = {"input_ids": torch.full((2, 5), supernet.base.config.vocab_size + 7)}
+    with pytest.raises(IndexError):
+        calibrate_routing(supernet, [*data[:1], broken])
+    torch.testing.assert_close(thresholds(supernet), before, rtol=0, atol=0, equal_nan=True)
+
+
 def stories(data_dir: Path, *, length: int = 128) -> tuple[Any, Tensor]:
     folder, text = data_dir / "stories260K" / "hf", data_dir / "tinystories" / "train_944k.txt"
     if not (folder / "config.json").is_file() or not text.is_file():

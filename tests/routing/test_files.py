@@ -249,6 +249,12 @@ def edited(folder: Path, **changes: Any) -> None:
     (folder / ROUTERS_FILE).write_text(json.dumps({**record, **changes}))
 
 
+def without_capacity(folder: Path) -> Any:
+    layers = json.loads((folder / ROUTERS_FILE).read_text())["layers"]
+    del layers["1"]["heads"]["active"]
+    return layers
+
+
 def truncated(folder: Path, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:-40])
 
@@ -271,6 +277,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "no layers": (lambda folder: edited(folder, layers={}), "does not fit its routers.json: 24 tensors"),
     "malformed layers": (lambda folder: edited(folder, layers={"0": {"heads": 3}}), "nothing usable about its routers"),
+    "no capacity": (lambda folder: edited(folder, layers=without_capacity(folder)), "no usable RoutingConfig.*active"),
     "an unknown type": (lambda folder: edited(folder, model_type="opt"), "nothing usable about its routers"),
 }
 

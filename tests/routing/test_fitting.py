@@ -250,7 +250,7 @@ def test_layers_that_share_a_choice_are_fitted_as_those_that_have_their_own() ->
 
 def test_a_model_without_routers_is_refused() -> None:
     plain = make_elastic(tiny("llama"), ElasticConfig(intermediate_size=[16, 48]))
-    with pytest.raises(UnsupportedModelError, match="no routers to fit; call hf_elastic.add_routing first"):
+    with pytest.raises(UnsupportedModelError, match="no routers for fit_routers; call hf_elastic.add_routing first"):
         fit_routers(plain, batches())
 
 
@@ -262,7 +262,7 @@ def test_a_model_without_routers_is_refused() -> None:
     ({"ridge": 0}, r"ridge=0\) must be above 0"),
     ({"ridge": -1.0}, r"ridge=-1.0\) must be above 0"),
     ({"ridge": math.nan}, r"ridge=nan\) must be above 0"),
-    ({"ridge": math.inf}, r"ridge=inf\)"),
+    ({"ridge": math.inf}, r"ridge=inf\)"), ({"ridge": "a"}, "ridge='a'"), ({"ridge": True}, r"ridge=True\)"),
     ({"target": "embeddings", "pooling": "max"}, "unknown pooling 'max'; allowed: 'mean', 'cls', 'last'"),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:

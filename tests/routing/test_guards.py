@@ -26,7 +26,10 @@ from hf_elastic import (
     Workload,
     add_routing,
     additivity,
+    calibrate_routing,
     costs,
+    extract,
+    fit_routers,
     make_elastic,
     measure_latency_table,
     measure_quality_table,
@@ -35,13 +38,16 @@ from hf_elastic import (
     recover,
     refit,
     refitted,
+    routing_statistics,
     score,
     search_subnets,
+    set_capacity,
     set_layer_order,
     sort_by_importance_,
     sparsify_,
     sparsity_of,
 )
+from hf_elastic.families import family_of
 from hf_elastic.routers import require_unrouted
 
 
@@ -168,3 +174,23 @@ def test_routing_is_added_after_sorting_and_pruning_and_in_narrow_spaces() -> No
         point = both.space.sample(rng)
         with both.activate(point):
             assert both.measured(**feed) == both.expected(point)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_model_with_routers_is_not_made_elastic(family: str, tmp_path: Path) -> None:
+    supernet = routed(family, mlp_tokens=[0.5])
+    static = extract(supernet, supernet.active)
+    row = replace(family_of(tiny(family)), model_type=static.config.model_type)
+    for model, given in ((supernet.model, None), (static, None), (static, row)):
+        with pytest.raises(UnsupportedModelError, match="make_elastic comes before add_routing"):
+            make_elastic(model, ElasticConfig(intermediate_size=[16, 32]), family=given)
+
+
+@pytest.mark.parametrize("call", [
+    lambda model: set_capacity(model, mlp_tokens=0.5), lambda model: fit_routers(model, []),
+    lambda model: calibrate_routing(model, []), lambda model: routing_statistics(model, []),
+])  # fmt: skip
+def test_a_model_in_the_place_of_its_handle_is_refused(call: Callable[[Any], Any]) -> None:
+    model = routed("bert", mlp_tokens=[0.5]).model
+    with pytest.raises(UnsupportedModelError, match=r"takes the handle .* got a Bert\w+; .*model.set_capacity"):
+        call(model)

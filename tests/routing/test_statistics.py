@@ -204,3 +204,5 @@ def test_what_cannot_be_watched_is_refused_with_the_cure() -> None:
         routing_statistics(supernet, [{**batches(supernet)[0], "attention_mask": torch.ones(5, 1, 12, 12)}])
     with pytest.raises(DataError, match="input_ids"):
         routing_statistics(supernet, [{"labels": torch.zeros(2)}])
+    with pytest.raises(DataError, match=r"input_ids are \(5, 2, 6\); give some of shape \(batch, tokens\)"):
+        routing_statistics(supernet, [{"input_ids": torch.ones(5, 2, 6, dtype=torch.long)}])
