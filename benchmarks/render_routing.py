@@ -52,7 +52,7 @@ def routing_quality(result: Mapping[str, Any], table: Table) -> list[str]:
         f"layer, {settings['steps']} steps of {settings['batch_size']} rows where there is training, "
         f"{settings['experts']} experts, parent {named}. *fitted*: in closed form, without training (`fit_routers`); "
         "*learned*: from zero, as in the paper; *LoRA*: rank 1 on queries and values beside the routers, trained; "
-        "*sublayers dropped*: the best model without as large a share of whole sublayers, at the nearest share. "
+        "*sublayers dropped*: the best model without as large a share of whole sublayers, or the nearest there is. "
         f"Mean +- standard deviation over {len(settings['seeds'])} seeds (of *norm* and *fitted* there is but one). "
         f"In each cell: {' / '.join(measures[name][0] for name in parent)}.",
     ]
@@ -60,8 +60,16 @@ def routing_quality(result: Mapping[str, Any], table: Table) -> list[str]:
         rows = [row for row in result["table"] if row["kind"] == kind]
         lines += [f"{kind}, by capacity:", table(_pivoted(rows, {name: measures[name][1:] for name in parent}))]
     better = "loss" if first == "loss" else "STS-B"
-    lines += [f"The paper's points; lost of the {better}:", table(result["bars"])]
-    return [*lines, "What routers add (the paper: 0.00006 % to 0.3 % of the parameters):", table(result["routers"])]
+    told = [
+        row | {"capacity": f"{row['capacity']:.0%}", "lost": f"{row['lost']:.2%}", "met": "yes" if row["met"] else "NO"}
+        for row in result["bars"]
+    ]
+    lines += [f"The paper's points; lost of the {better}:", table(told)]
+    added = [
+        row | {"of the model": f"{row['of the model']:.3%}", "seconds to fit": round(row["seconds to fit"])}
+        for row in result["routers"]
+    ]
+    return [*lines, "What routers add (the paper: 0.00006 % to 0.3 % of the parameters):", table(added)]
 
 
 def _pivoted(rows: list[Mapping[str, Any]], shown: Mapping[str, tuple[Callable[[float], float], str]]) -> list[Any]:
@@ -72,9 +80,10 @@ def _pivoted(rows: list[Mapping[str, Any]], shown: Mapping[str, tuple[Callable[[
         own, line = [row for row in rows if row["method"] == method], {"method": method}
         for capacity in capacities:
             near = min(own, key=lambda row: abs(row["capacity"] - capacity))
-            cells = [_cell(near, name, how, form) for name, (how, form) in shown.items()]
-            missed = abs(near["capacity"] - capacity) > 0.05
-            line[f"{capacity:.0%}"] = "" if missed else " / ".join(cells)
+            cells = " / ".join(_cell(near, name, how, form) for name, (how, form) in shown.items())
+            away = abs(near["capacity"] - capacity)
+            at = f" at {near['capacity']:.0%}" if away > 0.01 else ""
+            line[f"{capacity:.0%}"] = "" if away > 0.11 else cells + at
         found.append(line)
     return found
 

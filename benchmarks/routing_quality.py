@@ -68,8 +68,10 @@ def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     parent, found = result["parent"], []
     name = "loss" if "loss" in parent else "spearman"
     for kind, capacity in POINTS.items():
-        rows = [row for row in result["table"] if row["kind"] == kind and abs(row["capacity"] - capacity) < 0.02]
-        for row in rows:
+        rows = [row for row in result["table"] if row["kind"] == kind]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            row = min(own, key=lambda row: abs(row["capacity"] - capacity))
             lost = row[name] / parent[name] - 1 if name == "loss" else 1 - row[name] / parent[name]
             found.append(
                 {
