@@ -347,12 +347,15 @@ def _adapter_line(supernet: Supernet) -> list[str]:
 def _latency_line(supernet: Supernet, low: Architecture, high: Architecture) -> str:
     if supernet.base.device.type == "cpu" and total_parameters(supernet, high) > _PRINT_LATENCY_LIMIT:
         return "not measured for a model of this size on a CPU; call hf_elastic.costs.architecture_latency"
+    if any(part.uncalibrated for part in supernet.router_parts):
+        return "not measured before routers of tokens are calibrated; call hf_elastic.calibrate_routing"
     feed = default_inputs(supernet)
     timed = architecture_latency(supernet, {"low": low, "high": high}, inputs=feed, repeats=5)
     fast, slow = timed["low"].median, timed["high"].median
     where = f"{supernet.base.device} at 1 x {feed['input_ids'].shape[-1]} tokens"
     span = f"{fast * 1e3:.1f} to {slow * 1e3:.1f} ms measured on {where}"
-    return f"{span} ({slow / fast:.2f}x faster at the smallest)"
+    gain = f"{slow / fast:.2f}x faster" if fast <= slow else f"{fast / slow:.2f}x slower"
+    return f"{span} ({gain} at the smallest)"
 
 
 def count(number: float) -> str:

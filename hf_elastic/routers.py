@@ -64,6 +64,12 @@ class RouterPart:
         hidden = self.routers[next(iter(self.routers))].hidden
         return None if hidden is None else hidden.out_features
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether a router decides token by token, but has no threshold for a capacity below full."""
+        found = [self.routers[kind] for kind in self.routers if self.routers[kind].thresholds is not None]
+        return any(bool(router.thresholds[:-1].isnan().any()) for router in found)
+
     def choice_name(self, kind: str) -> str:
         """Name of the choice that a kind follows."""
         return f"layers.{self.layer.index}.{kind}" if self.share == "layer" else kind

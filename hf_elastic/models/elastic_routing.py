@@ -116,7 +116,10 @@ def resolve_capacity(kind: str, value: Any, *, whole: int) -> int:
     check_capacity(kind, value)
     if isinstance(value, int) and kind not in TOKENS:
         if value > whole:
-            raise ValueError(f"{kind}={value} is more than the {whole} there are; give 1 to {whole}, or a fraction")
+            shared = ", groups with keys and values of their own" if kind == "heads" else ""
+            raise ValueError(
+                f"{kind}={value} is more than the {whole} there are{shared}; give 1 to {whole}, or a fraction"
+            )
         return value
     found = round(value * whole)
     if kind in TOKENS and (not found or abs(value * PERCENT - found) > 1e-6):
@@ -133,7 +136,7 @@ def check_capacity(kind: str, value: Any) -> None:
     count = isinstance(value, int) and not isinstance(value, bool) and kind not in TOKENS and value >= 1
     fraction = isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1
     if not (count or fraction):
-        also = "" if kind in TOKENS else ", or a count of at least 1"
+        also = ", as 0.7 for 70 %" if kind in TOKENS else ", or be a count of at least 1"
         raise ValueError(f"{kind} has a capacity of {value!r}; it must lie in (0, 1]{also}")
 
 

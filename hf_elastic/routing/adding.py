@@ -19,7 +19,7 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import RouterPart
 from hf_elastic.routers_folder import ROUTING_CONFIG
 from hf_elastic.routing.configuration import RoutingConfig, resolve_capacity
-from hf_elastic.routing.handles import require_routers
+from hf_elastic.routing.handles import base_of, require_routers
 from hf_elastic.supernet import Supernet
 
 
@@ -44,9 +44,7 @@ def add_routing(model: nn.Module, config: RoutingConfig, *, seed: int = 0, freez
             FFN whose experts are to be routed.
         SpaceError: experts do not divide a width, or a capacity is larger than what there is.
     """
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if base is None:
-        raise UnsupportedModelError(f"add_routing takes a transformers model, got a {type(model).__name__}")
+    base = base_of(model, "add_routing")
     if not isinstance(config, RoutingConfig):
         raise SpaceError(f"config is a {type(config).__name__}; give RoutingConfig(mlp_tokens=[...], ...)")
     _check(base, config)

@@ -317,7 +317,7 @@ class _Calibration:
             if not several:
                 raise TrainingError(
                     f"the router of {place[1]} in layer {place[0]} gives all {scores.numel()} tokens one score, so no "
-                    "threshold tells them apart; train it first, with more than one token in the batches here"
+                    "threshold tells them apart; fit or train it first, with more than one token in the batches here"
                 )
             before = router.thresholds[router.values.index(capacity)]
             moved = moved or float(before) != threshold

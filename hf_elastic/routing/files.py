@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from hf_elastic.errors import CheckpointError, SpaceError, UnsupportedModelError
+from hf_elastic.errors import CheckpointError, SpaceError
 from hf_elastic.routers_folder import ROUTERS_FILE, SavedRouters, check_base, fill_routers, read_routers
 from hf_elastic.routing.adding import add_routing, stated_routers
 from hf_elastic.routing.configuration import RoutingConfig
+from hf_elastic.routing.handles import base_of
 from hf_elastic.supernet import Supernet
 
 
@@ -37,9 +37,7 @@ def load_routers(
             model is left as it was.
         UnsupportedModelError, SpaceError: as for :func:`hf_elastic.add_routing`.
     """
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if base is None:
-        raise UnsupportedModelError(f"load_routers takes a transformers model, got a {type(model).__name__}")
+    base = base_of(model, "load_routers")
     saved = read_routers(directory)
     check_base(saved, base, allow_other_base=allow_other_base)
     supernet = add_routing(model, _config_of(saved), freeze=freeze)

@@ -50,6 +50,13 @@ class RoutingLosses:
                 raise TrainingError(f"RoutingLosses({entry.name}={value!r}) must be a number of at least 0")
 
 
+def forget_thresholds(supernet: Supernet) -> None:
+    """Make routers uncalibrated where training begins: thresholds are of the scores there were."""
+    for router in (part.routers[kind] for part in supernet.router_parts for kind in part.routers):
+        if router.thresholds is not None:
+            router.thresholds.fill_(math.nan)
+
+
 class RouterTerm:
     """What the routers add to the loss of the subnet that ran last in training, and a graph where it has none.
 

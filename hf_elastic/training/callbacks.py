@@ -159,8 +159,8 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
         )
     if supernet.active != supernet.space.largest():
         raise TrainingError(
-            f"training starts while {supernet.active} is active; leave activate(...) first, "
-            "so that the largest is active outside of steps"
+            f"training starts while {supernet.active} is active; leave activate(...), or undo set_capacity and "
+            "set_active by set_active(supernet.space.largest()), so that the largest is active outside of steps"
         )
     _check_routers(supernet)
     _check_trainable(supernet)

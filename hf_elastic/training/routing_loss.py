@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from hf_elastic.errors import TrainingError
 from hf_elastic.families import shifts_labels
 from hf_elastic.supernet import Supernet
-from hf_elastic.training.auxiliary import RouterTerm, RoutingLosses
+from hf_elastic.training.auxiliary import RouterTerm, RoutingLosses, forget_thresholds
 from hf_elastic.training.periods import ReleasedCallback, require_sampling
 from hf_elastic.training.router_files import load_beside, save_beside
 from hf_elastic.training.targets import Distillation, LossContext, state_pairs
@@ -55,6 +55,8 @@ class RoutingLoss(ReleasedCallback):
     def __init__(
         self, supernet: Supernet, distill: Distillation | None = None, *, routing: RoutingLosses | None = None
     ) -> None:
+        if not isinstance(supernet, Supernet):
+            raise TrainingError(f"RoutingLoss takes the handle, Supernet(model), got a {type(supernet).__name__}")
         self.supernet = supernet
         self.distillation = distill or Distillation(teacher="parent", label_weight=0)
         if self.distillation.target == "relational":
@@ -86,6 +88,7 @@ class RoutingLoss(ReleasedCallback):
         self._teacher.prepare(args.device)
         if state.global_step:
             load_beside(self.supernet, _checkpoint(args, state))
+        forget_thresholds(self.supernet)
         self._args, loader = args, kwargs.get("train_dataloader")
         self._updates = None
         if has_length(loader):

@@ -17,7 +17,7 @@ from hf_elastic.errors import CheckpointError, TrainingError
 from hf_elastic.families import shifts_labels
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Supernet
-from hf_elastic.training.auxiliary import RouterTerm, RoutingLosses
+from hf_elastic.training.auxiliary import RouterTerm, RoutingLosses, forget_thresholds
 from hf_elastic.training.callbacks import Period, SubnetSamplingCallback, check_run, checked_period
 from hf_elastic.training.decay import ActiveSliceStep
 from hf_elastic.training.fit_layers import FIT_FILE, FitLayers
@@ -60,6 +60,7 @@ class _StepCallback(TrainerCallback):
     ) -> None:
         announce(self, state, samples=True)
         check_run(self.supernet, args, model=kwargs["model"])
+        forget_thresholds(self.supernet)
         self.slices.start(kwargs["optimizer"])
 
     def on_epoch_begin(

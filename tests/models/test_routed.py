@@ -237,7 +237,7 @@ def test_a_base_model_has_the_dial_too() -> None:
         ({"heads": 5}, "heads=5 is more than the 4 there are"),
         ({"mlp_tokens": 40}, "mlp_tokens has a capacity of 40; it must lie in"),
         ({"mlp_tokens": 0.555}, "no whole number of per cent"),
-        ({"experts": 0}, "experts has a capacity of 0; it must lie in .* or a count of at least 1"),
+        ({"experts": 0}, "experts has a capacity of 0; it must lie in .* or be a count of at least 1"),
         ({"experts": True}, "experts has a capacity of True"),
         ({"hidden": 1}, "hidden is not routed in this model; routed: attention_tokens, experts, heads, mlp_tokens"),
         ({"layers": 1}, "layers is not routed"),

@@ -181,7 +181,7 @@ BAD = [
     (RoutingConfig(experts=[1], num_experts=7), "7 experts do not divide the 48 neurons of an FFN; the nearest"),
     (RoutingConfig(experts=[0.5]), "are shares of how many? give num_experts="),
     (RoutingConfig(experts=[3], num_experts=2), "experts=3 is more than the 2 there are"),
-    (RoutingConfig(heads=[3]), "heads=3 is more than the 2 there are; give 1 to 2, or a fraction"),
+    (RoutingConfig(heads=[3]), "heads=3 is more than the 2 there are, groups with keys and values of their own"),
     (RoutingConfig(heads=[2, 1.0]), "heads=[2, 1.0] leaves nothing to choose; give one below 2"),
     (RoutingConfig(mlp_tokens=[1]), "mlp_tokens=[1] leaves nothing to choose"),
     (RoutingConfig(mlp_tokens=[0.555]), "mlp_tokens=0.555 is no whole number of per cent; round it to 0.5"),

@@ -205,3 +205,24 @@ def test_in_place_distillation_without_labels_is_refused(arguments: Arguments) -
 def test_a_relational_distillation_is_refused() -> None:
     with pytest.raises(TrainingError, match="ElasticTrainer"):
         RoutingLoss(routed(), Distillation(target="relational"))
+
+
+@pytest.mark.parametrize("trainer", ["stock", "elastic"])
+def test_training_makes_routers_uncalibrated(arguments: Arguments, trainer: str) -> None:
+    supernet, rows = routed("llama", "lm"), unlabelled()
+    routers = [part.routers[kind] for part in supernet.router_parts for kind in part.routers if "tokens" in kind]
+    with torch.no_grad():
+        for router in routers:
+            router.thresholds.fill_(0.0)
+    plan, args = Distillation(teacher="parent", label_weight=0.0), arguments(max_steps=1)
+    if trainer == "stock":
+        train_stock(supernet, args, rows, plan=plan, rule=RandomSubnet(seed=0))
+    else:
+        sampling = RandomSubnet(seed=0)
+        ElasticTrainer(supernet=supernet, sampling=sampling, distill=plan, args=args, train_dataset=rows).train()
+    assert routers and all(router.thresholds.isnan().all() for router in routers)
+
+
+def test_a_loss_of_a_model_instead_of_its_handle_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"takes the handle, Supernet\(model\), got a LlamaForCausalLM"):
+        RoutingLoss(routed("llama", "lm", adapters=None).model)  # type: ignore[arg-type]
