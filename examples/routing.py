@@ -10,7 +10,8 @@ norm, and the best model without as many whole sublayers as take the time that r
 by the loss of held-out text and by how often their most likely token is the parent's, sentence encoders by the cosine
 to the parent's embeddings and, with ``--pairs`` (a JSON line with sentence1, sentence2 and score each), by the Spearman
 correlation of similarities with scores. The table is printed and written (``OUTPUT/table.json``), the figure is
-``OUTPUT/routing.html``; fitted routers are in ``OUTPUT/KIND``, a few kilobytes.
+``OUTPUT/routing.html``; fitted routers are in ``OUTPUT/KIND``, a few kilobytes. A run that was killed and is started
+again with the same options goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -250,29 +252,68 @@ def distance(task: Task, supernet: he.Supernet, point: dict) -> float:
         return -task.judge_sentences(supernet.model)["cosine"]
 
 
-def measure(task: Task, kind: str) -> tuple[list[dict], dict]:
+class Kept:
+    """Rows measured so far, in ``OUTPUT/rows.json``: a run that was killed goes on with what is missing."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._file = Path(arguments.output) / "rows.json"
+        shown = {name: value for name, value in vars(arguments).items() if name not in ("kinds", "seeds")}
+        self._settings = {name: value if isinstance(value, list) else str(value) for name, value in shown.items()}
+        found = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
+        if found and found["settings"] != self._settings:
+            sys.exit(f"{self._file} is of a run with other options; give another --output, or delete it")
+        self._rows: list[dict] = found.get("rows", [])
+
+    def rows(self, kind: str, method: str, *, seed: int, measured: Callable[[], list[dict]]) -> list[dict]:
+        """Rows of one method, measured unless they are there."""
+        found = [row for row in self._rows if (row["kind"], row["method"], row["seed"]) == (kind, method, seed)]
+        if not found:
+            found = measured()
+            self._rows += found
+            write_json(self._file, {"settings": self._settings, "rows": self._rows})
+            print(f"{time.strftime('%H:%M:%S')} {kind}, {method}, seed {seed}: done", flush=True)
+        return found
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes a file as a whole or not at all."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    new.replace(file)
+
+
+def measure(task: Task, kind: str, kept: Kept) -> tuple[list[dict], dict]:
     """All rows of one kind, and what its routers add to the model."""
-    rows, seeds = dropped(task, kind), task.arguments.seeds
-    rows += [row for seed in seeds for row in unlearned(task, kind, Random, seed=seed)]
-    rows += unlearned(task, kind, Norm, seed=0) if kind.endswith("tokens") else []
+    seeds = task.arguments.seeds
+    rows = kept.rows(kind, "sublayers dropped", seed=0, measured=partial(dropped, task, kind))
+    for seed in seeds:
+        rows += kept.rows(kind, "random", seed=seed, measured=partial(unlearned, task, kind, Random, seed=seed))
+    if kind.endswith("tokens"):
+        rows += kept.rows(kind, "norm", seed=0, measured=partial(unlearned, task, kind, Norm, seed=0))
     fitted = routed(task, kind, lora=False)
     began = time.perf_counter()
     print(he.fit_routers(fitted, task.fitting))
     seconds = time.perf_counter() - began
-    rows += capacities(task, fitted, method="fitted", seed=0)
+    rows += kept.rows(kind, "fitted", seed=0, measured=partial(capacities, task, fitted, method="fitted", seed=0))
+    he.calibrate_routing(fitted, task.calibration)
     print(he.routing_statistics(fitted, task.held, fitted.space.smallest()))
     for seed, method in itertools.product(seeds, ("fitted, LoRA", "learned", "learned, LoRA")):
-        set_seed(seed)
-        supernet = routed(task, kind, lora=method.endswith("LoRA"))
-        rate = task.arguments.learning_rate
-        if method.startswith("fitted"):
-            for part, same in zip(supernet.router_parts, fitted.router_parts, strict=True):
-                part.routers.load_state_dict(same.routers.state_dict())
-            rate = task.arguments.fitted_learning_rate
-        train(task, supernet, seed=seed, learning_rate=rate)
-        rows += capacities(task, supernet, method=method, seed=seed)
-        print(f"{time.strftime('%H:%M:%S')} {kind}, {method}, seed {seed}: done", flush=True)
+        measured = partial(trained, task, kind, method=method, seed=seed, fitted=fitted)
+        rows += kept.rows(kind, method, seed=seed, measured=measured)
     return rows, added(task, fitted, kind) | {"seconds to fit": seconds}
+
+
+def trained(task: Task, kind: str, *, method: str, seed: int, fitted: he.Supernet) -> list[dict]:
+    """Rows of routers that are trained, from zero or from those that were fitted."""
+    set_seed(seed)
+    supernet = routed(task, kind, lora=method.endswith("LoRA"))
+    rate = task.arguments.learning_rate
+    if method.startswith("fitted"):
+        for part, same in zip(supernet.router_parts, fitted.router_parts, strict=True):
+            part.routers.load_state_dict(same.routers.state_dict())
+        rate = task.arguments.fitted_learning_rate
+    train(task, supernet, seed=seed, learning_rate=rate)
+    return capacities(task, supernet, method=method, seed=seed)
 
 
 def added(task: Task, supernet: he.Supernet, kind: str) -> dict:
@@ -345,7 +386,8 @@ def run(task: Task) -> dict:
     """Measures all kinds, prints the table, and draws the figure; returns what the table is made of."""
     output = Path(task.arguments.output)
     parent = task.judge(task.load())
-    found = [measure(task, kind) for kind in task.arguments.kinds]
+    kept = Kept(task.arguments)
+    found = [measure(task, kind, kept) for kind in task.arguments.kinds]
     table = summary([row for rows, _ in found for row in rows], list(parent))
     routers = [each for _, each in found]
     print("parent", {name: round(value, 4) for name, value in parent.items()})
@@ -358,7 +400,7 @@ def run(task: Task) -> dict:
             f"0.00006 % to 0.3 %), {each['bytes']:,} bytes on disk, fitted in {each['seconds to fit']:.0f} s"
         )
     result = {"parent": parent, "table": table, "routers": routers}
-    (output / "table.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_json(output / "table.json", result)
     first = next(iter(parent))
     draw(table, first, path=output / "routing.html", parent=parent[first])
     return result

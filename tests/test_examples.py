@@ -255,11 +255,12 @@ def test_the_example_of_elm_writes_a_decoder_of_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["mlp_tokens", "experts"])
 def test_the_example_of_routing_compares_choices_at_each_capacity(kind: str, tmp_path: Path) -> None:
     model, text = language_model(tmp_path / "model"), write_text(tmp_path / "text.txt", count=200)
-    done = run_example(
+    command = (
         "routing", "--model", str(model), "--data", str(text), "--output", str(tmp_path / "out"), "--kinds", kind,
         "--capacities", "0.5", "0.75", "--experts", "4", "--steps", "4", "--batch-size", "4", "--length", "16",
         "--held-out", "16", "--seeds", "0", "1",
     )  # fmt: skip
+    done = run_example(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out" / "table.json").read_text())
     table = found["table"]
@@ -276,6 +277,13 @@ def test_the_example_of_routing_compares_choices_at_each_capacity(kind: str, tmp
     (routers,) = found["routers"]
     assert routers["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out" / kind).iterdir()) < 50_000
     assert f"{routers['parameters']:,} parameters" in done.stdout
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    (tmp_path / "out" / "rows.json").write_text(json.dumps({**rows, "rows": rows["rows"][:-3]}))  # as if it was killed
+    again = run_example(*command)
+    assert again.returncode == 0 and again.stdout.count(": done") == 1 and "learned, LoRA, seed 1: done" in again.stdout
+    assert json.loads((tmp_path / "out" / "table.json").read_text())["table"] == table
+    other = run_example(*command, "--batch-size", "2")
+    assert other.returncode == 1 and "is of a run with other options" in other.stderr
 
 
 @pytest.mark.slow
