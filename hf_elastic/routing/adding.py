@@ -14,12 +14,13 @@ from hf_elastic.errors import SpaceError, UnsupportedModelError
 from hf_elastic.families import family_of, layers_of
 from hf_elastic.layers import PartHolder, seeded
 from hf_elastic.models.elastic_routed import LAYOUTS, attach_routers
-from hf_elastic.models.elastic_routers import PERCENT, TOKENS, routers_of
+from hf_elastic.models.elastic_routers import PERCENT, routers_of
+from hf_elastic.models.elastic_routing import shown_capacities
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import RouterPart
 from hf_elastic.routers_folder import ROUTING_CONFIG
 from hf_elastic.routing.configuration import RoutingConfig, resolve_capacity
-from hf_elastic.routing.handles import base_of, require_routers
+from hf_elastic.routing.handles import base_of, require_bare_ffn, require_routers
 from hf_elastic.supernet import Supernet
 
 
@@ -91,20 +92,8 @@ def _check(base: PreTrainedModel, config: RoutingConfig) -> None:
     if config.heads is not None and getattr(base.config, "reorder_and_upcast_attn", False):
         raise UnsupportedModelError("config.reorder_and_upcast_attn=True goes with no routed heads; set it to False")
     if config.experts is not None:
-        _check_no_adapters(base)
-
-
-def _check_no_adapters(base: PreTrainedModel) -> None:
-    """Refuses adapters on the FFN, of which single experts cannot be computed."""
-    row = family_of(base)
-    for number, layer in enumerate(layers_of(base, row)):
-        modules = dict(layer.named_modules())
-        for path in (*row.ffn_in, row.ffn_out):
-            if "base_layer" in dict(modules[path].named_children()):
-                raise UnsupportedModelError(
-                    f"{path} of layer {number} has an adapter, and an expert is a part of it; leave experts out, or "
-                    "adapt the projections of attention alone"
-                )
+        for number, layer in enumerate(layers_of(base, family_of(base))):
+            require_bare_ffn(layer, LAYOUTS[model_type], where=f"layer {number}")
 
 
 def _specs(config: RoutingConfig, shapes: Sequence[LayerShape]) -> dict[int, dict[str, Any]]:
@@ -168,11 +157,7 @@ def set_capacity(supernet: Supernet, **capacities: int | float) -> None:
             router = part.routers[kind]
             found = resolve_capacity(kind, value, whole=router.of)
             if found not in router.values:
-                raise SpaceError(f"{kind}={value} is no capacity of the routers; they have {_shown(kind, router)}")
+                shown = shown_capacities(kind, router.values)
+                raise SpaceError(f"{kind}={value} is no capacity of the routers; they have {shown}")
             active[part.choice_name(kind)] = found
     supernet.set_active(supernet.space.canonical(active))
-
-
-def _shown(kind: str, router: Any) -> str:
-    values = [value / PERCENT if kind in TOKENS else value for value in router.values]
-    return ", ".join(map(str, values))

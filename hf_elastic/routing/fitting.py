@@ -25,7 +25,7 @@ from hf_elastic.layers import evaluating
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.models.elastic_routers import TOKENS, Router
 from hf_elastic.routers import RouterPart
-from hf_elastic.routing.handles import require_routers
+from hf_elastic.routing.handles import check_mask, require_routers
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import Batch, checked_batches
 from hf_elastic.supernet import Supernet
@@ -190,7 +190,7 @@ class _Fitting:
 
     def add(self, batch: Batch, *, points: int) -> None:
         """Measures the worths in a batch, and adds it to the regressions."""
-        _check_mask(batch)
+        check_mask(batch)
         with torch.no_grad():
             whole = _Probe(self._supernet.router_parts, weight=1.0, learning=False)
             teacher = self._signal(whole, batch)
@@ -297,12 +297,6 @@ def _real(signal: Tensor, batch: Batch) -> Tensor:
     if mask is None:
         return signal.new_ones(signal.shape[:2] if signal.dim() > 2 else (len(signal), 1), dtype=torch.bool)
     return mask != 0
-
-
-def _check_mask(batch: Batch) -> None:
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise DataError(f"the attention_mask is {tuple(mask.shape)}; give one of shape (batch, tokens)")
 
 
 def _ranks(worths: Tensor, real: Tensor) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_elastic.errors import UnsupportedModelError
+from hf_elastic.errors import DataError, UnsupportedModelError
 from hf_elastic.models.elastic_routed import LAYOUTS, Layout
 from hf_elastic.models.elastic_routers import LayerRouters
 from hf_elastic.routers import ROUTERS
+from hf_elastic.streams import Batch
 from hf_elastic.supernet import Supernet
 
 
@@ -54,19 +53,30 @@ def require_bare_experts(base: PreTrainedModel) -> None:
     for name, layer in base.named_modules():
         routers = layer._modules.get(ROUTERS)
         if isinstance(routers, LayerRouters) and "experts" in routers:
-            for path, module in _ffn_projections(layer, LAYOUTS[base.config.model_type]):
-                _require_plain(f"{name}.{path}", module)
+            require_bare_ffn(layer, LAYOUTS[base.config.model_type], where=name)
 
 
-def _ffn_projections(layer: nn.Module, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
-    for name in layout.neurons:
-        yield f"{layout.mlp_in}.{name}", layer.get_submodule(f"{layout.mlp_in}.{name}")
-    yield f"{layout.mlp_out}.{layout.down}", layer.get_submodule(f"{layout.mlp_out}.{layout.down}")
+def require_bare_ffn(layer: nn.Module, layout: Layout, *, where: str) -> None:
+    """Refuses adapters on the FFN of a layer.
+
+    Raises:
+        UnsupportedModelError: there are some.
+    """
+    paths = [f"{layout.mlp_in}.{name}" for name in layout.neurons]
+    for path in (*paths, f"{layout.mlp_out}.{layout.down}"):
+        if not isinstance(layer.get_submodule(path), nn.Linear | Conv1D):
+            raise UnsupportedModelError(
+                f"{path} of {where} has an adapter, and an expert is a part of it; adapt the projections of attention "
+                "alone, or leave experts out"
+            )
 
 
-def _require_plain(name: str, module: nn.Module) -> None:
-    if not isinstance(module, nn.Linear | Conv1D):
-        raise UnsupportedModelError(
-            f"{name} has an adapter, and an expert is a part of it; adapt the projections of attention alone, or leave "
-            "experts out"
-        )
+def check_mask(batch: Batch) -> None:
+    """Checks that the mask of a batch, if it has one, says which tokens are padding.
+
+    Raises:
+        DataError: it has another shape.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise DataError(f"the attention_mask is {tuple(mask.shape)}; give one of shape (batch, tokens)")

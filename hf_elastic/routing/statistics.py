@@ -18,7 +18,7 @@ from hf_elastic.layers import evaluating
 from hf_elastic.models.elastic_routed_cache import Gathered
 from hf_elastic.models.elastic_routers import KINDS, PERCENT, TOKENS, Observation
 from hf_elastic.routers import RouterPart
-from hf_elastic.routing.handles import require_routers
+from hf_elastic.routing.handles import check_mask, require_routers
 from hf_elastic.space import Architecture, Value
 from hf_elastic.streams import Batch, checked_batches
 from hf_elastic.supernet import Supernet
@@ -217,8 +217,7 @@ def _real(batch: Batch) -> Tensor:
         if len(shapes[0]) != 2:
             raise DataError(f"input_ids are {tuple(shapes[0])}; give some of shape (batch, tokens)")
         return torch.ones(shapes[0], dtype=torch.bool)
-    if mask.dim() != 2:
-        raise DataError(f"the attention_mask is {tuple(mask.shape)}; give one of shape (batch, tokens)")
+    check_mask(batch)
     return mask.cpu().bool()
 
 
