@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import render_elm
+import render_gpu
 import render_routing
 
 HERE = Path(__file__).resolve().parent
@@ -402,12 +403,12 @@ def zerolm(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*lines, machine(result["environment"])])
 
 
-def of_elm(section: Callable[[Mapping[str, Any], Callable[[Any], str]], list[str]]) -> Callable[[Any], str]:
-    """A section about ELM, with the machine it was measured on."""
+def with_machine(section: Callable[[Mapping[str, Any], Callable[[Any], str]], list[str]]) -> Callable[[Any], str]:
+    """A section of several paragraphs, with the machine it was measured on."""
     return lambda result: "\n\n".join([*section(result, table), machine(result["environment"])])
 
 
-ELM = {
+ELM_AND_ROUTING = {
     "elm-growth": render_elm.elm_growth, "elm-fusion": render_elm.elm_fusion,
     "elm-distillation": render_elm.elm_distillation, "elm": render_elm.elm, "routing": render_routing.routing,
     "routing-stories260K": render_routing.routing_quality, "routing-minilm": render_routing.routing_quality,
@@ -426,7 +427,7 @@ SECTIONS = {
     "adapters-banking77": adapters, "adapters-sst2": adapters, "stories-adapters": stories_adapters,
     "elastic-lora": elastic_lora, "sparse-peft": sparse_peft, "sqft-banking77": sqft, "sqft-sst2": sqft,
     "stories-sqft": stories_sqft, "ranking": ranking, "flexibert": flexibert, "zerolm": zerolm,
-    **{name: of_elm(section) for name, section in ELM.items()},
+    **{name: with_machine(section) for name, section in ELM_AND_ROUTING.items()}, "gpu": with_machine(render_gpu.gpu),
 }  # fmt: skip
 
 

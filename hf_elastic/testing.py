@@ -54,6 +54,7 @@ class Case:
             made they must change nothing.
         routing: what of the model, with its adapters, is routed; nothing is frozen for it. Freshly made, routers must
             change nothing.
+        device: where everything runs, such as ``cuda``.
     """
 
     make_model: Callable[[], PreTrainedModel]
@@ -63,12 +64,15 @@ class Case:
     tokens: int = 9
     wrap: Callable[[PreTrainedModel], nn.Module] | None = None
     routing: RoutingConfig | None = None
+    device: str = "cpu"
     _seed: int = field(default=0)
 
     def model(self) -> PreTrainedModel:
         """Makes a new model, the same at every call, in evaluation mode."""
         with seeded(self._seed):
-            return self.make_model().eval()
+            model = self.make_model().eval()
+        model.to(self.device)
+        return model
 
     def supernet(self) -> Supernet:
         """Makes a new model elastic, in evaluation mode; its adapters and routers are not as they began."""
@@ -78,10 +82,10 @@ class Case:
             base = {id(parameter) for parameter in part.base.parameters()}
             for parameter in part.wrapper.parameters():
                 if id(parameter) not in base:
-                    parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+                    parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(self.device)
         for routed in supernet.router_parts:
             for parameter in routed.routers.parameters():
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(self.device)
                 parameter.requires_grad_()
         if supernet.router_parts and supernet.causal:
             _set_thresholds(supernet, self.inputs(supernet.model, batch_size=8))
@@ -109,7 +113,7 @@ class Case:
         ids = torch.randint(3, model.config.vocab_size, (batch_size, self.tokens), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
 
 def _set_thresholds(supernet: Supernet, inputs: dict[str, Tensor]) -> None:
@@ -130,7 +134,7 @@ def _set_thresholds(supernet: Supernet, inputs: dict[str, Tensor]) -> None:
             supernet.base(**inputs)
             scores = router(states[0])[kept].flatten()
         hook.remove()
-        shares = torch.tensor([1 - value / PERCENT for value in router.values])
+        shares = torch.tensor([1 - value / PERCENT for value in router.values], device=scores.device)
         router.thresholds.copy_(scores.quantile(shares))
 
 
@@ -218,6 +222,7 @@ def static_path(supernet: Supernet, architecture: Architecture) -> PreTrainedMod
         region = regions.get(name)
         chosen[f"{before}.{rest}" if inside else name] = tensor if region is None else take_region(tensor, region)
     model.load_state_dict(chosen)
+    model.to(supernet.base.device)
     return model
 
 
@@ -334,7 +339,7 @@ def _check_decay(case: Case) -> None:
         stock, regions = _train(case, folder, None), case.supernet().active_regions()
         for name, tensor in stock.items():
             # AdamW also decays what even the largest does not use: neurons that a block may still grow.
-            unused = _outside(tensor - largest[name], regions[name]) if regions.get(name) else torch.zeros(())
+            unused = _outside(tensor - largest[name], regions[name]) if regions.get(name) else tensor.new_zeros(())
             gap = _gap(tensor - largest[name], unused)
             assert gap == 0, f"promise 5: {name} differs from stock AdamW by {gap:.1e} at the largest"
         for architecture in case.architectures(case.supernet()):
@@ -355,10 +360,10 @@ def _check_decay_of(case: Case, architecture: Architecture, *, folder: str) -> N
 def _train(case: Case, folder: str, fixed: Callable[[Supernet], Architecture] | None) -> dict[str, Tensor]:
     supernet = case.supernet()
     model = supernet.model
-    rows = [{name: t[0] for name, t in case.inputs(model, batch_size=1).items()} for _ in range(6)]
+    rows = [{name: t[0].cpu() for name, t in case.inputs(model, batch_size=1).items()} for _ in range(6)]
     args = TrainingArguments(
         folder, max_steps=3, per_device_train_batch_size=2, weight_decay=0.3, learning_rate=1e-2, report_to="none",
-        disable_tqdm=True, save_strategy="no", use_cpu=True, seed=0, logging_strategy="no",
+        disable_tqdm=True, save_strategy="no", use_cpu=case.device == "cpu", seed=0, logging_strategy="no",
     )  # fmt: skip
     callbacks: list[TrainerCallback] = []
     if fixed is not None:

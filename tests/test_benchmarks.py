@@ -380,6 +380,21 @@ def test_the_benchmark_of_growth_judges_scores_at_both_widths_and_a_growth(tmp_p
 
 
 @pytest.mark.slow
+def test_the_figures_of_a_device_cover_subnets_routing_and_commands(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    sizes = "--layers 4 --hidden 32 --intermediate 64 --heads 4 --kv-heads 2 --experts 4 --vocabulary 64"
+    work = "--batch 2 --length 16 --tokens 128 --steps 1 --pairs 2 --group-size 16 --workloads 1x16 2x16d --routed 1x16"
+    script("gpu").main([*f"--device cpu {sizes} {work}".split(), "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["workload"] for row in rows["subnets"]} == {"prefill 1x16", "decode 2x16"}
+    assert all(row["MACs left"] < 1 and row["ms"] > 0 for row in rows["subnets"])
+    assert len(rows["active"]) == 10 and len(rows["routing"]) == 5
+    assert all(row["MACs left"] < 1 for row in rows["routing"] if row["half of"] != "nothing")
+    assert all(row["seconds"] > 0 and row["peak GiB"] > 0 for row in rows["commands"]) and len(rows["commands"]) == 8
+    assert "## On a GPU" in script("render").page({file.stem: json.loads(file.read_text())})
+
+
+@pytest.mark.slow
 def test_the_routing_benchmark_measures_every_kind_in_every_family(tmp_path: Path) -> None:
     file = tmp_path / "routing.json"
     tiny = "--layers 2 --hidden 32 --heads 4 --experts 4 --length 32 --pairs 2 --threads 1"

@@ -1,0 +1,1 @@
+"""The commands of ``hf-elastic``, by what they are about; ``hf_elastic/cli.py`` puts them together."""
