@@ -59,10 +59,13 @@ class Grid:
         groups = weight.float().unflatten(1, (-1, group_size))  # (O, G, group)
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # (O, G)
         least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        # By a tensor: GPUs multiply by the reciprocal of a number, and the largest weight, which lies halfway between
+        # two integers, would be rounded otherwise there.
+        steps = torch.full_like(high, most + 0.5 if symmetric else most - least)
         if symmetric:
-            scale = torch.maximum(-low, high) / (most + 0.5)
+            scale = torch.maximum(-low, high) / steps
         else:
-            scale = high / (most - least) - low / (most - least)  # their difference may be beyond the dtype
+            scale = high / steps - low / steps  # their difference may be beyond the dtype
         # A scale too small for its dtype would be zero.
         scale = scale.to(weight.dtype)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_elastic.distillation import Pooling, embedding_loss, logits_loss, pooled
 from hf_elastic.errors import DataError, TrainingError
@@ -134,10 +134,28 @@ def fit_routers(
         raise TrainingError("fit_routers needs gradients; call it outside of torch.inference_mode()")
     data = checked_batches(batches)
     fitting = _Fitting(supernet, target=target, pooling=pooling)
-    with evaluating(supernet.model), supernet.activate(_lowest(supernet)):
+    with evaluating(supernet.model), supernet.activate(_lowest(supernet)), _differentiable(supernet):
         for batch in data:
             fitting.add({name: value for name, value in batch.items() if name not in _LABELS}, points=points)
     return fitting.solve(ridge=ridge)
+
+
+@contextmanager
+def _differentiable(supernet: Supernet) -> Iterator[None]:
+    """Lets the embeddings of tokens ask for gradients inside the block.
+
+    The first attention otherwise has none to give but those of its mask, and kernels of CUDA keep what they need for
+    those only where a query, key or value asks too.
+    """
+
+    def ask(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_(torch.is_grad_enabled())
+
+    hook = supernet.base.get_input_embeddings().register_forward_hook(ask)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _lowest(supernet: Supernet) -> Architecture:
