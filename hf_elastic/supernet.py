@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_elastic import costs
 from hf_elastic.activation import Activation, adapter_names
 from hf_elastic.blocks import BlockPart, BlockShape, blocks_loadability, check_no_adapters
+from hf_elastic.downloads import checkpoint_folder
 from hf_elastic.errors import (
     ActivationError,
     ArchitectureError,
@@ -465,16 +466,16 @@ class Supernet:
         """Restores a supernet that :meth:`save_pretrained` wrote: same weights, same space, same family row.
 
         Args:
-            directory: the folder.
+            directory: the folder, or its name on the Hub.
             model_class: class of the model, where it is none of transformers.
-            kwargs: passed to the model class's ``from_pretrained`` (``dtype``, ``attn_implementation``, ...).
+            kwargs: ``revision`` and ``token`` of that name; others, as ``dtype``, go to the model class.
 
         Raises:
             CheckpointError: a file is missing, truncated, or not the one that was saved.
         """
         from hf_elastic.conversion import ElasticConfig, make_elastic  # conversion builds on this module
 
-        folder = Path(directory)
+        folder = checkpoint_folder(directory, **{key: kwargs.pop(key, None) for key in ("revision", "token")})
         record = read_record(folder)
         config, stated = None, record.get("elastic_config")
         if stated is not None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_elastic.adapters.configuration import ElasticLoraConfig
 from hf_elastic.adapters.lora_part import LoraPart, lora_parts
 from hf_elastic.adapters.recognition import FLOAT_BASE, check_base, described_base
+from hf_elastic.downloads import checkpoint_folder
 from hf_elastic.errors import CheckpointError, CompressionError, ElasticError, SpaceError, UnsupportedModelError
 from hf_elastic.layers import PartHolder, seeded
 from hf_elastic.packed_format import unpack_
@@ -168,6 +169,8 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = False,
     float_base: nn.Module | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Supernet:
     """Puts elastic adapters that ``PeftModel.save_pretrained`` wrote onto their base, ranks to choose included.
 
@@ -180,6 +183,8 @@ def load_adapter(
         adapter_name: what it is called in the model.
         is_trainable: whether it will be trained further.
         float_base: as for :func:`add_lora`, where the adapter was trained with one.
+        revision: branch, tag or commit on the Hub.
+        token: of the Hub; by default the one that is logged in.
 
     Returns:
         A handle on the ``PeftModel``.
@@ -191,6 +196,7 @@ def load_adapter(
     existing: Any = model if isinstance(model, PeftModel) else None
     if existing is not None and adapter_name in existing.peft_config:
         raise CheckpointError(f"the model has an adapter {adapter_name!r} already; pass another adapter_name")
+    directory = checkpoint_folder(directory, revision=revision, token=token)
     config = _read_config(str(directory))
     config.inference_mode = not is_trainable
     base: Any = model if existing is None else existing.get_base_model()

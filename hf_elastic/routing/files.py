@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_elastic.downloads import checkpoint_folder
 from hf_elastic.errors import CheckpointError, SpaceError
 from hf_elastic.routers_folder import ROUTERS_FILE, SavedRouters, check_base, fill_routers, read_routers
 from hf_elastic.routing.adding import add_routing, stated_routers
@@ -16,7 +17,13 @@ from hf_elastic.supernet import Supernet
 
 
 def load_routers(
-    model: nn.Module, directory: str | Path, *, allow_other_base: bool = False, freeze: bool = True
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    allow_other_base: bool = False,
+    freeze: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Supernet:
     """Puts routers that :func:`hf_elastic.save_routers` wrote onto their base, in place.
 
@@ -25,9 +32,11 @@ def load_routers(
 
     Args:
         model: the base, stock or made elastic, or a ``PeftModel`` around it.
-        directory: the folder.
+        directory: the folder, or its name on the Hub.
         allow_other_base: whether the weights of the base may be others, such as those of a fine-tuned one.
         freeze: as for :func:`hf_elastic.add_routing`.
+        revision: branch, tag or commit on the Hub.
+        token: of the Hub; by default the one that is logged in.
 
     Returns:
         A handle whose choices are the capacities, and those of the base where it is elastic.
@@ -38,7 +47,7 @@ def load_routers(
         UnsupportedModelError, SpaceError: as for :func:`hf_elastic.add_routing`.
     """
     base = base_of(model, "load_routers")
-    saved = read_routers(directory)
+    saved = read_routers(checkpoint_folder(directory, revision=revision, token=token))
     check_base(saved, base, allow_other_base=allow_other_base)
     supernet = add_routing(model, _config_of(saved), freeze=freeze)
     active = supernet.space.canonical({**supernet.active, **fill_routers(saved, supernet.router_parts)})

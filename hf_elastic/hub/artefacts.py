@@ -1,0 +1,141 @@
+"""What a folder is: a model, a supernet, adapters or routers, by the records in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_elastic.checkpoint.companions import MODULES
+from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
+from hf_elastic.checkpoint.run_record import RESULT_FILE
+from hf_elastic.errors import CheckpointError
+from hf_elastic.files import read_json
+from hf_elastic.routers_folder import ROUTERS_FILE
+from hf_elastic.supernet_folder import SPACE_FILE
+
+Kind = Literal["model", "supernet", "adapter", "routers"]
+CAUSAL_TYPES = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
+CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_FOLDER = "base"
+"""Where an export of adapters keeps the base that it was compressed with (``--apart``)."""
+CLASSIFIER_FOLDER = "classifier"
+"""Where ``hf-elastic elm --finetune`` puts the classifier that it made of its model."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder that can be shared, and its records; those that it has not are empty.
+
+    Attributes:
+        folder: where.
+        kind: what it is first of all.
+        config: ``config.json``.
+        adapter: ``adapter_config.json``.
+        architecture: ``architecture.json``.
+        routers: ``routers.json``.
+        space: ``search_space.json``.
+    """
+
+    folder: Path
+    kind: Kind
+    config: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    architecture: Mapping[str, Any]
+    routers: Mapping[str, Any]
+    space: Mapping[str, Any]
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether it brings code of its own."""
+        return bool(self.config.get("auto_map"))
+
+    @property
+    def loadability(self) -> str:
+        """How a model loads, as its export said, or by its config."""
+        return str(self.architecture.get("loadability") or ("remote-code" if self.remote_code else "stock"))
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the integers that linear layers are stored as."""
+        groups = (self.config.get("quantization_config") or {}).get("config_groups") or {}
+        found = [int(group["weights"]["num_bits"]) for group in groups.values() if group.get("weights")]
+        return min(found, default=None)
+
+    @property
+    def sentence_transformers(self) -> bool:
+        """Whether it is a sentence encoder as sentence-transformers saves it."""
+        return self.kind == "model" and (self.folder / MODULES).is_file()
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is a model that holds routers itself."""
+        return bool(self.config.get("routing"))
+
+    @property
+    def elastic(self) -> bool:
+        """Whether it is an adapter whose ranks are choices, or that is part of the weight."""
+        return bool(self.adapter.get("ranks")) or self.in_weight
+
+    @property
+    def in_weight(self) -> bool:
+        """Whether it is an adapter that only hf_elastic computes: SparsePEFT or QA-SparsePEFT."""
+        return bool(self.adapter.get("sparse") or self.adapter.get("quantization_aware"))
+
+    @property
+    def stated_base(self) -> str | None:
+        """Folder or name of what it was made from, as its own records say."""
+        stated = (
+            self.adapter.get("base_model_name_or_path"), self.routers.get("base"), self.space.get("parent"),
+            self.architecture.get("parent"), self.config.get("_name_or_path"),
+        )  # fmt: skip
+        return next((str(name) for name in stated if name), None)
+
+
+def recognise(folder: str | Path) -> Artefact:
+    """Reads the records of a folder.
+
+    Raises:
+        CheckpointError: it is no artefact (a run, a family, nothing of ours), or a record in it is broken.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is no folder; give one that holds a model, a supernet, adapters or routers")
+    names = {
+        name: (place / name).is_file()
+        for name in (SPACE_FILE, ROUTERS_FILE, ADAPTER_CONFIG, CONFIG_FILE, ARCHITECTURE_FILE)
+    }
+    kind = _kind(names)
+    if kind is None:
+        raise CheckpointError(f"{place} {_what_else(place)}")
+    config, adapter, architecture, routers, space = (
+        read_json(place / name) if names[name] else {}
+        for name in (CONFIG_FILE, ADAPTER_CONFIG, ARCHITECTURE_FILE, ROUTERS_FILE, SPACE_FILE)
+    )
+    return Artefact(place, kind, config, adapter, architecture, routers, space)
+
+
+def _kind(there: Mapping[str, bool]) -> Kind | None:
+    if there[SPACE_FILE]:
+        return "supernet"
+    if there[ROUTERS_FILE]:
+        return "routers"
+    if there[ADAPTER_CONFIG]:
+        return "adapter"
+    return "model" if there[CONFIG_FILE] else None
+
+
+def _what_else(place: Path) -> str:
+    """What a folder is that is no artefact, and what to do."""
+    if place.name.endswith(".run") or (place / RESULT_FILE).is_file():
+        output = place.name.removesuffix(".run")
+        return f"is the folder of a run, which is not shared; push what it exported, {place.with_name(output)}"
+    sizes = sorted(child.name for child in place.iterdir() if (child / ARCHITECTURE_FILE).is_file())
+    if sizes:
+        return f"is a family of {', '.join(sizes)}; push each of them into a repository of its own"
+    return (
+        f"holds no {CONFIG_FILE}, {SPACE_FILE}, {ADAPTER_CONFIG} or {ROUTERS_FILE}: it is no model, supernet, adapter "
+        "or routers; write one by export, save_pretrained or save_routers"
+    )

@@ -1,0 +1,129 @@
+"""What a run's ``result.json`` says about the model that it exported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
+from hf_elastic.errors import CheckpointError
+from hf_elastic.hub.artefacts import Artefact
+from hf_elastic.hub.names import dataset_name
+
+_ABOUT = {
+    "name", "architecture", "loadability", "over_limit", "blocks", "widths", "heads", "parameters", "total_parameters",
+    "macs", "latency", "adapter_parameters",
+}  # fmt: skip
+_FOUND = ("found", "after retraining", "after head fusion", "found, inherited weights")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The record of a run.
+
+    Attributes:
+        record: contents of ``result.json``.
+    """
+
+    record: Mapping[str, Any]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What the run was asked for."""
+        found: Mapping[str, Any] = self.record["options"]
+        return found
+
+    @property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """What each stage recorded."""
+        found: Mapping[str, Mapping[str, Any]] = self.record["stages"]
+        return found
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """Rows of the comparison, the model it began with first."""
+        return self.stages.get("compare", {}).get("rows") or ()
+
+    @property
+    def found(self) -> Mapping[str, Any] | None:
+        """The row of what was exported."""
+        named = {row["name"]: row for row in self.rows}
+        known = next((named[name] for name in _FOUND if name in named), None)
+        return known or (self.rows[1] if len(self.rows) == 2 else None)  # a size of a family has a name of its own
+
+    @property
+    def qualities(self) -> tuple[str, ...]:
+        """Names of what was measured, in the order of the record."""
+        names = {
+            name: None
+            for row in self.rows
+            for name, value in row.items()
+            if name not in _ABOUT and isinstance(value, int | float)
+        }
+        return tuple(names)
+
+    @property
+    def base(self) -> str | None:
+        """Folder or name of the model that weights were taken from; a teacher gives none."""
+        return self.options.get("model")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Data, as it was named."""
+        return tuple(map(str, self.options.get("data") or ()))
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Data sets on the Hub among them."""
+        return tuple(dict.fromkeys(name for source in self.sources if (name := dataset_name(source))))
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Data for a reader: data sets by their names, files without the folders of this machine."""
+        return tuple(source if dataset_name(source) else re.split(r"[/\\]", source)[-1] for source in self.sources)
+
+    @property
+    def architecture(self) -> Mapping[str, Any] | None:
+        """What was found, where the record says it."""
+        row = self.found
+        if row is not None and isinstance(row.get("architecture"), dict):
+            return dict(row["architecture"])
+        return self.stages.get("search", {}).get("architecture")
+
+
+def run_of(artefact: Artefact, run: str | Path | None) -> tuple[Run | None, str | None]:
+    """The run that made an artefact: the one that is given, else the record inside or beside it.
+
+    Returns:
+        The run, and a note where a record beside it is not of this model.
+
+    Raises:
+        CheckpointError: the run that was given is none, or is of another model; a record is broken.
+    """
+    place = _record_file(artefact.folder, run)
+    if place is None:
+        return None, None
+    found = Run(read_record(place))
+    theirs, ours = found.architecture, artefact.architecture.get("architecture")
+    if artefact.kind == "supernet" or theirs is None or (ours is not None and dict(theirs) == dict(ours)):
+        return found, None
+    if run is not None and ours is not None:
+        raise CheckpointError(f"{place} is of another architecture than {artefact.folder} holds; leave run out")
+    if ours is None and (run is not None or place.parent == artefact.folder):
+        return found, None
+    return None, f"{place} is of another architecture, so its numbers are not in the card"
+
+
+def _record_file(folder: Path, run: str | Path | None) -> Path | None:
+    if run is not None:
+        given = Path(run).expanduser()
+        file = given / RESULT_FILE if given.is_dir() else given
+        if not file.is_file():
+            raise CheckpointError(f"{given} is no run, it holds no {RESULT_FILE}; give OUTPUT.run, or leave run out")
+        return file
+    beside = folder.resolve()
+    places = (folder / RESULT_FILE, beside.with_name(f"{beside.name}.run") / RESULT_FILE)
+    return next((place for place in places if place.is_file()), None)
