@@ -33,7 +33,7 @@ from hf_elastic.pipeline.elm_options import ElmOptions
 from hf_elastic.pipeline.elm_plan import ElmPlan, spread_widths
 from hf_elastic.pipeline.progress import progress_bar
 from hf_elastic.pipeline.tasks import Batch, load_model, load_with_classifier
-from hf_elastic.pipeline.training import device_of
+from hf_elastic.pipeline.training import device_of, noted_losses
 from hf_elastic.search import Objective, SearchResult, search_subnets
 from hf_elastic.search.samplers import uniform_evolution
 from hf_elastic.space import Architecture
@@ -198,12 +198,6 @@ def _run(trainer: Trainer, folder: Path) -> None:
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
 
 
-def noted_losses(trainer: Trainer) -> list[dict[str, float]]:
-    """Losses of a training by step."""
-    log = trainer.state.log_history
-    return [{"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry]
-
-
 @dataclass(frozen=True)
 class Timing:
     """Latencies that a limit on time is about.
@@ -356,6 +350,7 @@ def fusion_numbers(report: FusionReport) -> dict[str, Any]:
         {
             "layer": layer.layer, "block": layer.block, "before": layer.before, "after": layer.after,
             "groups": [list(group) for group in layer.groups],
+            "cka": [[round(value, 4) for value in row] for row in layer.cka.tolist()],
         }
         for layer in report.layers
     ]  # fmt: skip

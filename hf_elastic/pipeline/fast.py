@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hf_elastic import objectives
+from hf_elastic import costs, objectives
 from hf_elastic.errors import DataError, InfeasibleError
 from hf_elastic.layers import evaluating
 from hf_elastic.parts import LayerPart, LayerShape
+from hf_elastic.pipeline.comparison import finite, recorded
 from hf_elastic.pipeline.goal import Goal
+from hf_elastic.pipeline.kept import EXACT_FILE
 from hf_elastic.pipeline.tasks import Task, TaskData
 from hf_elastic.repair.parent_streams import ParentStreams
 from hf_elastic.repair.refitting import repaired_shapes
@@ -148,6 +151,20 @@ def trust(
     return additivity(supernet, table, tuple(points), calibration=parent, validation=held, measure=_measure(task))
 
 
+def additivity_numbers(found: Additivity) -> dict[str, Any]:
+    """What a record keeps of how far sums are to be trusted."""
+    return {
+        "architectures": len(found.measured), "rank_correlation": finite(found.rank_correlation),
+        "ratio": finite(found.mean_ratio), "predicted": list(found.predicted), "measured": list(found.measured),
+    }  # fmt: skip
+
+
+def keep_exact_front(supernet: Supernet, table: QualityTable, goal: Goal, *, folder: Path) -> None:
+    """Saves the least predicted damage at every value of the limited cost, solved in milliseconds."""
+    goals = [objectives.damage(supernet, table), goal.cost]
+    search_subnets(supernet.space, goals, algorithm="exact", progress=False).save(folder / EXACT_FILE)
+
+
 def _measure(task: Task) -> str:
     return _MEASURES[task.name] + (f"/{task.pooling}" if task.name == "embedding" else "")
 
@@ -254,6 +271,16 @@ class Trial:
     architecture: Architecture
     values: Mapping[str, float]
     distance: float
+
+
+def trial_numbers(supernet: Supernet, trial: Trial) -> dict[str, Any]:
+    """What a record keeps of a candidate: its architecture, costs and qualities."""
+    point = trial.architecture
+    return {
+        "architecture": dict(point), "parameters": costs.parameters(supernet, point),
+        "total_parameters": costs.total_parameters(supernet, point),
+        "macs": costs.macs(supernet, point, seq_len=costs.LATENCY_TOKENS), **recorded(trial.values),
+    }  # fmt: skip
 
 
 def tried(

@@ -24,6 +24,7 @@ from hf_elastic.supernet import Supernet
 TEACHER_FILE = "teacher.safetensors"
 QUALITY_FILE = "quality.json"
 LATENCY_FILE = "latency.json"
+EXACT_FILE = "exact.json"
 SORTED, TRAINED = "sorted", "supernet"
 """Folders of the parent, its neurons and heads sorted, and of the trained supernet of recipe ``best``."""
 

@@ -40,7 +40,7 @@ from hf_elastic.pipeline.tasks import (
     resolve_task,
 )
 from hf_elastic.pipeline.texts import read_rows
-from hf_elastic.pipeline.training import arguments_of, device_of, random_batches, step_seconds
+from hf_elastic.pipeline.training import arguments_of, device_of, noted_losses, random_batches, step_seconds
 from hf_elastic.report import adapter_table
 from hf_elastic.search import search_subnets
 from hf_elastic.space import Architecture
@@ -289,6 +289,7 @@ class LoraRun:
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=_resumable(folder))
         supernet.model.eval()
+        self.record.note("train", losses=noted_losses(trainer))
         return statistics
 
     def _searched(self, supernet: Supernet) -> Architecture:

@@ -27,16 +27,18 @@ from hf_elastic.pipeline.comparison import (
     Candidate,
     cast_parameters_,
     compare,
-    finite,
     load_exported,
     recorded,
     written_form,
 )
 from hf_elastic.pipeline.fast import (
+    additivity_numbers,
     candidates,
+    keep_exact_front,
     quality_table,
     ranking_streams,
     require_calibration,
+    trial_numbers,
     tried,
     trust,
     untrained_seconds,
@@ -241,6 +243,7 @@ class CompressRun:
                     table = quality_table(
                         supernet, ranking, task=self.task, data=self.data, path=path, progress=tell
                     )  # fmt: skip
+                keep_exact_front(supernet, table, self.goal, folder=self.folder)
                 self.record.note("tables", **self._trust(supernet, table, ranking))
 
     def _trust(self, supernet: Supernet, table: QualityTable, ranking: ParentStreams) -> dict[str, Any]:
@@ -250,8 +253,7 @@ class CompressRun:
         if found is None:
             return {}
         self.say(str(found))
-        correlation, ratio = finite(found.rank_correlation), finite(found.mean_ratio)
-        return {"architectures": len(found.measured), "rank_correlation": correlation, "ratio": ratio}
+        return additivity_numbers(found)
 
     def _fast_answer(self, supernet: Supernet, ranking: ParentStreams) -> Supernet:
         """The best of a few exact answers, repaired in closed form on all calibration data."""
@@ -274,7 +276,7 @@ class CompressRun:
             repaired=report.repaired,
             error_cut=report.error_cut,
             error=report.error,
-            tried=[{"architecture": dict(trial.architecture), **recorded(trial.values)} for trial in trials],
+            tried=[trial_numbers(supernet, trial) for trial in trials],
         )
         return Supernet(repaired)
 
@@ -349,17 +351,11 @@ class CompressRun:
     def _train(self, supernet: Supernet, rule: Any, *, phase: str) -> Supernet:
         plan = self.record.numbers("plan")
         if plan[f"{phase}_steps"]:
-            train_phase(
-                supernet,
-                rule,
-                task=self.task,
-                data=self.data,
-                options=self.options,
-                folder=self._checkpoints(phase),
-                steps=plan[f"{phase}_steps"],
-                bf16=plan["bf16"],
-                teacher=self.parent,
-            )
+            losses = train_phase(
+                supernet, rule, task=self.task, data=self.data, options=self.options, folder=self._checkpoints(phase),
+                steps=plan[f"{phase}_steps"], bf16=plan["bf16"], teacher=self.parent,
+            )  # fmt: skip
+            self.record.note({"supernet": "train", "found": "specialise"}[phase], losses=losses)
         return supernet
 
     def _train_supernet(self, supernet: Supernet, pool: tuple[Architecture, ...]) -> Supernet:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_elastic.errors import TrainingError
 from hf_elastic.pipeline.options import CompressOptions
@@ -37,11 +37,14 @@ def train_phase(
     steps: int,
     bf16: bool,
     teacher: nn.Module,
-) -> None:
+) -> list[dict[str, float]]:
     """Trains the subnets of a rule for a number of steps; continues from the newest whole checkpoint of ``folder``.
 
     Everything is distilled from a frozen copy of the parent: a sentence encoder the state of every token after the
     last layer, without labels; other models their logits, with the labels of the text beside them.
+
+    Returns:
+        Losses by step.
     """
     sentences = task.name == "embedding"
     lengths = [len(feature["input_ids"]) if sentences else 0 for feature in data.train]
@@ -56,10 +59,18 @@ def train_phase(
     )
     with prepared_for_distillation(supernet.model, freeze_embeddings=sentences):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    return noted_losses(trainer)
+
+
+def noted_losses(trainer: Trainer) -> list[dict[str, float]]:
+    """Losses of a training by step."""
+    log = trainer.state.log_history
+    return [{"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry]
 
 
 def arguments_of(options: CompressOptions, *, folder: Path, steps: int, bf16: bool) -> TrainingArguments:
     """The Trainer's settings of a training of so many steps."""
+    log = max(1, steps // 20)
     return TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -73,9 +84,10 @@ def arguments_of(options: CompressOptions, *, folder: Path, steps: int, bf16: bo
         use_cpu=device_of(options) == "cpu",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        save_steps=max(1, steps // _SAVES),
+        # a loss is the mean since the last one was noted, so no checkpoint may lie between two
+        save_steps=log * max(1, 20 // _SAVES),
         save_total_limit=2,
-        logging_steps=max(1, steps // 20),
+        logging_steps=log,
         report_to="none",
         seed=options.seed,
         dataloader_pin_memory=False,

@@ -39,7 +39,7 @@ POINTS: dict[str, tuple[str, str, int]] = {
     "training": ("hf_elastic.training.trainer", "ElasticTrainer.training_step", 19),
     "checkpoint half-written": ("hf_elastic.training.trainer", "ElasticTrainer._save_optimizer_and_scheduler", 1),
     "supernet half-written": ("hf_elastic.supernet_folder", "write_json", 1),
-    "search": ("hf_elastic.search.loop", "SearchLoop._measure", 3),
+    "search": ("hf_elastic.search.loop", "SearchLoop._step", 3),
     "search over": ("hf_elastic.search.results", "SearchResult.save", 1),
     "specialising": ("hf_elastic.training.trainer", "ElasticTrainer.training_step", 6),
     "comparing": ("hf_elastic.pipeline.run", "plain_alternatives", 1),
