@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -48,31 +49,20 @@ from hf_elastic.tables.additive import OfLayer, layer_table
 from hf_elastic.tables.quality import QualityTable, predicted_damage
 
 __all__ = [
-    "Embedder",
-    "EmbeddingScore",
-    "accuracy",
-    "adapter_macs",
-    "adapter_parameters",
-    "budget_costs",
-    "damage",
-    "embedding_cosine",
-    "embeddings",
-    "evaluated",
-    "kv_cache_bytes",
-    "latency",
-    "loss",
-    "macs",
-    "memory",
-    "parameters",
-    "perplexity",
-    "predicted_latency",
-    "proxy",
-    "related_costs",
-    "similarity_structure",
+    "Embedder", "EmbeddingScore", "accuracy", "adapter_macs", "adapter_parameters", "budget_costs", "damage",
+    "embedding_cosine", "embeddings", "evaluated", "kv_cache_bytes", "latency", "loss", "macs", "memory",
+    "parameters", "perplexity", "predicted_latency", "proxy", "related_costs", "similarity_structure",
     "total_parameters",
-]
+]  # fmt: skip
 
 Batch = Mapping[str, Tensor]
+
+
+def __getattr__(name: str) -> Any:
+    """Names the objectives by other libraries' measures, which stand above this module, beside those that are here."""
+    if name in ("lm_eval", "metric", "ndcg", "spearman"):
+        return getattr(import_module("hf_elastic.evaluation"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def loss(supernet: Supernet, validation: Iterable[Batch], *, name: str = "loss") -> Objective:

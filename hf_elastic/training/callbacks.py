@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import Any, Literal
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from hf_elastic.errors import TrainingError
+from hf_elastic.errors import ActivationError, TrainingError
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.decay import ActiveSliceStep
 from hf_elastic.training.periods import ReleasedCallback, announce, check_restored
@@ -155,8 +157,10 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
     """
     if model is None or not any(module is supernet.model for module in model.modules()):
         raise TrainingError(
-            f"the Trainer trains a {type(model).__name__} that does not hold the supernet; pass model=supernet.model"
+            f"the Trainer trains a {type(model).__name__} that does not hold the supernet; pass model=supernet.model "
+            "(where it holds an adapted transformer, as a SentenceTransformer does: supernet=Supernet(model))"
         )
+    _check_adapters(supernet)
     if supernet.active != supernet.space.largest():
         raise TrainingError(
             f"training starts while {supernet.active} is active; leave activate(...), or undo set_capacity and "
@@ -172,8 +176,30 @@ def check_run(supernet: Supernet, args: TrainingArguments, *, model: nn.Module |
     if args.deepspeed or args.fsdp:
         kind = "DeepSpeed" if args.deepspeed else "FSDP"
         raise TrainingError(f"{kind} shards parameters, so that decay cannot follow active slices; use DDP")
+    if _asked_for_fsdp() and not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise TrainingError(
+            "accelerate was told to use FSDP (ACCELERATE_USE_FSDP), but the parameters are whole: on a CPU it trains "
+            "DDP without a word; launch without FSDP, or shard by torch's fully_shard in a loop of your own"
+        )
     if args.parallel_mode == ParallelMode.DISTRIBUTED:
         _check_distributed(supernet, args, model=model)
+
+
+def _asked_for_fsdp() -> bool:
+    """Whether ``accelerate launch`` was, by its options or its file of settings."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on")
+
+
+def _check_adapters(supernet: Supernet) -> None:
+    """Check that the Trainer itself added no adapter, which the handle does not know."""
+    try:
+        with supernet.activate(supernet.active):
+            pass
+    except ActivationError as error:
+        raise TrainingError(
+            f"{error} (adapters come before the supernet: add_lora(model, ...) instead of peft_config=; DPOTrainer "
+            "adds one named 'ref' unless it is given a ref_model=)"
+        ) from error
 
 
 def _check_routers(supernet: Supernet) -> None:

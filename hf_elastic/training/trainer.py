@@ -152,6 +152,7 @@ class ElasticTrainerMixin(_Below):
         self._elastic_slices = ActiveSliceStep(supernet, freeze_inactive=freeze_inactive)
         self._elastic_draw: _Draw | None = None
         self._elastic_teacher: Signal | None = None
+        self._elastic_outputs_apart = False  # whether those of the loss are of a forward without gradient
         self._elastic_routers = RouterTerm(supernet, routing)
         teaches = None if self.distillation is None else Teacher(self.distillation, supernet)
         if not args:
@@ -217,7 +218,8 @@ class ElasticTrainerMixin(_Below):
                 f"{resume_from_checkpoint} was saved by a run with fit layers, which this run has not; give "
                 "Distillation(target='relational', fit=True), or start again"
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # That of sentence-transformers takes no model.
+        super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         if self.fit_layers is not None:
@@ -291,9 +293,11 @@ class ElasticTrainerMixin(_Below):
         given = self._pop_teacher_column(inputs)
         share = 1.0 if self._elastic_draw is None else self._elastic_draw.share
         if self.distillation is None or (self._elastic_draw is None and self._has_labels(inputs)):
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            # Outputs that nobody asked for would cost a trainer of TRL another forward.
+            found = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+            loss, outputs = found if return_outputs else (found, None)
         else:
             loss, outputs = self._distilled_loss(model, inputs, given, num_items_in_batch=num_items_in_batch)
         steps = self._normalisation(num_items_in_batch).get("steps", 1)
@@ -309,12 +313,9 @@ class ElasticTrainerMixin(_Below):
         relation, in_place = self._elastic_relation, plan.teacher is None and given is None
         asked = {**inputs, **plan.forward_arguments}
         hard: Tensor | None = None
+        self._check_replaceable(inputs)
         if self._has_labels(inputs) and not (relation is not None and plan.label_weight == 0 and not in_place):
-            with captured(None if relation is None else relation.student) as seen:
-                hard, outputs = super().compute_loss(
-                    model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch
-                )
-            states = seen.states()
+            hard, outputs, states = self._run_labelled(model, asked, num_items_in_batch=num_items_in_batch)
         else:
             outputs, states = self._run_unlabelled(model, asked)
         signal = plan.signal(outputs, inputs, states=states)
@@ -341,11 +342,40 @@ class ElasticTrainerMixin(_Below):
             return soft, outputs
         return soft + plan.label_weight * hard, outputs
 
+    def _check_replaceable(self, inputs: Mapping[str, Any]) -> None:
+        """Check that distillation would not replace, unseen, a loss that the Trainer below computes without labels."""
+        if not self._has_labels(inputs) and super().compute_loss.__func__ is not Trainer.compute_loss:
+            raise TrainingError(
+                f"{type(self).__name__} computes a loss of its own of batches without labels, which distillation would "
+                "replace; leave out distill="
+            )
+
+    def _run_labelled(
+        self, model: nn.Module, asked: dict[str, Any], *, num_items_in_batch: Any
+    ) -> tuple[Tensor, Any, LayerStates | None]:
+        """Compute the loss of the labels, and outputs and states that gradients flow through.
+
+        A trainer of TRL computes its loss without logits; those that it returns are of a forward without gradient.
+        """
+        if not self._elastic_outputs_apart:
+            with captured(None if self._elastic_relation is None else self._elastic_relation.student) as seen:
+                hard, outputs = super().compute_loss(
+                    model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+            follows = any(isinstance(value, Tensor) and value.requires_grad for value in outputs.values())
+            if follows or not torch.is_grad_enabled():
+                return hard, outputs, seen.states()
+            self._elastic_outputs_apart = True
+        else:
+            hard = super().compute_loss(model, asked, num_items_in_batch=num_items_in_batch)
+        outputs, states = self._run_unlabelled(model, asked)
+        return hard, outputs, states
+
     def _run_unlabelled(self, model: nn.Module, asked: dict[str, Any]) -> tuple[Any, LayerStates | None]:
         """Run the active subnet without labels; return its output, and its states where they are compared."""
-        if self._elastic_relation is None:
-            return model(**asked), None
         plain = {name: value for name, value in asked.items() if name not in self.label_names}
+        if self._elastic_relation is None:
+            return model(**plain), None
         with captured(self._elastic_relation.student) as seen:
             # DDP waits for the parameters behind whatever its module returns, so it must return the states too, and
             # the loss must take them from there: the head that leads to the output may have no part in it.
