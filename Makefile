@@ -7,13 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= test,dev,sentence-transformers,trl
+EXTRAS ?= test,dev,docs,sentence-transformers,trl,onnx,openvino,gguf,postgres,report
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where plain pip would fetch gigabytes of CUDA libraries for a machine without a GPU, torch comes from here.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 
-.PHONY: env test test-all demo lint clean
+.PHONY: env test test-all demo docs lint clean
 
 env: $(STAMP)
 
@@ -42,6 +42,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 demo: $(STAMP)
 	$(BIN)/python examples/compress_minilm.py $(DEMO_ARGS)
