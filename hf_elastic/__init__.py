@@ -50,9 +50,20 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.errors import StorageError as StorageError
     from hf_elastic.errors import TrainingError as TrainingError
     from hf_elastic.errors import UnsupportedModelError as UnsupportedModelError
+    from hf_elastic.evaluation import FolderOptions as FolderOptions
+    from hf_elastic.evaluation import FolderScore as FolderScore
+    from hf_elastic.evaluation import Harness as Harness
+    from hf_elastic.evaluation import compare_folders as compare_folders
+    from hf_elastic.evaluation import evaluate_folder as evaluate_folder
+    from hf_elastic.evaluation import lm_eval_results as lm_eval_results
     from hf_elastic.families import FAMILIES as FAMILIES
     from hf_elastic.families import Family as Family
     from hf_elastic.fusion import FusionReport as FusionReport
+    from hf_elastic.hub.card import model_card as model_card
+    from hf_elastic.hub.pushing import PushPlan as PushPlan
+    from hf_elastic.hub.pushing import PushReport as PushReport
+    from hf_elastic.hub.pushing import plan_push as plan_push
+    from hf_elastic.hub.pushing import push_to_hub as push_to_hub
     from hf_elastic.importance import set_layer_order as set_layer_order
     from hf_elastic.importance import sort_by_importance_ as sort_by_importance_
     from hf_elastic.layers import Skip as Skip
@@ -203,6 +214,21 @@ _HOMES = {
     "tables.latencies": ("LatencyTable", "measure_latency_table"),
     "tables.quality": ("Additivity", "QualityTable", "additivity", "measure_quality_table"),
     "pipeline": ("CompressOptions", "CompressResult", "ElmOptions", "ElmResult", "compress", "make_elm"),
+    "hub.card": ("model_card",),
+    "hub.pushing": (
+        "PushPlan",
+        "PushReport",
+        "plan_push",
+        "push_to_hub",
+    ),
+    "evaluation": (
+        "FolderOptions",
+        "FolderScore",
+        "Harness",
+        "compare_folders",
+        "evaluate_folder",
+        "lm_eval_results",
+    ),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("costs", "distillation", "objectives", "proxies", "spaces", "testing")
@@ -237,8 +263,11 @@ __all__ = [
     "FAMILIES",
     "Family",
     "FixedSubnet",
+    "FolderOptions",
+    "FolderScore",
     "FusionReport",
     "GrowthHistory",
+    "Harness",
     "HeadFusionCallback",
     "InfeasibleError",
     "LatencyCheck",
@@ -246,6 +275,8 @@ __all__ = [
     "Objective",
     "PCAGrowthCallback",
     "ProgressiveShrinking",
+    "PushPlan",
+    "PushReport",
     "QualityTable",
     "QuantizationReport",
     "RandomSubnet",
@@ -278,15 +309,18 @@ __all__ = [
     "cache_teacher",
     "calibrate_routing",
     "check_latency",
+    "compare_folders",
     "compress",
     "costs",
     "distillation",
+    "evaluate_folder",
     "export",
     "extract",
     "extract_adapter",
     "fit_routers",
     "fuse_heads",
     "last_complete_checkpoint",
+    "lm_eval_results",
     "load_adapter",
     "load_routers",
     "make_elastic",
@@ -294,8 +328,11 @@ __all__ = [
     "measure_block_latency_table",
     "measure_latency_table",
     "measure_quality_table",
+    "model_card",
     "objectives",
+    "plan_push",
     "proxies",
+    "push_to_hub",
     "quantize_",
     "recover",
     "refit",

@@ -34,6 +34,8 @@ from hf_elastic.commands.compression import merge_command, quantize_command, spa
 from hf_elastic.commands.elm import elm_command
 from hf_elastic.declaration import Loadability
 from hf_elastic.errors import ElasticError
+from hf_elastic.evaluation.command import evaluate_command
+from hf_elastic.hub.command import push_command
 from hf_elastic.pipeline import CompressOptions as Default
 from hf_elastic.pipeline import CompressRun, LoraRun, export_family, front_row, open_for_export, search_run
 from hf_elastic.pipeline.elm_data import require_stock
@@ -44,8 +46,11 @@ from hf_elastic.pipeline.scoring import RankingOptions, score_source
 from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.proxies import Setting
 from hf_elastic.report import describe_folder
+from hf_elastic.reporting.command import report_command, try_command
+from hf_elastic.runtimes.command import convert_command
 from hf_elastic.supernet import Loadability as Form
 from hf_elastic.tables.timing import Phase
+from hf_elastic.workers.command import worker_command
 
 app = typer.Typer(
     add_completion=False,
@@ -253,6 +258,14 @@ def score_command(
         resamples=resamples,
     )  # fmt: skip
     typer.echo(str(score_source(source, options, json_file=json_file)))
+
+
+app.command("report")(report_command)
+app.command("try")(try_command)
+app.command("evaluate")(evaluate_command)
+app.command("convert")(convert_command)
+app.command("push")(push_command)
+app.command("worker")(worker_command)
 
 
 def main() -> None:
