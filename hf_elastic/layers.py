@@ -20,6 +20,7 @@ from hf_elastic.errors import UnsupportedModelError
 from hf_elastic.models.elastic_mixins import Mixin, with_mixin
 from hf_elastic.quantgrid import SCHEME
 
+_WRAPPED = {"forward", "_original_forward"}  # what accelerate sets
 Region = tuple[tuple[slice, ...], ...]
 """Active part of a parameter: disjoint index boxes; ``()`` means that nothing of it is active."""
 
@@ -343,3 +344,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Lets a model compute in the dtype of its weights inside the block.
+
+    Accelerate wraps the forward of a model that it trains in mixed precision in autocast, and leaves it so.
+    """
+    wrapped = {module: vars(module)["forward"] for module in model.modules() if vars(module).keys() >= _WRAPPED}
+    for module in wrapped:
+        del vars(module)["forward"]
+    try:
+        yield
+    finally:
+        for module, forward in wrapped.items():
+            vars(module)["forward"] = forward

@@ -316,7 +316,9 @@ def proxy(
     if name == "zerolm" or name in _SIZES:
         supernet.require_layers(f"the proxy {name!r} of a supernet", instead="score() on what extract() gives")
     if name == "zerolm":
-        return _zerolm(supernet, alpha, table if table is not None else ZeroLMTable.of_model(supernet.base))
+        family = supernet.family if supernet.layer_parts else None
+        found = ZeroLMTable.of_model(supernet.base, family=family) if table is None else table
+        return _zerolm(supernet, alpha, found)
     if name in ("params", "decoder_params"):
         counted = total_parameters(supernet) if name == "params" else parameters(supernet)
         return replace(counted, name=name, direction="maximize")

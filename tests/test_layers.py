@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from hf_elastic.layers import (
     make_elastic_linear,
     make_part_holder,
     make_skippable,
+    without_autocast,
 )
 
 sizes = st.integers(1, 6)
@@ -262,3 +264,20 @@ def test_evaluating_gives_each_module_its_own_mode_back_also_after_an_error() ->
         assert not any(module.training for module in model.modules())
         raise KeyError("inside")
     assert [module.training for module in model.modules()] == before
+
+
+def test_a_model_prepared_for_mixed_precision_computes_in_its_own_inside_and_as_prepared_outside() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    inputs = torch.randn(4, 64)
+    wanted = model(inputs)
+    inner = type(model).forward
+    model._original_forward = model.forward  # as accelerate does
+
+    def mixed(self: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return inner(self, x)
+
+    model.forward = MethodType(mixed, model)
+    with without_autocast(model):
+        assert torch.equal(model(inputs), wanted) and model(inputs).dtype == torch.float32
+    assert model(inputs).dtype == torch.bfloat16

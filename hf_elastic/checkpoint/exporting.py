@@ -21,7 +21,7 @@ from hf_elastic.checkpoint.extraction import extract
 from hf_elastic.checkpoint.router_extraction import Decisions, check_calibrated, routers_in_use
 from hf_elastic.errors import ExportError
 from hf_elastic.files import whole_folder, write_json
-from hf_elastic.layers import evaluating
+from hf_elastic.layers import evaluating, without_autocast
 from hf_elastic.models import MODEL_TYPES
 from hf_elastic.models.elastic_routers import routers_of
 from hf_elastic.packed_format import integer_bits, quantised_layers, write_weights
@@ -239,7 +239,8 @@ def _check_parity(supernet: Supernet, architecture: Architecture, model: PreTrai
     """
     inputs = costs.default_inputs(supernet, seq_len=32)
     decisions = Decisions()
-    with evaluating(supernet.model), torch.inference_mode(), supernet.activate(architecture):
+    handle = supernet.model
+    with evaluating(handle), without_autocast(handle), torch.inference_mode(), supernet.activate(architecture):
         with nullcontext() if merged else supernet.plain(), decisions.noted(routers_in_use(supernet, architecture)):
             wanted = supernet.base(**inputs)[0]
         got = model(**inputs)[0]
