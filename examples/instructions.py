@@ -1,6 +1,7 @@
 """What the instruction-tuning examples share: prompts, rows, models, and answers read out of generated text.
 
-Rows are those of LLM-Adapters (``instruction``, ``output``, ``answer``) or of GSM8K (``question``, ``answer``).
+Rows are those of LLM-Adapters (``instruction``, ``output``, ``answer``) or of GSM8K (``question``, ``answer``). A run
+keeps its checkpoints and evaluations in ``OUTPUT.work``; killed and started again with the same options, it goes on.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import argparse
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from going_on import training_arguments as kept_arguments
+from going_on import work_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainingArguments,
+    set_seed,
 )
 
 import hf_elastic as he
@@ -44,6 +47,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     made.add_argument("--model", help="folder or Hub name of a LLaMA-family model")
     made.add_argument("--tiny", action="store_true", help="a random model of bytes: shows every step, learns nothing")
     made.add_argument("--output", required=True, help="folder for the result")
+    made.add_argument("--data", help="training rows: .jsonl file, or a data set on the Hub (NAME or NAME:SPLIT)")
     made.add_argument("--steps", type=int, default=defaults["steps"])
     made.add_argument("--rows", type=int, default=defaults["rows"], help="training rows")
     made.add_argument("--test-rows", type=int, default=100, help="test rows of each set")
@@ -74,13 +78,20 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
         vocab_size=len(alphabet) + 2, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
+    set_seed(arguments.seed)  # a run that goes on has the same model
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
-def read(path: Path, count: int) -> list[Row]:
-    """The first rows of a file."""
+def read(source: str | Path, count: int) -> list[Row]:
+    """The first rows of a file, or of a data set on the Hub."""
+    path = Path(source)
+    if not path.is_file() and isinstance(source, str) and path.suffix != ".jsonl":
+        from datasets import load_dataset
+
+        name, _, split = source.partition(":")
+        return list(load_dataset(name, split=split or "train").take(count))
     if not path.is_file():
-        raise SystemExit(f"there is no {path}; set HF_ELASTIC_DATA to a folder that has it")
+        raise SystemExit(f"there is no {path}; set HF_ELASTIC_DATA to a folder that has it, or give --data")
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
 
@@ -109,11 +120,10 @@ def batches(tokenizer: Any, rows: Sequence[Row], *, size: int = 8) -> list[dict[
 
 def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
     """The settings of LoNAS and Shears (their README): 100 warm-up steps, or a tenth of a short run."""
-    return TrainingArguments(
-        tempfile.mkdtemp(prefix="hf-elastic-"), max_steps=arguments.steps, learning_rate=arguments.learning_rate,
+    return kept_arguments(
+        work_folder(arguments), steps=arguments.steps, learning_rate=arguments.learning_rate, seed=arguments.seed,
         per_device_train_batch_size=arguments.batch_size, gradient_accumulation_steps=arguments.accumulation,
-        warmup_steps=min(100, arguments.steps // 10), save_strategy="no", report_to="none", seed=arguments.seed,
-        logging_steps=max(1, arguments.steps // 10), remove_unused_columns=False,
+        warmup_steps=min(100, arguments.steps // 10),
     )  # fmt: skip
 
 

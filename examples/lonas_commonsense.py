@@ -4,11 +4,13 @@
     python examples/lonas_commonsense.py --tiny --steps 4 --rows 40 --test-rows 8 --evaluations 6 --output lonas
 
 The space is the published one at the model's size (2^64 * 5^32 for LLaMA-7B); every micro-batch draws a subnet, as in
-the official code. What is found is written as one merged, smaller model. Rows: ``HF_ELASTIC_DATA``/commonsense.
+the official code. What is found is written as one merged, smaller model. Rows: ``HF_ELASTIC_DATA``/commonsense, or of
+training ``--data``. Killed and started again with the same options, it goes on (``OUTPUT.work``).
 """
 
 from __future__ import annotations
 
+from going_on import checkpoint_before, search_storage, work_folder
 from instructions import DATA, accuracy, batches, features, load, option, parser, read, show, training_arguments
 from transformers import DataCollatorForSeq2Seq
 
@@ -23,20 +25,22 @@ def main() -> None:
     model, tokenizer = load(arguments)
     supernet = he.spaces.lonas_llama(model.config).make(model, seed=arguments.seed)
     print(supernet)
-    rows = features(tokenizer, read(DATA / "commonsense" / "train_5k.jsonl", arguments.rows), cutoff=arguments.cutoff)
+    source = arguments.data or DATA / "commonsense" / "train_5k.jsonl"
+    rows = features(tokenizer, read(source, arguments.rows), cutoff=arguments.cutoff)
     held = max(8, len(rows) // 20)
     trainer = he.ElasticTrainer(
         supernet=supernet, sampling=he.RandomSubnet(seed=arguments.seed), per="micro_batch",
         args=training_arguments(arguments), train_dataset=rows[held:],
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
     )  # fmt: skip
-    trainer.train()
+    folder = work_folder(arguments)
+    trainer.train(resume_from_checkpoint=checkpoint_before(folder, steps=arguments.steps))
     supernet.model.eval()
 
     validation = batches(tokenizer, rows[:held])
     result = he.search_subnets(
         supernet.space, [he.objectives.loss(supernet, validation), he.objectives.macs(supernet)],
-        evaluations=arguments.evaluations, within={"macs": MACS}, seed=arguments.seed,
+        evaluations=arguments.evaluations, within={"macs": MACS}, seed=arguments.seed, storage=search_storage(folder),
     )  # fmt: skip
     found = result.best("loss", within={"macs": MACS}).architecture
     space = supernet.space
@@ -51,7 +55,9 @@ def main() -> None:
                 for name in SETS
             }  # fmt: skip
     show(supernet, named)
-    report = he.export(supernet, found, arguments.output, merge=True, tokenizer=tokenizer, loadability="remote-code")
+    report = he.export(
+        supernet, found, arguments.output, merge=True, tokenizer=tokenizer, loadability="remote-code", overwrite=True
+    )
     print(f"found by {len(result.evaluations)} evaluations; {report}")
 
 

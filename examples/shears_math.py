@@ -5,7 +5,8 @@
 
 The base is made sparse first, by Wanda, and stays frozen. The stock Trainer trains one sub-adapter a micro-batch, as
 the official code does. What is found is written as a plain peft adapter that any peft loads onto the sparse base. Rows
-come from ``HF_ELASTIC_DATA``/math.
+come from ``HF_ELASTIC_DATA``/math, or of training from ``--data``. Killed and started again with the same options, it
+goes on (``OUTPUT.work``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from going_on import checkpoint_before, search_storage, work_folder
 from instructions import DATA, Row, accuracy, batches, features, load, number, parser, read, show, training_arguments
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer
@@ -30,7 +32,7 @@ def zeros(model: nn.Module) -> float:
 
 def training_rows(tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     """Rows to train on, and rows held back to search and to calibrate with."""
-    source = DATA / "math" / "gsm8k_openai_train_5000.jsonl"
+    source = arguments.data or DATA / "math" / "gsm8k_openai_train_5000.jsonl"
     rows = features(tokenizer, read(source, arguments.rows), cutoff=arguments.cutoff)
     held = max(8, len(rows) // 20)
     return rows[held:], rows[:held]
@@ -44,7 +46,7 @@ def train(supernet: he.Supernet, tokenizer: Any, rows: list[Row], arguments: arg
         Trainer(
             model=supernet.model, args=training_arguments(arguments), train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True), callbacks=[sampling, statistics],
-        ).train()  # fmt: skip
+        ).train(resume_from_checkpoint=checkpoint_before(work_folder(arguments), steps=arguments.steps))  # fmt: skip
     supernet.model.eval()
     return statistics
 
@@ -63,6 +65,7 @@ def chosen(
         supernet.space,
         [he.objectives.loss(supernet, batches(tokenizer, held)), he.objectives.adapter_parameters(supernet)],
         evaluations=arguments.evaluations, within=budget, seed=arguments.seed,
+        storage=search_storage(work_folder(arguments)),
     )  # fmt: skip
     found = result.best("loss", within=budget).architecture
     space = supernet.space
@@ -96,7 +99,7 @@ def main() -> None:
     before = zeros(supernet.model)
     statistics = train(supernet, tokenizer, rows, arguments)
     found = chosen(supernet, tokenizer, held, arguments, statistics=statistics)
-    he.extract_adapter(supernet, found).save_pretrained(arguments.output)
+    he.extract_adapter(supernet, found).save_pretrained(arguments.output, overwrite=True)
     print(f"{zeros(supernet.model):.1%} of the adapted weights are zero, {before:.1%} before training")
     print(f"PeftModel.from_pretrained(base, {arguments.output!r})")
 

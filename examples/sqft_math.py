@@ -8,7 +8,8 @@
 * ``sparsepeft``: Wanda, adapters under its mask: one sparse model.
 * ``qa-sparsepeft``: Wanda, GPTQ, adapters on the grid of the integers: one sparse 4-bit model.
 
-Rows come from ``HF_ELASTIC_DATA``/math.
+Rows come from ``HF_ELASTIC_DATA``/math, or of training from ``--data``. Killed and started again with the same options,
+it goes on (``OUTPUT.work``): the base is compressed again, and the last fifth of the training is repeated.
 """
 
 from __future__ import annotations
@@ -61,17 +62,17 @@ def main() -> None:
     found = chosen(supernet, tokenizer, held, arguments, statistics=statistics)
     output = Path(arguments.output)
     if "sparsepeft" in arguments.pipeline:
-        print(he.export(supernet, found, output, merge=True, tokenizer=tokenizer))
+        print(he.export(supernet, found, output, merge=True, tokenizer=tokenizer, overwrite=True))
         return
     where, unpacked = str(output / "base"), ""
     with supernet.plain() as base:
         if arguments.pipeline == "sqft":
-            print(he.save_quantized(base, where, tokenizer=tokenizer))
+            print(he.save_quantized(base, where, tokenizer=tokenizer, overwrite=True))
             unpacked = ", quantization_config=CompressedTensorsConfig(dequantize=True)"  # peft needs weights
         else:
             base.save_pretrained(where)
             tokenizer.save_pretrained(where)
-    he.extract_adapter(supernet, found, base=where).save_pretrained(output / "adapter")
+    he.extract_adapter(supernet, found, base=where).save_pretrained(output / "adapter", overwrite=True)
     loaded = f"AutoModelForCausalLM.from_pretrained({where!r}{unpacked})"
     print(f"PeftModel.from_pretrained({loaded}, {str(output / 'adapter')!r})")
 

@@ -1,6 +1,7 @@
 """SQFT on a real encoder: a half-sparse MiniLM, adapters kept apart, merged sparse, and merged as 4-bit integers.
 
     python examples/sqft_minilm.py [banking77 | sst2] [--seeds 0 1 2] [--steps 600] [--json FILE]
+    python examples/sqft_minilm.py own --data train.jsonl test.jsonl     # columns text and label
 
 The encoder is all-MiniLM-L6-v2 from the Hub, or what ``--model`` names; the rows come from ``HF_ELASTIC_DATA``. Wanda
 sets half of the weights of its layers to zero. On that base are trained, for the same steps on the same rows: a new
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from adapters_minilm import DATA, MODEL, RANK, TARGETS, TASKS
+from adapters_minilm import MODEL, RANK, TARGETS, TASKS, files_of
 
 import hf_elastic as he
 from hf_elastic.pipeline.study import Plan, Study
@@ -41,11 +42,7 @@ def config(head: Sequence[str], **kind: bool) -> he.ElasticLoraConfig:
 
 def one_seed(task: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of all methods with one seed."""
-    files = TASKS[task]
-    plan = Plan(
-        model=arguments.model, seed=seed, steps=arguments.steps, sparsity=SPARSITY,
-        **{**files, "train": str(DATA / files["train"]), "test": str(DATA / files["test"])},
-    )  # fmt: skip
+    plan = Plan(model=arguments.model, seed=seed, steps=arguments.steps, sparsity=SPARSITY, **files_of(task, arguments))
     study = Study(plan, Path(arguments.output) / f"{task}-{seed}")
     return [
         *study.head_alone("no adapters"),
@@ -87,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(TASKS), nargs="?", default="banking77")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="rows of the task own: files or data sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--output", default="sqft_minilm", help="folder that keeps what was measured")

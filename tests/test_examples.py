@@ -1,7 +1,9 @@
-"""The parts of examples/compress_minilm.py that need neither weights nor network."""
+"""Examples: parts that need neither weights nor network, and every script on tiny models."""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import hashlib
 import importlib.util
 import json
@@ -218,6 +220,16 @@ def test_the_math_example_writes_an_adapter_and_keeps_the_base_sparse(questions:
     assert "50.0% of the adapted weights are zero, 50.0% before" in done.stdout
     written = json.loads((questions / "out" / "adapter_config.json").read_text())
     assert written["peft_type"] == "LORA" and "ranks" not in written
+    again = run_example("shears_math", *TINY, "--output", str(questions / "out"))  # as if it was killed at the end
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert answers(again) == answers(done)
+    other = run_example("shears_math", *TINY, "--seed", "1", "--output", str(questions / "out"))
+    assert other.returncode == 1 and "is of a run with other options" in other.stderr
+
+
+def answers(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What an example prints but for the log of its training."""
+    return [line for line in done.stdout.splitlines() if not line.startswith("{") and "ms" not in line]
 
 
 @pytest.mark.slow
@@ -240,15 +252,20 @@ def test_the_sqft_example_writes_what_its_pipeline_promises(pipeline: str, quest
 @pytest.mark.slow
 def test_the_example_of_elm_writes_a_decoder_of_blocks(tmp_path: Path) -> None:
     teacher, text = language_model(tmp_path / "teacher"), write_text(tmp_path / "text.txt", count=200)
-    done = run_example(
+    command = (
         "elm_stories", "--teacher", str(teacher), "--data", str(text), "--output", str(tmp_path / "out"),
         "--steps", "10", "--batch-size", "4", "--length", "16", "--evaluations", "6", "--threshold", "0.3",
     )  # fmt: skip
+    done = run_example(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     for words in ("supernet (elastic_gpt2)", "mean path:", "head fusion (merge", "after retraining", "teacher"):
         assert words in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert model.config.model_type == "elastic_gpt2" and (tmp_path / "out" / "tokenizer.json").is_file()
+    again = run_example(*command)
+    assert again.returncode == 0, again.stderr[-2000:]
+    values = [line for line in done.stdout.splitlines() if "perplexity" in line]
+    assert len(values) == 4 and values == [line for line in again.stdout.splitlines() if "perplexity" in line]
 
 
 @pytest.mark.slow
@@ -315,6 +332,123 @@ def encoded(model: Path, texts: list[str]) -> torch.Tensor:
     with torch.no_grad():
         states = [encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1) for text in texts]
     return torch.cat(states)
+
+
+SMALL_TEXT = ("--length", "16", "--rows", "16")
+
+
+@pytest.mark.slow
+def test_the_example_of_proxies_searches_exactly_or_goes_on_and_repairs(tmp_path: Path) -> None:
+    model, text = language_model(tmp_path / "model"), write_text(tmp_path / "text.txt", count=200)
+    common = ("proxy_search", "--model", str(model), "--data", str(text), "--widths", "4", *SMALL_TEXT)
+    exact = run_example(*common, "--within", "0.8", "--output", str(tmp_path / "exact"))
+    assert exact.returncode == 0, exact.stderr[-2000:]
+    assert "exact front" in exact.stdout and "found, repaired: perplexity" in exact.stdout
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", trust_remote_code=True)
+    parent = AutoModelForCausalLM.from_pretrained(model)
+    assert found.num_parameters() < parent.num_parameters()
+    drawn = (*common, "--proxy", "snip", "--within", "0.9", "--evaluations", "6", "--output", str(tmp_path / "drawn"))
+    first, again = run_example(*drawn), run_example(*drawn)
+    assert first.returncode == again.returncode == 0, again.stderr[-2000:]
+    assert "NSGA-II: 6 evaluations" in first.stdout and answers(first) == answers(again)
+
+
+@pytest.mark.slow
+def test_the_example_of_integers_goes_on_behind_the_sparse_model(tmp_path: Path) -> None:
+    model, text = language_model(tmp_path / "model"), write_text(tmp_path / "text.txt", count=200)
+    command = (
+        "sparse_int4", "--model", str(model), "--data", str(text), "--group-size", "32", *SMALL_TEXT,
+        "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    first, again = run_example(*command), run_example(*command)
+    assert first.returncode == again.returncode == 0, first.stderr[-2000:]
+    assert "50.0% of the weights" in first.stdout and "going on behind" in again.stdout
+    shown = [re.findall(r"quantised: perplexity (\S+)", done.stdout) for done in (first, again)]
+    assert shown[0] == shown[1] != []
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stated["quant_method"] == "compressed-tensors"
+
+
+@pytest.mark.slow
+def test_the_example_of_a_family_proves_its_row_and_writes_a_stock_model(tmp_path: Path) -> None:
+    done = run_example("custom_family", "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the row keeps every promise" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "OPTForCausalLM"
+    assert (model.config.ffn_dim, model.config.num_hidden_layers) != (64, 3)
+
+
+@pytest.mark.slow
+def test_the_example_of_objectives_finds_the_parent_where_it_is_allowed(tmp_path: Path) -> None:
+    model, text = language_model(tmp_path / "model"), write_text(tmp_path / "text.txt", count=200)
+    command = (
+        "custom_objective", "--model", str(model), "--data", str(text), *SMALL_TEXT, "--evaluations", "8",
+        "--within", "1", "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    first, again = run_example(*command), run_example(*command)
+    assert first.returncode == again.returncode == 0, first.stderr[-2000:]
+    assert "agreement 1  cut_layers 0  parameters" in first.stdout and answers(first) == answers(again)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_trl_writes_a_plain_adapter_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason='this example needs pip install "hf-elastic[trl]"')
+    model = language_model(tmp_path / "model")
+    rows = [{"prompt": text[:12], "completion": text[12:40], "other": 1} for text in sentences(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = (
+        "trl_sft", "--model", str(model), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"),
+        "--ranks", "2", "4", "--within", "1", "--steps", "5", "--evaluations", "4", "--length", "48",
+    )  # fmt: skip
+    first = run_example(*command)
+    assert first.returncode == 0, first.stderr[-2000:]
+    again = run_example(*command)
+    assert again.returncode == 0 and answers(again) == answers(first), again.stderr[-2000:]
+    assert "found by 4 evaluations" in first.stdout
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(model) and "ranks" not in written
+
+
+def test_rows_of_one_s_own_go_with_the_task_own_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    found = importlib.import_module("adapters_minilm")
+    assert found.files_of("own", argparse.Namespace(data=["a.csv", "set:test"])) == {
+        "train": "a.csv",
+        "test": "set:test",
+    }
+    assert found.files_of("sst2", argparse.Namespace(data=None))["text"] == "sentence"
+    for task, data in (("own", None), ("sst2", ["a", "b"])):
+        with pytest.raises(SystemExit, match="the task own needs it"):
+            found.files_of(task, argparse.Namespace(data=data))
+
+
+def test_text_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    found = importlib.import_module("going_on")
+
+    def tokenizer(text: str, **settings: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text)))}
+
+    (tmp_path / "text.txt").write_text("x" * 50)
+    (batch,) = found.text_batches(tokenizer, [str(tmp_path / "text.txt")], length=16, count=9)
+    assert batch["input_ids"].shape == (3, 16) and torch.equal(batch["labels"], batch["input_ids"])
+    with pytest.raises(SystemExit, match="fewer than 64 tokens"):
+        found.text_batches(tokenizer, [str(tmp_path / "text.txt")], length=64, count=9)
+    with pytest.raises(SystemExit, match="there is no file"):
+        found.texts([str(tmp_path / "none.txt")])
+
+
+EXAMPLES = sorted(path for path in EXAMPLE.parent.glob("*.py") if path.stem not in ("instructions", "going_on"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_begins_with_its_command_and_has_options(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    described = ast.get_docstring(ast.parse(source)) or ""
+    assert f"python examples/{path.name}" in described
+    assert "argparse" in source or "parser(__doc__" in source
 
 
 def test_answers_are_read_out_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
