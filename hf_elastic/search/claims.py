@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +19,22 @@ from sqlalchemy import (
     Float,
     Integer,
     MetaData,
-    Select,
     String,
     Table,
     Text,
     UniqueConstraint,
     and_,
+    cast,
     delete,
     func,
     insert,
+    literal,
     select,
     update,
 )
 from sqlalchemy.exc import IntegrityError
 
+_SLOT_RACES = 20  # claims that others may make between our look for a free slot and ours
 _METADATA = MetaData()
 _CLAIMS = Table(
     "hf_elastic_claims",
@@ -57,13 +59,15 @@ class Claim:
         digest: Digest of the architecture.
         payload: The proposal as JSON.
         owner: Host, process, start of the process and a nonce.
-        lease_until: Seconds since the epoch.
+        lease_until: Seconds since the epoch, by the clock of the database.
+        expired: Whether that is over.
     """
 
     digest: str
     payload: str
     owner: str
     lease_until: float
+    expired: bool
 
 
 class ClaimTable:
@@ -76,15 +80,18 @@ class ClaimTable:
     """
 
     def __init__(self, engine: Engine, study_id: int, *, lease_seconds: float) -> None:
-        self._engine = engine
+        # Each statement stands for itself, so a transaction around it would only cost two more turns.
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._study_id = study_id
         self._lease_seconds = lease_seconds
         self._mine = owner_name()
+        self._now = _clock(engine)
         _METADATA.create_all(engine)
 
     def open_claims(self) -> list[Claim]:
         """Return every claim that is not done, by slot."""
-        columns = (_CLAIMS.c.digest, _CLAIMS.c.payload, _CLAIMS.c.owner, _CLAIMS.c.lease_until)
+        expired = _CLAIMS.c.lease_until < self._now()
+        columns = (_CLAIMS.c.digest, _CLAIMS.c.payload, _CLAIMS.c.owner, _CLAIMS.c.lease_until, expired)
         query = select(*columns).where(self._of_study(), _CLAIMS.c.done.is_(False)).order_by(_CLAIMS.c.slot)
         with self._engine.connect() as connection:
             return [Claim(*row) for row in connection.execute(query)]
@@ -95,40 +102,45 @@ class ClaimTable:
             query = select(func.count()).select_from(_CLAIMS).where(self._of_study())
             return int(connection.execute(query).scalar_one())
 
-    def insert(self, digest: str, payload: str, *, budget: int) -> bool:
-        """Claim an architecture in the first free slot below ``budget``; False when that failed."""
-        with self._engine.connect() as connection:
-            slot = _first_free([int(row.slot) for row in connection.execute(self._slots())])
-        if slot >= budget:
-            return False
-        row = insert(_CLAIMS).values(
-            study_id=self._study_id,
-            digest=digest,
-            slot=slot,
-            payload=payload,
-            owner=self._mine,
-            lease_until=self._lease(),
-            done=False,
-        )
-        try:
-            with self._engine.begin() as connection:
-                connection.execute(row)
-        except IntegrityError:
-            return False
-        return True
+    def insert(self, digest: str, payload: str, *, budget: int, after: int | None = None) -> bool:
+        """Claim an architecture in a free slot below ``budget``; False when someone has it or no slot is free.
 
-    def take_over(self, claim: Claim) -> bool:
-        """Become the owner of a claim; False when someone was faster or the owner came back."""
+        With ``after``, also when there are not just as many claims.
+        """
+        for _ in range(_SLOT_RACES):
+            count, slot = self._free_slot()
+            if slot >= budget or after not in (None, count):
+                return False
+            row = insert(_CLAIMS).values(
+                study_id=self._study_id,
+                digest=digest,
+                slot=slot,
+                payload=payload,
+                owner=self._mine,
+                lease_until=self._lease(),
+                done=False,
+            )
+            try:
+                with self._engine.connect() as connection:
+                    connection.execute(row)
+                return True
+            except IntegrityError:
+                if self._is_taken(digest):
+                    return False
+        return False
+
+    def take_over(self, claim: Claim, payload: str) -> bool:
+        """Become the owner of a claim, under a new payload; False when someone was faster or the owner came back."""
         unchanged = and_(_CLAIMS.c.owner == claim.owner, _CLAIMS.c.lease_until == claim.lease_until)
         change = update(_CLAIMS).where(self._open(claim.digest), unchanged)
-        with self._engine.begin() as connection:
-            result = connection.execute(change.values(owner=self._mine, lease_until=self._lease()))
-            return int(result.rowcount) == 1
+        with self._engine.connect() as connection:
+            values = {"owner": self._mine, "lease_until": self._lease(), "payload": payload}
+            return int(connection.execute(change.values(values)).rowcount) == 1
 
     def renew(self, digest: str) -> bool:
         """Extend the lease of a claim of ours; False when it is no longer ours."""
         change = update(_CLAIMS).where(self._open(digest), _CLAIMS.c.owner == self._mine)
-        with self._engine.begin() as connection:
+        with self._engine.connect() as connection:
             return int(connection.execute(change.values(lease_until=self._lease())).rowcount) == 1
 
     def is_mine(self, digest: str) -> bool:
@@ -137,31 +149,50 @@ class ClaimTable:
         with self._engine.connect() as connection:
             return connection.execute(query).first() is not None
 
+    def slots(self) -> dict[str, int]:
+        """Return the slot of every claim, by digest."""
+        query = select(_CLAIMS.c.digest, _CLAIMS.c.slot).where(self._of_study())
+        with self._engine.connect() as connection:
+            return {str(digest): int(slot) for digest, slot in connection.execute(query)}
+
     def mark_done(self, digest: str) -> None:
         """Close a claim whose outcome is recorded, whoever owns it."""
-        with self._engine.begin() as connection:
+        with self._engine.connect() as connection:
             connection.execute(update(_CLAIMS).where(self._open(digest)).values(done=True))
 
     def remove(self, digest: str) -> None:
         """Give up a claim of ours without an outcome."""
-        with self._engine.begin() as connection:
+        with self._engine.connect() as connection:
             connection.execute(delete(_CLAIMS).where(self._open(digest), _CLAIMS.c.owner == self._mine))
 
-    def is_orphan(self, claim: Claim) -> bool:
-        """Say whether nobody works on a claim: its lease ran out, or its process on this host is gone."""
-        return claim.lease_until < time.time() or is_gone(claim.owner)
+    def _lease(self) -> ColumnElement[float]:
+        return self._now() + self._lease_seconds
 
-    def _lease(self) -> float:
-        return time.time() + self._lease_seconds
+    def _free_slot(self) -> tuple[int, int]:
+        """Return the number of claims and the lowest slot that none has: the same unless one was given back."""
+        query = select(func.count(), func.max(_CLAIMS.c.slot)).where(self._of_study())
+        with self._engine.connect() as connection:
+            count, last = connection.execute(query).one()
+            if not count or count == last + 1:
+                return int(count), int(count)
+            taken = connection.execute(select(_CLAIMS.c.slot).where(self._of_study()).order_by(_CLAIMS.c.slot))
+            return int(count), _first_free([int(row.slot) for row in taken])
 
-    def _slots(self) -> Select[tuple[int]]:
-        return select(_CLAIMS.c.slot).where(self._of_study()).order_by(_CLAIMS.c.slot)
+    def _is_taken(self, digest: str) -> bool:
+        query = select(_CLAIMS.c.slot).where(self._of_study(), _CLAIMS.c.digest == digest)
+        with self._engine.connect() as connection:
+            return connection.execute(query).first() is not None
 
     def _of_study(self) -> ColumnElement[bool]:
         return _CLAIMS.c.study_id == self._study_id
 
     def _open(self, digest: str) -> ColumnElement[bool]:
         return and_(self._of_study(), _CLAIMS.c.digest == digest, _CLAIMS.c.done.is_(False))
+
+
+def is_orphan(claim: Claim) -> bool:
+    """Say whether nobody works on a claim: its lease ran out, or its process on this host is gone."""
+    return claim.expired or is_gone(claim.owner)
 
 
 def owner_name() -> str:
@@ -182,6 +213,13 @@ def is_gone(owner: str) -> bool:
         return True
     except psutil.AccessDenied:
         return False
+
+
+def _clock(engine: Engine) -> Callable[[], ColumnElement[float]]:
+    """Return the time in seconds since the epoch as an expression: the server's, as clocks of machines differ."""
+    if engine.dialect.name == "postgresql":
+        return lambda: cast(func.extract("epoch", func.clock_timestamp()), Float(53))
+    return lambda: literal(time.time(), Float(53))
 
 
 def _first_free(taken: Sequence[int]) -> int:

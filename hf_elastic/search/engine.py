@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +16,9 @@ from optuna.samplers import BaseSampler
 from hf_elastic.architecture import shown
 from hf_elastic.errors import InfeasibleError, SearchError
 from hf_elastic.search.exact import ExactSearch
+from hf_elastic.search.executors import Executor, LocalExecutor
 from hf_elastic.search.identity import Identity
+from hf_elastic.search.interruption import Interruption
 from hf_elastic.search.journal import Journal, MemoryJournal
 from hf_elastic.search.limits import Feasibility, Limit, cost_of, resolve_limits
 from hf_elastic.search.loop import Fixed, ProposalSource, SearchLoop
@@ -31,7 +33,7 @@ from hf_elastic.search.proposals import (
     SamplerGenerator,
     list_feasible,
 )
-from hf_elastic.search.results import Evaluation, Goal, SearchResult
+from hf_elastic.search.results import Evaluation, Failure, Goal, SearchResult
 from hf_elastic.search.samplers import TrialEncoding, algorithm_identity, algorithm_name, sampler_factory
 from hf_elastic.search.storage import DatabaseJournal
 from hf_elastic.space import Architecture, SearchSpace
@@ -56,6 +58,8 @@ def search_subnets(
     include: Sequence[Architecture] = (),
     progress: bool = True,
     lease_seconds: float = 600.0,
+    executor: Executor | None = None,
+    timeout: float | None = None,
 ) -> SearchResult:
     """Search a space for architectures that are good in every objective within limits.
 
@@ -65,12 +69,19 @@ def search_subnets(
 
     The midpoint architecture and those in ``include`` are always evaluated, the largest and the smallest
     unless the limits exclude them; within limits also the largest one whose sizes are all cut in proportion.
-    No architecture is evaluated twice. What is proposed is a function of ``seed`` and the finished evaluations
-    only: with a storage, a search that was killed and is started again ends as if it had not been, and any
-    number of processes started with the same arguments share the work and return the same result. A storage
-    takes only the search it was made for: the same space, objectives, algorithm, limits and seed. With more
+    No architecture is evaluated twice. What is proposed is a function of ``seed``, of what is under evaluation and
+    of the finished evaluations only: with a storage, a search that was killed and is started again ends as if it had
+    not been, and any number of processes started with the same arguments share the work and return the same result. A
+    storage takes only the search it was made for: the same space, objectives, algorithm, limits and seed. With more
     ``evaluations`` the search is continued, as if by the algorithm it was begun with: NSGA-II keeps the
     population that the first call planned.
+
+    Several evaluations at once (processes that share a storage, or an ``executor``) leave the result of ``"random"``
+    and ``"exhaustive"`` what it is with one. Other algorithms propose before they know all that one evaluation after
+    another would have told them: NSGA-II's first generation is the same, what follows depends on what finishes first.
+
+    With a storage or an executor, SIGTERM (a preempted job) and SIGINT hand back at once what is under evaluation,
+    unless the program handles them itself; SIGTERM then raises ``SystemExit(143)``.
 
     Args:
         space: The search space.
@@ -88,14 +99,20 @@ def search_subnets(
         include: Architectures that are always evaluated.
         progress: Whether to show a bar with the time left and, except for ``"exact"``, the best so far.
         lease_seconds: After this time without a sign of life from another host its claim is taken over.
+        executor: Where architectures are evaluated, such as
+            :class:`~hf_elastic.search.processes.ProcessExecutor`; one at a time in this thread unless given. Not for
+            ``"exact"``.
+        timeout: Seconds after which an evaluation has failed. Without an executor only Python code is interrupted, in
+            the main thread; a process of an executor is ended whatever it does. Not for ``"exact"``.
 
     Raises:
         SearchError: An argument is not usable, or every evaluation fails.
+        ActivationError: A supernet that is measured is in use in another thread.
         InfeasibleError: The limits exclude everything (raised before anything is evaluated).
         StorageError: The storage cannot be used, or holds another search.
     """
     goals = check_objectives(objectives)
-    _check_numbers(evaluations=evaluations, seed=seed, lease_seconds=lease_seconds)
+    _check_numbers(evaluations=evaluations, seed=seed, lease_seconds=lease_seconds, timeout=timeout)
     known = known_objectives(goals)
     limits = resolve_limits(within, known, space)
     result = partial(
@@ -111,7 +128,7 @@ def search_subnets(
     )
     feasibility = Feasibility(space, limits, known)
     if algorithm == "exact":
-        _check_exact(evaluations=evaluations, storage=storage)
+        _check_exact(evaluations=evaluations, storage=storage, executor=executor, timeout=timeout)
         exact = ExactSearch(space, goals, limits=limits, known=known)
         evaluated, even = _solved(exact, feasibility, space=space, include=include, progress=progress)
         return result(evaluations=evaluated, even_architecture=even)
@@ -136,15 +153,59 @@ def search_subnets(
             journal = DatabaseJournal(
                 storage, encoding, identity, planned=budget, study_name=study_name, lease_seconds=lease_seconds
             )
-        source = source_for(journal.planned)
-        bar = SearchProgress(goals, total=budget, shown=progress)
-        loop = SearchLoop(goals, source, journal, limits=limits, feasibility=feasibility, progress=bar)
         try:
-            evaluated, failures = loop.run(fixed, budget)
+            evaluated, failures = _evaluated(
+                goals,
+                source_for(journal.planned),
+                journal,
+                executor=executor,
+                limits=limits,
+                feasibility=feasibility,
+                fixed=fixed,
+                budget=budget,
+                progress=progress,
+                timeout=timeout,
+            )
         finally:
-            bar.close()
             journal.close()
     return result(evaluations=evaluated, failures=failures, even_architecture=feasibility.even())
+
+
+def _evaluated(
+    goals: Sequence[Objective],
+    source: ProposalSource,
+    journal: Journal,
+    *,
+    executor: Executor | None,
+    limits: Sequence[Limit],
+    feasibility: Feasibility,
+    fixed: Sequence[Fixed],
+    budget: int,
+    progress: bool,
+    timeout: float | None,
+) -> tuple[tuple[Evaluation, ...], tuple[Failure, ...]]:
+    """Return what the loop evaluates; leave nothing running and nothing claimed."""
+    with ExitStack() as closing:
+        # Claims in memory end with the process, so there a signal may do what it always does.
+        active = executor is not None or not isinstance(journal, MemoryJournal)
+        interruption = closing.enter_context(Interruption(active=active))
+        bar = SearchProgress(goals, total=budget, shown=progress)
+        closing.callback(bar.close)
+        runs_in: Executor = executor or LocalExecutor()
+        closing.callback(runs_in.close)
+        runs_in.start(goals, timeout=timeout)
+        loop = SearchLoop(
+            goals,
+            source,
+            journal,
+            executor=runs_in,
+            limits=limits,
+            feasibility=feasibility,
+            progress=bar,
+            interruption=interruption,
+            timeout=timeout,
+        )
+        return loop.run(fixed, budget)
 
 
 def _solved(
@@ -243,16 +304,24 @@ def _always_evaluated(
     return tuple(first.values())
 
 
-def _check_numbers(*, evaluations: int | None, seed: int, lease_seconds: float) -> None:
+def _check_numbers(*, evaluations: int | None, seed: int, lease_seconds: float, timeout: float | None) -> None:
     if evaluations is not None and (type(evaluations) is not int or evaluations < 1):
         raise SearchError(f"evaluations={evaluations!r} is not a positive integer")
     if type(seed) is not int:
         raise SearchError(f"seed={seed!r} is not an integer")
-    if not isinstance(lease_seconds, int | float) or not 0 < lease_seconds < math.inf:
-        raise SearchError(f"lease_seconds={lease_seconds!r} is not a positive number of seconds")
+    for name, value in (("lease_seconds", lease_seconds), ("timeout", timeout)):
+        if value is None and name == "timeout":
+            continue
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise SearchError(f"{name}={value!r} is not a positive number of seconds")
 
 
-def _check_exact(*, evaluations: int | None, storage: str | None) -> None:
+def _check_exact(
+    *, evaluations: int | None, storage: str | None, executor: Executor | None, timeout: float | None
+) -> None:
+    if executor is not None or timeout is not None:
+        name = "timeout" if executor is None else "executor"
+        raise SearchError(f"algorithm='exact' evaluates nothing, {name}= does not apply; leave it out")
     if evaluations is not None:
         raise SearchError(
             f"algorithm='exact' adds up tables and evaluates nothing, evaluations={evaluations} does not apply; "

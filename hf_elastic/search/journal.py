@@ -59,8 +59,11 @@ class Journal(Protocol):
     def adopt(self) -> Proposal | None:
         """Take over the claim of an owner that is gone, if there is one."""
 
-    def claim(self, proposal: Proposal, *, budget: int) -> bool:
-        """Claim an architecture; False when someone was faster or the budget is used up."""
+    def claim(self, proposal: Proposal, *, budget: int, after: int | None = None) -> bool:
+        """Claim an architecture; False when someone was faster or the budget is used up.
+
+        With ``after``, only when there are just as many claims, finished ones included.
+        """
 
     def open_digests(self) -> frozenset[str]:
         """Return the architectures claimed, by anyone, and not finished."""
@@ -68,8 +71,11 @@ class Journal(Protocol):
     def is_full(self, budget: int) -> bool:
         """Say whether the claims, finished ones included, use up the budget."""
 
-    def keep_claim(self, proposal: Proposal) -> AbstractContextManager[object]:
-        """Renew the claim while the context is open."""
+    def slots(self) -> Mapping[str, int]:
+        """Return the position of each claim, by digest: the order in which evaluations began."""
+
+    def keep_claim(self, proposal: Proposal, *, timeout: float | None = None) -> AbstractContextManager[object]:
+        """Renew the claim while the context is open, but not forever when the evaluation has a ``timeout``."""
 
     def finish(self, proposal: Proposal, values: tuple[float, ...] | None, failure: str | None) -> None:
         """Record the outcome and give up the claim."""
@@ -77,8 +83,11 @@ class Journal(Protocol):
     def release(self, proposal: Proposal) -> None:
         """Give up the claim without an outcome."""
 
+    def rest(self) -> None:
+        """Free connections for a while in which there is nothing to read or write."""
+
     def close(self) -> None:
-        """Free connections."""
+        """Free connections for good."""
 
 
 class MemoryJournal:
@@ -91,7 +100,8 @@ class MemoryJournal:
     def __init__(self, *, planned: int) -> None:
         self.planned = planned
         self._unread: list[Record] = []
-        self._claimed = 0
+        self._open: set[str] = set()
+        self._slots: dict[str, int] = {}
         self._finished = 0
 
     def read(self) -> list[Record]:
@@ -103,31 +113,41 @@ class MemoryJournal:
         """Return None: nobody else is there."""
         return None
 
-    def claim(self, proposal: Proposal, *, budget: int) -> bool:
-        """Count the claim."""
-        self._claimed += 1
+    def claim(self, proposal: Proposal, *, budget: int, after: int | None = None) -> bool:
+        """Note the claim."""
+        digest = proposal.architecture.digest
+        self._open.add(digest)
+        self._slots[digest] = len(self._slots)
         return True
 
     def open_digests(self) -> frozenset[str]:
-        """Return nothing: the one process evaluates one architecture at a time."""
-        return frozenset()
+        """Return what is under evaluation."""
+        return frozenset(self._open)
 
     def is_full(self, budget: int) -> bool:
         """Say whether the budget is used up."""
-        return self._claimed >= budget
+        return len(self._slots) >= budget
 
-    def keep_claim(self, proposal: Proposal) -> AbstractContextManager[object]:
+    def slots(self) -> dict[str, int]:
+        """Return the position of each claim, by digest."""
+        return self._slots
+
+    def keep_claim(self, proposal: Proposal, *, timeout: float | None = None) -> AbstractContextManager[object]:
         """Do nothing: there is no one to take the claim."""
         return nullcontext()
 
     def finish(self, proposal: Proposal, values: tuple[float, ...] | None, failure: str | None) -> None:
         """Keep the record."""
+        self._open.remove(proposal.architecture.digest)
         self._unread.append(Record(self._finished, proposal, values, failure))
         self._finished += 1
 
     def release(self, proposal: Proposal) -> None:
-        """Forget the claim."""
-        self._claimed -= 1
+        """Forget the claim; the search is over then, as only an exception releases one."""
+        self._open.discard(proposal.architecture.digest)
+
+    def rest(self) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""

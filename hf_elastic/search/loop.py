@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import random
+import secrets
 import time
-from collections.abc import Container, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hf_elastic.errors import SearchError, StorageError
+from hf_elastic.search.executors import Executor, Outcome
+from hf_elastic.search.interruption import Interruption
 from hf_elastic.search.journal import Journal, Proposal, Record
 from hf_elastic.search.limits import Feasibility, Limit
 from hf_elastic.search.objective import Objective
@@ -18,8 +21,9 @@ from hf_elastic.search.results import Evaluation, Failure
 from hf_elastic.space import Architecture
 
 _HOPELESS = 5  # failures in a row, without any success, after which the objective is taken to be broken
-_WAITS = (0.02, 1.0)  # seconds: first and longest pause while other processes finish
-_MAX_CAUSE = 400  # characters
+_WAITS = (0.02, 10.0)  # seconds: first and longest pause while other processes finish
+_LONGER = 1.5  # factor from one pause to the next
+_RACES = (0.005, 0.1)  # seconds: first and longest pause after others were faster
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,18 @@ class Fixed:
 class ProposalSource(Protocol):
     """Where the loop gets architectures from."""
 
+    @property
+    def ordered(self) -> bool:
+        """Whether proposals depend on nothing but what is taken, so that they come in one order if claimed in it."""
+
     def observe(self, record: Record) -> None:
         """Take a finished record into account."""
 
-    def dress(self, architecture: Architecture) -> Proposal:
-        """Return a proposal of a given architecture."""
+    def dress(self, architecture: Architecture, taken: Collection[str]) -> Proposal:
+        """Return a proposal of a given architecture, when so many others are taken."""
 
-    def propose(self, seen: Container[str]) -> Proposal | None:
-        """Return a proposal whose digest is not ``seen``, or None when there is none left."""
+    def propose(self, taken: Collection[str]) -> Proposal | None:
+        """Return a proposal whose digest is not ``taken``, or None when there is none left."""
 
 
 class SearchLoop:
@@ -50,9 +58,12 @@ class SearchLoop:
         objectives: What to evaluate.
         source: Where proposals come from.
         journal: Where claims and records are kept.
+        executor: Where architectures are evaluated; started.
         limits: Limits that say what is feasible.
         feasibility: The costs behind the hard limits.
         progress: What to tell about it.
+        interruption: When signals may end the search.
+        timeout: Seconds that an evaluation may take, if there is a limit.
     """
 
     def __init__(
@@ -61,22 +72,32 @@ class SearchLoop:
         source: ProposalSource,
         journal: Journal,
         *,
+        executor: Executor,
         limits: Sequence[Limit],
         feasibility: Feasibility,
         progress: SearchProgress,
+        interruption: Interruption,
+        timeout: float | None = None,
     ) -> None:
         self._objectives = tuple(objectives)
         self._source = source
         self._journal = journal
+        self._executor = executor
         self._limits = tuple(limits)
         self._feasibility = feasibility
         self._progress = progress
+        self._interruption = interruption
+        self._timeout = timeout
         self._labels: dict[str, str] = {}
         self._seen: set[str] = set()
+        self._running: dict[str, tuple[Proposal, ExitStack]] = {}
         self._evaluations: list[Evaluation] = []
         self._failures: list[Failure] = []
         self._failed_in_a_row = 0
         self._nothing_left = False
+        self._pause = _WAITS[0]
+        self._race = _RACES[0]
+        self._jitter = random.Random(secrets.randbits(64))  # of pauses only: nothing that is kept depends on it
 
     def run(self, fixed: Sequence[Fixed], budget: int) -> tuple[tuple[Evaluation, ...], tuple[Failure, ...]]:
         """Evaluate until ``budget`` architectures are finished, by whomever, or none is left.
@@ -84,73 +105,98 @@ class SearchLoop:
         Raises:
             SearchError: Every evaluation failed.
             StorageError: The storage failed.
+            ActivationError: A supernet that is measured is in use in another thread.
         """
         self._labels = {one.architecture.digest: one.label for one in fixed}
         self._synchronise()
         self._progress.resume()
-        wait = _WAITS[0]
-        while len(self._seen) < budget:
+        try:
+            while len(self._seen) < budget:
+                self._fill(fixed, budget)
+                if len(self._seen) >= budget or (not self._step() and not self._synchronise()):
+                    break
+        except BaseException:
+            # Interrupted: whoever goes on, maybe this very process, shall not have to wait for the lease.
+            self._hand_back()
+            raise
+        return self._in_order()
+
+    def _fill(self, fixed: Sequence[Fixed], budget: int) -> None:
+        """Start evaluations until the executor has its hands full or nothing can be claimed now."""
+        while len(self._running) < self._executor.workers:
             proposal = self._next(fixed, budget)
-            if proposal is not None:
-                self._evaluate(proposal)
-                wait = _WAITS[0]
-            elif not self._nothing_left or self._journal.open_digests():
-                time.sleep(wait)
-                wait = min(2 * wait, _WAITS[1])
-            elif not self._synchronise():
-                break
-            self._synchronise()
-        if not self._evaluations:
-            raise SearchError(f"all {len(self._failures)} evaluations failed; the first: {self._failures[0].cause}")
-        return tuple(self._evaluations), tuple(self._failures)
+            if proposal is None:
+                return
+            keeping = ExitStack()
+            self._running[proposal.architecture.digest] = (proposal, keeping)
+            keeping.enter_context(self._journal.keep_claim(proposal, timeout=self._timeout))
+            self._executor.submit(proposal.architecture)
+            self._pause, self._race = _WAITS[0], _RACES[0]
 
     def _next(self, fixed: Sequence[Fixed], budget: int) -> Proposal | None:
         """Return a proposal we claimed; None when others were faster or nothing is left to claim."""
+        being_evaluated = self._journal.open_digests()
+        self._synchronise()  # in this order: what is no longer under evaluation has its record by now
         adopted = self._journal.adopt()
         if adopted is not None:
             return adopted
-        self._nothing_left = self._journal.is_full(budget)
+        taken = self._seen | being_evaluated
+        self._nothing_left = len(taken) >= budget
         if self._nothing_left:
             return None
-        taken = self._seen | self._journal.open_digests()
         waiting = (one.architecture for one in fixed if one.architecture.digest not in taken)
         given = next(waiting, None)
-        proposal = self._source.propose(taken) if given is None else self._source.dress(given)
+        proposal = self._source.propose(taken) if given is None else self._source.dress(given, taken)
         if proposal is None:
             self._nothing_left = True
             return None
-        return proposal if self._journal.claim(proposal, budget=budget) else None
+        if self._journal.claim(proposal, budget=budget, after=len(taken) if self._source.ordered else None):
+            return proposal
+        self._nothing_left = self._journal.is_full(budget)
+        return None
 
-    def _evaluate(self, proposal: Proposal) -> None:
-        try:
-            with self._journal.keep_claim(proposal):
-                values, failure = self._measure(proposal.architecture)
-        except BaseException:
-            # Interrupted: whoever goes on, maybe this very process, shall not have to wait for the lease.
-            with suppress(StorageError):
-                self._journal.release(proposal)
-            raise
-        self._journal.finish(proposal, values, failure)
-        self._failed_in_a_row = 0 if failure is None else self._failed_in_a_row + 1
+    def _step(self) -> bool:
+        """Wait for outcomes and record them; False when neither we nor others evaluate anything."""
+        if self._running:
+            full = len(self._running) == self._executor.workers
+            with self._interruption.let_in():
+                outcomes = self._executor.wait(None if full else self._next_pause())
+            for outcome in outcomes:
+                self._finish(outcome)
+            return True
+        if self._nothing_left and not self._journal.open_digests():
+            return False
+        self._journal.rest()
+        with self._interruption.let_in():
+            time.sleep(self._next_pause())
+        return True
+
+    def _next_pause(self) -> float:
+        """Return for how long to wait: briefly when others were faster, longer and longer when nothing is left."""
+        if self._nothing_left:
+            pause, self._pause = self._pause, min(_LONGER * self._pause, _WAITS[1])
+            return pause
+        race, self._race = self._race, min(2 * self._race, _RACES[1])
+        return self._jitter.uniform(0.0, race)
+
+    def _finish(self, outcome: Outcome) -> None:
+        proposal, keeping = self._running.pop(outcome.architecture.digest)
+        keeping.close()
+        self._journal.finish(proposal, outcome.values, outcome.failure)
+        self._failed_in_a_row = 0 if outcome.failure is None else self._failed_in_a_row + 1
         if self._failed_in_a_row >= _HOPELESS and not self._evaluations:
             raise SearchError(
-                f"the first {self._failed_in_a_row} evaluations all failed; the last: {failure}; "
+                f"the first {self._failed_in_a_row} evaluations all failed; the last: {outcome.failure}; "
                 "mend the objective and search with a new study_name= or storage="
             )
 
-    def _measure(self, architecture: Architecture) -> tuple[tuple[float, ...] | None, str | None]:
-        """Return the value of every objective, or the cause why there is none."""
-        values = []
-        for objective in self._objectives:
-            try:
-                value = objective(architecture)
-            except Exception as error:
-                reason = str(error).split("\n", 1)[0]
-                return None, f"{objective.name}: {type(error).__name__}: {reason}"[:_MAX_CAUSE]
-            if not math.isfinite(value):
-                return None, f"{objective.name}: {value} is not a finite number"
-            values.append(value)
-        return tuple(values), None
+    def _hand_back(self) -> None:
+        """Give up our claims without outcomes."""
+        for proposal, keeping in self._running.values():
+            with suppress(StorageError):
+                keeping.close()
+                self._journal.release(proposal)
+        self._running.clear()
 
     def _synchronise(self) -> int:
         """Take in what finished since the last time; return how much that was."""
@@ -177,3 +223,20 @@ class SearchLoop:
         if label != "include":
             self._progress.say(label, record.values)
         self._progress.advance(record.values, feasible=feasible)
+
+    def _in_order(self) -> tuple[tuple[Evaluation, ...], tuple[Failure, ...]]:
+        """Return what is finished, numbered in the order in which it was begun, whatever took longer."""
+        if not self._evaluations:
+            raise SearchError(f"all {len(self._failures)} evaluations failed; the first: {self._failures[0].cause}")
+        slots = self._journal.slots()
+        ended = [(one.number, one.architecture.digest) for one in self._evaluations]
+        ended += [(one.number, one.architecture.digest) for one in self._failures]
+        begun = sorted((slots.get(digest, number), number) for number, digest in ended)
+        place = {number: position for position, (_, number) in enumerate(begun)}
+        evaluations = [replace(one, number=place[one.number]) for one in self._evaluations]
+        failures = [replace(one, number=place[one.number]) for one in self._failures]
+        return tuple(sorted(evaluations, key=_number)), tuple(sorted(failures, key=_number))
+
+
+def _number(one: Evaluation | Failure) -> int:
+    return one.number

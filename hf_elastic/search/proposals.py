@@ -1,11 +1,11 @@
-"""The next architecture to evaluate, as a pure function of (seed, finished records, attempt)."""
+"""The next architecture to evaluate, as a pure function of (seed, what is taken, finished records, attempt)."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import optuna
@@ -30,6 +30,10 @@ class Generator(Protocol):
     """Draft proposals from the records observed."""
 
     @property
+    def ordered(self) -> bool:
+        """Whether it asks nothing of the records observed."""
+
+    @property
     def redraws(self) -> bool:
         """Whether drafts over the limits are better redrawn than repaired."""
 
@@ -48,6 +52,7 @@ class RandomGenerator:
     """
 
     redraws = True
+    ordered = True
 
     def __init__(self, space: SearchSpace) -> None:
         self._space = space
@@ -72,6 +77,7 @@ class SamplerGenerator:
     """
 
     redraws = False
+    ordered = False
 
     def __init__(
         self,
@@ -164,6 +170,7 @@ class Proposer:
         self._feasibility = feasibility
         self._generator = generator
         self._seed = seed
+        self.ordered = generator.ordered
         self._evaluated: list[Architecture] = []
         self._listed: list[Architecture] | None = None
 
@@ -172,44 +179,49 @@ class Proposer:
         self._evaluated.append(record.proposal.architecture)
         self._generator.observe(record)
 
-    def dress(self, architecture: Architecture) -> Proposal:
+    def dress(self, architecture: Architecture, taken: Collection[str]) -> Proposal:
         """Return a proposal of a given architecture that counts for the sampler like one of its own."""
-        draft = self._generator.draft(self._derived("given"))
+        draft = self._generator.draft(self._derived(taken, "given"))
         return Proposal(architecture, draft.trial_attrs, draft.study_attrs)
 
-    def propose(self, seen: Container[str]) -> Proposal | None:
-        """Return a proposal whose digest is not ``seen``, or None when there is none left."""
+    def propose(self, taken: Collection[str]) -> Proposal | None:
+        """Return a proposal whose digest is not ``taken``, or None when there is none left."""
         draft = None
         for attempt in range(_ATTEMPTS):
-            draft = self._generator.draft(self._derived(attempt))
+            seed = self._derived(taken, attempt)
+            draft = self._generator.draft(seed)
             architecture = draft.architecture
             patient = self._generator.redraws and attempt < _ATTEMPTS - 1
             if not patient:
-                architecture = self._feasibility.repair(architecture, random.Random(self._derived(attempt)))
-            if architecture.digest not in seen and self._feasibility.allows(architecture):
+                architecture = self._feasibility.repair(architecture, random.Random(seed))
+            if architecture.digest not in taken and self._feasibility.allows(architecture):
                 return Proposal(architecture, draft.trial_attrs, draft.study_attrs)
         assert draft is not None
-        unseen = self._unseen(draft.architecture, seen)
+        unseen = self._unseen(draft.architecture, taken)
         return None if unseen is None else Proposal(unseen, draft.trial_attrs, draft.study_attrs)
 
-    def _derived(self, what: int | str) -> int:
-        """Return a 32-bit seed from the search's seed, the number of finished records, and ``what``."""
-        text = f"{self._seed}:{len(self._evaluated)}:{what}"
+    def _derived(self, taken: Collection[str], what: int | str) -> int:
+        """Return a 32-bit seed from the search's seed, the number of architectures taken, and ``what``.
+
+        Of what is taken, and not of what is finished, so that proposals which ask nothing of finished evaluations are
+        the same however many are under evaluation at once.
+        """
+        text = f"{self._seed}:{len(taken)}:{what}"
         return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:4], "big")
 
-    def _unseen(self, near: Architecture, seen: Container[str]) -> Architecture | None:
+    def _unseen(self, near: Architecture, taken: Collection[str]) -> Architecture | None:
         """Return an unseen architecture that keeps the limits: a mutation, else a sample, else by listing."""
-        rng = random.Random(self._derived("unseen"))
+        rng = random.Random(self._derived(taken, "unseen"))
         for candidate in itertools.chain(self._mutations(near, rng), self._samples(rng)):
             repaired = self._feasibility.repair(candidate, rng)
-            if repaired.digest not in seen:
+            if repaired.digest not in taken:
                 return repaired
         if self._space.size <= LISTABLE:
             if self._listed is None:
                 self._listed = list_feasible(self._space, self._feasibility)
-            left = [a for a in self._listed if a.digest not in seen]
+            left = [a for a in self._listed if a.digest not in taken]
             return rng.choice(left) if left else None
-        return self._beside_the_evaluated(seen)
+        return self._beside_the_evaluated(taken)
 
     def _mutations(self, near: Architecture, rng: random.Random) -> Iterator[Architecture]:
         open_names = [choice.name for choice in self._space.choices if len(choice.values) > 1]
@@ -223,11 +235,11 @@ class Proposer:
         for _ in range(_SAMPLES):
             yield self._space.sample(rng)
 
-    def _beside_the_evaluated(self, seen: Container[str]) -> Architecture | None:
+    def _beside_the_evaluated(self, taken: Collection[str]) -> Architecture | None:
         """Return an unseen neighbour of what was evaluated; without one a huge space counts as exhausted."""
         for architecture in reversed(self._evaluated):
             for neighbour in neighbours(self._space, architecture):
-                if neighbour.digest not in seen and self._feasibility.allows(neighbour):
+                if neighbour.digest not in taken and self._feasibility.allows(neighbour):
                     return neighbour
         return None
 
@@ -239,19 +251,21 @@ class ListProposer:
         architectures: What to evaluate.
     """
 
+    ordered = True
+
     def __init__(self, architectures: Sequence[Architecture]) -> None:
         self._architectures = architectures
 
     def observe(self, record: Record) -> None:
         """Ignore it."""
 
-    def dress(self, architecture: Architecture) -> Proposal:
+    def dress(self, architecture: Architecture, taken: Collection[str]) -> Proposal:
         """Return a proposal of a given architecture."""
         return Proposal(architecture)
 
-    def propose(self, seen: Container[str]) -> Proposal | None:
-        """Return the first architecture of the list that is not ``seen``."""
-        left = (a for a in self._architectures if a.digest not in seen)
+    def propose(self, taken: Collection[str]) -> Proposal | None:
+        """Return the first architecture of the list that is not ``taken``."""
+        left = (a for a in self._architectures if a.digest not in taken)
         return next((Proposal(a) for a in left), None)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -18,6 +19,7 @@ from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
     IntegrityError,
+    InterfaceError,
     OperationalError,
     ProgrammingError,
     SQLAlchemyError,
@@ -25,7 +27,7 @@ from sqlalchemy.exc import (
 
 from hf_elastic.architecture import shown
 from hf_elastic.errors import ElasticError, StorageError
-from hf_elastic.search.claims import ClaimTable
+from hf_elastic.search.claims import Claim, ClaimTable, is_orphan
 from hf_elastic.search.identity import Identity
 from hf_elastic.search.journal import Proposal, Record
 from hf_elastic.search.samplers import TrialEncoding
@@ -39,8 +41,11 @@ _FAILURE = "hf_elastic:failure"  # trial attribute: cause of a failed evaluation
 _STUDY_ATTRS = "hf_elastic:study_attrs"  # trial attribute: what the sampler changed at the study
 _SQLITE_TIMEOUT = 120.0  # seconds to wait for another process that is writing
 _RENEWALS_PER_LEASE = 4
+_MOST_OWNERS = 5  # processes that one architecture may take down before it counts as failed
 _MAX_FAILURE = 500  # characters
+_POSTGRES = "postgresql+psycopg"
 _OPENINGS = 8
+_RETRIES = (0.1, 5.0)  # seconds: first and longest pause while a server is away
 _RACE_WORDS = ("already exists", "UNIQUE", "unique", "Duplicate", "locked")
 # Optuna says RuntimeError to tables of another version and ImportError to a missing database driver; the last
 # three come from contents that are not what we or Optuna wrote.
@@ -54,6 +59,12 @@ _DATABASE_ERRORS = (
     KeyError,
     TypeError,
 )
+
+_T = TypeVar("_T")
+
+
+class _Away:
+    """Instead of an answer: the server cannot be reached."""
 
 
 class DatabaseJournal:
@@ -85,64 +96,60 @@ class DatabaseJournal:
         self._encoding = encoding
         self._lease_seconds = lease_seconds
         self._read: set[str] = set()
+        self._trials_read = 0
         name = study_name or DEFAULT_STUDY_NAME
         with self._errors("opened"):
             self._storage = _open_database(url)
             self._study = self._open_study(name, identity, planned=planned)
             self.planned = int(self._study.user_attrs[_PLANNED])
             study_id = self._storage.get_study_id_from_name(name)
-            self._claims = ClaimTable(self._storage.engine, study_id, lease_seconds=lease_seconds)
+            engine = self._storage.engine
+            self._claims = _first_or_not(lambda: ClaimTable(engine, study_id, lease_seconds=lease_seconds))
 
     def read(self) -> list[Record]:
         """Return the records that finished since the last call, by number."""
-        records = []
-        with self._errors("read"):
-            trials = self._study.get_trials(deepcopy=False)
-            for trial in trials:
-                digest = trial.user_attrs.get(_DIGEST)
-                # The same digest twice: an owner came back after it had been given up. The first one counts.
-                if digest is not None and digest not in self._read and trial.state.is_finished():
-                    self._read.add(digest)
-                    records.append(self._record(trial))
-        return records
+        return self._talk("read", self._new_records)
 
     def adopt(self) -> Proposal | None:
         """Take over the claim of an owner that is gone; close claims whose outcome is already recorded."""
-        with self._errors("read"):
-            for claim in self._claims.open_claims():
-                if claim.digest in self._read:
-                    self._claims.mark_done(claim.digest)
-                elif self._claims.is_orphan(claim) and self._claims.take_over(claim):
-                    return self._proposal(claim.payload)
-        return None
+        return self._talk("read", self._adopted)
 
-    def claim(self, proposal: Proposal, *, budget: int) -> bool:
-        """Claim an architecture; False when someone was faster or the budget is used up."""
+    def claim(self, proposal: Proposal, *, budget: int, after: int | None = None) -> bool:
+        """Claim an architecture; see :meth:`~hf_elastic.search.journal.Journal.claim`."""
         payload = json.dumps(
             {
                 "indices": self._encoding.space.encode(proposal.architecture),
                 "trial_attrs": proposal.trial_attrs,
                 "study_attrs": proposal.study_attrs,
+                "owners": 1,
             }
         )
-        with self._errors("written"):
-            return self._claims.insert(proposal.architecture.digest, payload, budget=budget)
+        digest = proposal.architecture.digest
+        return self._talk("written", lambda: self._claims.insert(digest, payload, budget=budget, after=after))
 
     def open_digests(self) -> frozenset[str]:
         """Return the architectures claimed, by anyone, and not finished."""
-        with self._errors("read"):
-            return frozenset(claim.digest for claim in self._claims.open_claims()) - self._read
+        claims = self._talk("read", self._claims.open_claims)
+        return frozenset(claim.digest for claim in claims) - self._read
 
     def is_full(self, budget: int) -> bool:
         """Say whether the claims, finished ones included, use up the budget."""
-        with self._errors("read"):
-            return self._claims.count() >= budget
+        return self._talk("read", self._claims.count) >= budget
+
+    def slots(self) -> dict[str, int]:
+        """Return the position of each claim, by digest: the order in which evaluations began."""
+        return self._talk("read", self._claims.slots)
 
     @contextmanager
-    def keep_claim(self, proposal: Proposal) -> Iterator[None]:
-        """Renew the claim from a thread while the context is open."""
+    def keep_claim(self, proposal: Proposal, *, timeout: float | None = None) -> Iterator[None]:
+        """Renew the claim from a thread while the context is open.
+
+        Where an evaluation hangs so that not even its ``timeout`` interrupts it, the claim is left to others at last.
+        """
+        self.rest()
         over = threading.Event()
-        arguments = (over, proposal.architecture.digest)
+        limit = math.inf if timeout is None else time.monotonic() + timeout + self._lease_seconds
+        arguments = (over, proposal.architecture.digest, limit)
         thread = threading.Thread(target=self._renew_until, args=arguments, daemon=True)
         thread.start()
         try:
@@ -154,6 +161,7 @@ class DatabaseJournal:
     def finish(self, proposal: Proposal, values: tuple[float, ...] | None, failure: str | None) -> None:
         """Add the trial and close the claim; a claim that was taken over is left to its new owner."""
         digest = proposal.architecture.digest
+        changed = dict(proposal.study_attrs)
         # One attribute instead of a parameter per choice, for each of which Optuna would query the database.
         notes: dict[str, Any] = {_DIGEST: digest, _ARCHITECTURE: dict(proposal.architecture)}
         if failure is not None:
@@ -162,17 +170,18 @@ class DatabaseJournal:
             state=TrialState.FAIL if values is None else TrialState.COMPLETE,
             values=values,
             user_attrs=notes,
-            system_attrs={**proposal.trial_attrs, _STUDY_ATTRS: dict(proposal.study_attrs)},
+            system_attrs={**proposal.trial_attrs, **({_STUDY_ATTRS: changed} if changed else {})},
         )
-        with self._errors("written"):
-            if self._claims.is_mine(digest):
-                self._study.add_trial(trial)
-                self._claims.mark_done(digest)
+        self._talk("written", lambda: self._record_own(digest, trial))
 
     def release(self, proposal: Proposal) -> None:
         """Give up the claim without an outcome."""
         with self._errors("written"):
             self._claims.remove(proposal.architecture.digest)
+
+    def rest(self) -> None:
+        """Free the connections for a while: a thousand workers that evaluate shall not hold a thousand of them."""
+        self._storage.engine.dispose()
 
     def close(self) -> None:
         """Free the connections."""
@@ -208,17 +217,86 @@ class DatabaseJournal:
         except ElasticError:
             raise
         except _DATABASE_ERRORS as error:
+            if isinstance(error, ImportError) and "psycopg'" in str(error):
+                raise StorageError(
+                    f'storage {self._shown_url} needs the package psycopg: pip install "hf-elastic[postgres]"'
+                ) from error
             raise StorageError(
                 f"storage {self._shown_url} cannot be {action}: {_reason(error)}; check the file or server, "
                 "or pass another storage="
             ) from error
 
-    def _renew_until(self, over: threading.Event, digest: str) -> None:
-        while not over.wait(self._lease_seconds / _RENEWALS_PER_LEASE):
+    def _talk(self, action: str, call: Callable[[], _T]) -> _T:
+        """Return what ``call`` returns; where a server went away, try for as long as a lease holds.
+
+        What was written although the answer got lost does no harm: a claim that we do not know of runs out, and of two
+        records of one architecture the first counts.
+        """
+        until, pause = time.monotonic() + self._lease_seconds, _RETRIES[0]
+        with self._errors(action):
+            while True:
+                found = self._answer(call, last=time.monotonic() > until)
+                if not isinstance(found, _Away):
+                    return found
+                self.rest()
+                time.sleep(pause)
+                pause = min(2 * pause, _RETRIES[1])
+
+    @staticmethod
+    def _answer(call: Callable[[], _T], *, last: bool) -> _T | _Away:
+        """Return what ``call`` returns, or that there was nobody to answer, unless this is the last try."""
+        try:
+            return call()
+        except (DBAPIError, StorageInternalError) as error:
+            if last or not _is_outage(error):
+                raise
+            return _Away()
+
+    def _new_records(self) -> list[Record]:
+        records = []
+        trials = self._study.get_trials(deepcopy=False)
+        # Trials are added finished and one after the other, so what was read before stays as it was.
+        new, self._trials_read = trials[self._trials_read :], len(trials)
+        for trial in new:
+            digest = trial.user_attrs.get(_DIGEST)
+            # The same digest twice: an owner came back after it had been given up. The first one counts.
+            if digest is not None and digest not in self._read and trial.state.is_finished():
+                self._read.add(digest)
+                records.append(self._record(trial))
+        return records
+
+    def _adopted(self) -> Proposal | None:
+        for claim in self._claims.open_claims():
+            if claim.digest in self._read:
+                self._claims.mark_done(claim.digest)
+            elif is_orphan(claim) and (proposal := self._taken_over(claim)) is not None:
+                return proposal
+        return None
+
+    def _record_own(self, digest: str, trial: FrozenTrial) -> None:
+        if self._claims.is_mine(digest):
+            self._study.add_trial(trial)
+            self._claims.mark_done(digest)
+
+    def _taken_over(self, claim: Claim) -> Proposal | None:
+        """Return the proposal of a claim that is ours now; None when it is not, or has cost too many their lives."""
+        data = json.loads(claim.payload)
+        owners = data.get("owners", 1)
+        if not self._claims.take_over(claim, json.dumps({**data, "owners": owners + 1})):
+            return None
+        proposal = self._proposal(claim.payload)
+        if owners < _MOST_OWNERS:
+            return proposal
+        self.finish(proposal, None, f"{owners} processes ended or fell silent while they evaluated it")
+        return None
+
+    def _renew_until(self, over: threading.Event, digest: str, limit: float) -> None:
+        while not over.wait(self._lease_seconds / _RENEWALS_PER_LEASE) and time.monotonic() < limit:
             try:
                 self._claims.renew(digest)
             except SQLAlchemyError:
                 continue  # the next renewal may come through; finish() asks whether the claim is ours
+            self.rest()
 
     def _record(self, trial: FrozenTrial) -> Record:
         attrs = {key: value for key, value in trial.system_attrs.items() if key != _STUDY_ATTRS}
@@ -235,17 +313,36 @@ class DatabaseJournal:
 
 def _open_database(url: str) -> RDBStorage:
     arguments: dict[str, Any] = {}
-    if make_url(url).get_backend_name() == "sqlite":
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
         arguments["connect_args"] = {"timeout": _SQLITE_TIMEOUT}
+    if parsed.drivername == "postgresql":  # for which SQLAlchemy 2.0 takes another driver than 2.1
+        parsed = parsed.set(drivername=_POSTGRES)
+    shown_to_driver = parsed.render_as_string(hide_password=False)
+    return _first_or_not(lambda: RDBStorage(shown_to_driver, engine_kwargs=arguments))
+
+
+def _first_or_not(make: Callable[[], _T]) -> _T:
+    """Return what ``make`` returns, which makes tables unless they are there.
+
+    Processes that start together race to make them; the loser finds them at its next look.
+    """
     for attempt in range(1, _OPENINGS + 1):
         try:
-            return RDBStorage(url, engine_kwargs=arguments)
+            return make()
         except (IntegrityError, OperationalError, ProgrammingError, StorageInternalError) as error:
-            # Processes that start together race to make the tables; the loser finds them at its next look.
             if attempt == _OPENINGS or not any(word in str(error) for word in _RACE_WORDS):
                 raise
             time.sleep(0.1 * attempt)
     raise AssertionError("unreachable")
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Say whether a server, not a file, could not be reached, so that it may come back."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OperationalError | InterfaceError):
+        cause = cause.__cause__
+    return cause is not None and type(cause.orig).__module__.partition(".")[0] != "sqlite3"
 
 
 def _checked_url(url: object) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_elastic.errors import TrainingError
 from hf_elastic.supernet import Supernet
@@ -101,6 +102,11 @@ class ActiveSliceStep:
             for group in inner.param_groups
             if _decay(group) and any(self._names.get(id(p)) in elastic for p in group["params"])
         ]
+        if (decayed or self._freeze) and any(isinstance(self._parameters[name], DTensor) for name in elastic):
+            raise TrainingError(
+                "the supernet's parameters are sharded (DTensor), so that neither decay nor freeze_inactive can follow "
+                "active slices; set weight_decay=0 and freeze_inactive=False, or train with DDP"
+            )
         if not decayed:
             return
         if not isinstance(inner, _KNOWN):

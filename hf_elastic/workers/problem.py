@@ -1,0 +1,104 @@
+"""What a worker evaluates: the trained supernet of a run, or what a function of the user returns."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_elastic.errors import SearchError
+from hf_elastic.search.objective import Objective, check_objectives
+from hf_elastic.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A space and what to optimise in it.
+
+    Attributes:
+        space: where to search.
+        objectives: what to optimise, the first one first in tables.
+        kind: ``run`` or ``function``.
+    """
+
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    kind: str
+
+
+def problem_of(source: str, *, within: Mapping[str, float] | None = None) -> Problem:
+    """Opens what a worker is started with.
+
+    Args:
+        source: ``OUTPUT.run`` of ``compress --recipe best``: its trained supernet and its validation data, quality
+            against the first cost that ``within`` names (MACs else). Or ``module:function``: a function without
+            arguments that returns a space and a sequence of objectives; the module is looked for in the working
+            folder too.
+        within: limits of the search.
+
+    Raises:
+        SearchError: the source is neither, or the function returns something else.
+        CheckpointError: the run has no trained supernet, or its data is gone or another.
+    """
+    if Path(source).is_dir():
+        return _of_run(Path(source), within or {})
+    module, colon, function = source.partition(":")
+    if not (colon and function and all(part.isidentifier() for part in module.split("."))):
+        raise SearchError(f"{source!r} is neither a run folder nor module:function; give the OUTPUT.run of compress")
+    return _of_function(module, function)
+
+
+def objectives_of(source: str, within: tuple[tuple[str, float], ...]) -> tuple[Objective, ...]:
+    """The objectives of :func:`problem_of`, for a process of its own."""
+    return problem_of(source, within=dict(within)).objectives
+
+
+def _of_run(folder: Path, within: Mapping[str, float]) -> Problem:
+    from hf_elastic import objectives
+    from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
+    from hf_elastic.pipeline.elm_run import require_no_elm_run
+    from hf_elastic.pipeline.kept import options_of, require_run, teacher_vectors, text_digest
+    from hf_elastic.pipeline.limits import feasibility
+    from hf_elastic.pipeline.steps import open_supernet
+    from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
+    from hf_elastic.pipeline.texts import read_rows
+    from hf_elastic.pipeline.training import device_of
+
+    require_no_elm_run(folder)
+    require_run(folder)
+    record = read_record(folder / RESULT_FILE)
+    options = options_of(record, output=str(folder.with_suffix("")))
+    supernet = open_supernet(folder)[0].to(device_of(options))
+    feasibility(supernet, within)
+    task = resolve_task(options)
+    rows = read_rows(options.data, text_column=options.text_column)
+    if text_digest(rows, task, options) != record["options"].get("text"):
+        raise SearchError(f"the text in {', '.join(options.data)} is not what {folder} was made from; restore it")
+    data = task.prepare(load_tokenizer(options), rows, options)
+    measures = task.measures(supernet, data.validation, teacher=teacher_vectors(folder))
+    cost = objectives.related_costs(supernet)[next(iter(within), "macs")]
+    return Problem(supernet.space, (measures[0], cost), "run")
+
+
+def _of_function(module: str, function: str) -> Problem:
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # a console script has its own folder there, not the user's
+    try:
+        made: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise SearchError(f"{module}:{function} cannot be imported: {reason}") from error
+    if not callable(made):
+        raise SearchError(f"{module}:{function} is a {type(made).__name__}, not a function")
+    returned = made()
+    pair = tuple(returned) if isinstance(returned, Sequence) else ()
+    if len(pair) != 2 or not isinstance(pair[0], SearchSpace) or not isinstance(pair[1], Iterable):
+        raise SearchError(
+            f"{module}:{function} returned a {type(returned).__name__}, not (space, objectives): a SearchSpace, "
+            "such as supernet.space, and a list of objectives"
+        )
+    return Problem(pair[0], check_objectives(tuple(pair[1])), "function")
