@@ -7,13 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= test,dev,docs,sentence-transformers,trl,onnx,openvino,gguf,postgres,report
+EXTRAS ?= test,dev,docs,sentence-transformers,trl,notebooks,onnx,openvino,gguf,postgres,report
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where plain pip would fetch gigabytes of CUDA libraries for a machine without a GPU, torch comes from here.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 
-.PHONY: env test test-all demo docs lint clean
+.PHONY: env test test-all demo docs notebooks lint clean
 
 env: $(STAMP)
 
@@ -45,6 +45,9 @@ test-all: lint
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(STAMP)
+	cd notebooks && ../$(BIN)/jupyter execute --inplace 0*.ipynb
 
 demo: $(STAMP)
 	$(BIN)/python examples/compress_minilm.py $(DEMO_ARGS)

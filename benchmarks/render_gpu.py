@@ -14,6 +14,10 @@ TEXTS = {
     "1.03. `saved` is time saved over MACs saved, for FFN tokens bar .8:",
     "commands": "**Commands**: seconds, and the most memory held, the model's weights included:",
 }
+READING = """What the figures say: one sequence alone does not fill such a device, so that narrower matrices save
+nothing and only whole layers do; wide batches save nearly their MACs. Routing pays for gathering with many small
+kernels: FFN tokens gain from large batches on; tokens of attention, heads and experts cost time here."""
+UNFINISHED = "`quantize_ (gptq)` did not end within the time that this run had, a minute."
 LEFT_OUT = ("ratio", "low", "high", "pairs")
 
 
@@ -30,4 +34,7 @@ def gpu(result: Mapping[str, Any], table: Table) -> list[str]:
     for part, rows in result["rows"].items():
         shown = [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
         paragraphs += [TEXTS[part], table(shown)]
+    paragraphs.append(READING)
+    if not any("gptq" in row["command"] for row in result["rows"].get("commands", ())):
+        paragraphs.append(UNFINISHED)
     return paragraphs

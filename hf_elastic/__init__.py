@@ -99,6 +99,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.search import Objective as Objective
     from hf_elastic.search import SearchResult as SearchResult
     from hf_elastic.search import search_subnets as search_subnets
+    from hf_elastic.search.processes import ProcessExecutor as ProcessExecutor
     from hf_elastic.search.samplers import uniform_evolution as uniform_evolution
     from hf_elastic.space import Architecture as Architecture
     from hf_elastic.space import Choice as Choice
@@ -229,6 +230,7 @@ _HOMES = {
         "evaluate_folder",
         "lm_eval_results",
     ),
+    "search.processes": ("ProcessExecutor",),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("costs", "distillation", "objectives", "proxies", "spaces", "testing")
@@ -274,6 +276,7 @@ __all__ = [
     "LatencyTable",
     "Objective",
     "PCAGrowthCallback",
+    "ProcessExecutor",
     "ProgressiveShrinking",
     "PushPlan",
     "PushReport",
