@@ -14,7 +14,7 @@ COMMANDS = {
     "family": "Export several nested sizes of a finished run, with one table. Interrupted, the same command goes on.",
     "info": "Describe any checkpoint, search space or run.",
     "search": "Search the trained supernet of a run again, under other limits; prints the front.",
-    "export": "Write one architecture of a supernet as a checkpoint.",
+    "export": "Write one architecture of a supernet as a checkpoint, or for a runtime.",
     "sparsify": "Set the least important weights to zero and print what that cost. Shapes, and so speed, stay.",
     "quantize": "Round the linear layers to integers and print what that cost; sparse models stay sparse.",
     "merge": "Merge elastic adapters into their base; what was sparse or of integers stays so, or the command fails.",

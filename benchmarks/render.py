@@ -13,6 +13,7 @@ from typing import Any
 import render_elm
 import render_gpu
 import render_routing
+import render_runtimes
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
@@ -429,6 +430,7 @@ SECTIONS = {
     "elastic-lora": elastic_lora, "sparse-peft": sparse_peft, "sqft-banking77": sqft, "sqft-sst2": sqft,
     "stories-sqft": stories_sqft, "ranking": ranking, "flexibert": flexibert, "zerolm": zerolm,
     **{name: with_machine(section) for name, section in ELM_AND_ROUTING.items()}, "gpu": with_machine(render_gpu.gpu),
+    "runtimes": with_machine(render_runtimes.runtimes),
 }  # fmt: skip
 
 

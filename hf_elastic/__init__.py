@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic import distillation as distillation
     from hf_elastic import objectives as objectives
     from hf_elastic import proxies as proxies
+    from hf_elastic import runtimes as runtimes
     from hf_elastic import spaces as spaces
     from hf_elastic import testing as testing
     from hf_elastic.adapters import ElasticLoraConfig as ElasticLoraConfig
@@ -233,7 +234,7 @@ _HOMES = {
     "search.processes": ("ProcessExecutor",),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("costs", "distillation", "objectives", "proxies", "spaces", "testing")
+_MODULES = ("costs", "distillation", "objectives", "proxies", "runtimes", "spaces", "testing")
 
 __all__ = [
     "ActivationError",
@@ -341,6 +342,7 @@ __all__ = [
     "refit",
     "refitted",
     "routing_statistics",
+    "runtimes",
     "save_quantized",
     "save_routers",
     "score",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ from hf_elastic.commands.arguments import (
 from hf_elastic.commands.compression import merge_command, quantize_command, sparsify_command
 from hf_elastic.commands.elm import elm_command
 from hf_elastic.declaration import Loadability
-from hf_elastic.errors import ElasticError
+from hf_elastic.errors import ElasticError, ExportError
 from hf_elastic.evaluation.command import evaluate_command
 from hf_elastic.hub.command import push_command
 from hf_elastic.pipeline import CompressOptions as Default
@@ -47,7 +48,7 @@ from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.proxies import Setting
 from hf_elastic.report import describe_folder
 from hf_elastic.reporting.command import report_command, try_command
-from hf_elastic.runtimes.command import convert_command
+from hf_elastic.runtimes.command import Format, Rounding, convert_command, convert_folder
 from hf_elastic.supernet import Loadability as Form
 from hf_elastic.tables.timing import Phase
 from hf_elastic.workers.command import worker_command
@@ -195,8 +196,13 @@ def export_command(
     output: Annotated[str, typer.Option(help="Folder to write.")],
     loadability: Annotated[Form | None, typer.Option(help="By default what the architecture needs.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
+    format: Annotated[Format | None, typer.Option(help="For a runtime, in the place of a checkpoint.")] = None,
+    int8: Annotated[Rounding | None, typer.Option(help="With --format: integers, by the runtime's own means.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="With --int8 static: .txt file. Repeatable.")] = None,
 ) -> None:
-    """Write one architecture of a supernet as a checkpoint."""
+    """Write one architecture of a supernet as a checkpoint, or for a runtime."""
+    if format is None and (int8 is not None or data):
+        raise ExportError("--int8 and --data are of a runtime's form; add --format onnx, openvino or gguf")
     require_no_elm_run(Path(supernet))
     handle, parent = open_for_export(Path(supernet))
     points = {
@@ -210,8 +216,21 @@ def export_command(
         point = handle.space.canonical(front_row(architecture))
     else:
         point = handle.space.canonical(given_architecture(architecture))
-    report = export_subnet(handle, point, output, loadability=loadability, source=parent, overwrite=overwrite)
-    typer.echo(str(report))
+    if format is None:
+        written = export_subnet(handle, point, output, loadability=loadability, source=parent, overwrite=overwrite)
+        typer.echo(str(written))
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        compact: Form | None = "remote-code" if handle.loadability(point) == "stock-padded" else None
+        export_subnet(handle, point, f"{aside}/model", loadability=loadability or compact, source=parent)
+        typer.echo(
+            str(
+                convert_folder(
+                    f"{aside}/model", output, format=format.value, int8=None if int8 is None else int8.value,
+                    data=data or (), overwrite=overwrite,
+                )
+            )
+        )  # fmt: skip
 
 
 app.command("sparsify")(sparsify_command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.families import FAMILIES
 from hf_elastic.files import read_json
 from hf_elastic.packed_format import stated_quantisation, stored_weights
+from hf_elastic.runtimes.graph_folder import RUNTIME_FILE
+from hf_elastic.runtimes.matrix import runs_where_folder
 from hf_elastic.supernet import Supernet
 from hf_elastic.supernet_folder import SPACE_FILE
 
@@ -120,6 +123,8 @@ def describe_folder(folder: Path) -> str:
         raise CheckpointError(f"{folder} is no folder; give one that holds a checkpoint, a supernet or a run")
     if (folder / SPACE_FILE).is_file():
         return str(Supernet.from_pretrained(folder))
+    if (folder / RUNTIME_FILE).is_file():
+        return f"exported for a runtime\n{_runs_where(folder)}"
     parts = (
         ("adapter_config.json", _describe_adapter),
         ("config.json", _describe_checkpoint),
@@ -134,11 +139,20 @@ def describe_folder(folder: Path) -> str:
     for name, describe in parts:
         if (folder / name).is_file():
             lines.append(_read(describe, folder, name))
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        lines.append(_runs_where(folder))
     if not lines:
         raise CheckpointError(
             f"{folder} holds no config.json, {SPACE_FILE} or {RESULT_FILE}, so it is no checkpoint, supernet or run"
         )
     return "\n".join(lines)
+
+
+def _runs_where(folder: Path) -> str:
+    try:
+        return f"  runs where\n{textwrap.indent(str(runs_where_folder(folder)), '    ')}"
+    except ElasticError as error:
+        return f"  runs where     {error}"
 
 
 def _describe_adapter(folder: Path) -> str:

@@ -40,14 +40,14 @@ LAYERS = (
     {"tables"},
     {"cost_objectives"},
     {"objectives"},
+    {"runtimes"},
     {"report", "pipeline", "testing"},
     {"evaluation"},
     {"commands"},
-    {"runtimes"},
     {"hub", "reporting", "workers"},
     {"cli"},
 )
-OUTERMOST = set().union(*LAYERS[-6:])  # what may use the package as its users do
+OUTERMOST = set().union(*LAYERS[-5:])  # what may use the package as its users do
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_TENSORS = {"errors", "architecture", "counting", "space", "search"}
 FORBIDDEN_FILES = {"utils.py", "util.py", "common.py", "base.py", "helpers.py", "misc.py"}

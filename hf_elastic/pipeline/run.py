@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -64,6 +65,7 @@ from hf_elastic.pipeline.training import device_of, train_phase, training_plan
 from hf_elastic.repair.parent_streams import ParentStreams
 from hf_elastic.repair.refitting import refitted
 from hf_elastic.report import comparison_table, legend
+from hf_elastic.runtimes.matrix import runs_where_space
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Loadability, Supernet
@@ -167,6 +169,7 @@ class CompressRun:
             f"  task           {self.task.name}, {len(self.data.train)} training examples, quality: {quality}",
             f"  limits         {self.options.asked}: {share:.1%} of the space, loading as {forms}",
             *self._times(supernet, pool),
+            f"  runs where\n{textwrap.indent(str(runs_where_space(supernet)), '    ')}",
         ]
         return "\n".join(lines)
 
