@@ -1,4 +1,4 @@
-"""``hf-elastic export --format``: one architecture of a supernet, straight to a runtime; and what ``info`` says of it."""
+"""``hf-elastic export --format``: an architecture of a supernet straight to a runtime; what ``info`` says of it."""
 
 from __future__ import annotations
 
