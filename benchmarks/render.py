@@ -404,6 +404,13 @@ def zerolm(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*lines, machine(result["environment"])])
 
 
+def startup(result: Mapping[str, Any]) -> str:
+    """Section about imports and help."""
+    rows = [{name: row[name] for name in ("what", "seconds", "bar", "met")} for row in result["rows"]]
+    title, what = "## What one waits for at the start", "`benchmarks/startup.py`: seconds in fresh processes, in turns."
+    return "\n\n".join([title, what, table(rows), machine(result["environment"])])
+
+
 def with_machine(section: Callable[[Mapping[str, Any], Callable[[Any], str]], list[str]]) -> Callable[[Any], str]:
     """A section of several paragraphs, with the machine it was measured on."""
     return lambda result: "\n\n".join([*section(result, table), machine(result["environment"])])
@@ -430,7 +437,7 @@ SECTIONS = {
     "elastic-lora": elastic_lora, "sparse-peft": sparse_peft, "sqft-banking77": sqft, "sqft-sst2": sqft,
     "stories-sqft": stories_sqft, "ranking": ranking, "flexibert": flexibert, "zerolm": zerolm,
     **{name: with_machine(section) for name, section in ELM_AND_ROUTING.items()}, "gpu": with_machine(render_gpu.gpu),
-    "runtimes": with_machine(render_runtimes.runtimes),
+    "startup": startup, "runtimes": with_machine(render_runtimes.runtimes),
 }  # fmt: skip
 
 

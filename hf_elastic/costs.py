@@ -272,7 +272,8 @@ def architecture_latency(
         inputs: of one forward; by default ``(1, 128)`` token ids, fewer where the model has fewer positions.
         repeats: timed rounds.
     """
-    feed = dict(inputs) if inputs is not None else default_inputs(supernet)
+    device = supernet.base.device
+    feed = default_inputs(supernet) if inputs is None else {name: t.to(device) for name, t in inputs.items()}
     model = supernet.model
 
     def run(architecture: Architecture) -> Callable[[], object]:

@@ -44,6 +44,7 @@ from hf_elastic.proxies.zerolm_table import DEFAULT_ALPHA
 from hf_elastic.routers import require_unrouted
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
+from hf_elastic.streams import on_device
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.additive import OfLayer, layer_table
 from hf_elastic.tables.quality import QualityTable, predicted_damage
@@ -85,7 +86,7 @@ def loss(supernet: Supernet, validation: Iterable[Batch], *, name: str = "loss")
             for batch in batches:
                 counted = int(_scored(supernet, batch["labels"]).sum())
                 if counted:  # the mean over no label is NaN
-                    total += float(model(**_on_device(batch, model)).loss) * counted
+                    total += float(model(**on_device(batch, model)).loss) * counted
                     weight += counted
         return total / weight
 
@@ -113,7 +114,7 @@ def accuracy(supernet: Supernet, validation: Iterable[Batch]) -> Objective:
         right, total = 0, 0
         with _active(supernet, architecture) as model:
             for batch in batches:
-                feed = _on_device(batch, model)
+                feed = on_device(batch, model)
                 labels = feed["labels"]
                 guess = model(**{k: v for k, v in feed.items() if k != "labels"}).logits.argmax(-1)  # (B,) or (B, T)
                 counted = _scored(supernet, labels)
@@ -237,7 +238,7 @@ def embeddings(
     with _active(supernet, architecture) as model:
         base = supernet.base.base_model
         for batch in batches:
-            feed = _on_device(batch, model)
+            feed = on_device(batch, model)
             inputs = {name: value for name, value in feed.items() if name in _ENCODER_INPUTS}
             hidden = base(**inputs)[0]  # (B, T, D)
             vectors = pooled(hidden, feed.get("attention_mask"), pooling=pooling)
@@ -326,7 +327,7 @@ def proxy(
         return _additive_proxy(supernet, name, _SIZES[name])
     if name not in PROXIES:
         raise DataError(f"there is no proxy {name!r}; known: {', '.join(PROXIES)}")
-    data = [_on_device(batch, supernet.model) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
+    data = [on_device(batch, supernet.model) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
     merge = True if supernet.adapter_parts else None
 
     def measure(architecture: Architecture) -> float:
@@ -399,7 +400,7 @@ def latency(supernet: Supernet, *, inputs: Batch | None = None, repeats: int = 9
         repeats: timed rounds of each evaluation.
     """
     largest = supernet.space.largest()
-    feed = None if inputs is None else _on_device(inputs, supernet.model)
+    feed = None if inputs is None else on_device(inputs, supernet.model)
     reference: list[float] = []
 
     def measure(architecture: Architecture) -> float:
@@ -474,11 +475,6 @@ def _listed(batches: Iterable[Batch], *, needs: str) -> list[Batch]:
         if needs not in batch:
             raise DataError(f"validation batch {index} has no {needs!r}, only {sorted(batch)}")
     return found
-
-
-def _on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 @contextmanager

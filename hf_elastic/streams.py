@@ -301,6 +301,12 @@ class HiddenStates:
             self._folder = None
 
 
+def on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
+    """A batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def checked_batches(batches: Iterable[Batch] | Batch) -> list[Batch]:
     """Returns calibration batches as a list.
 

@@ -380,6 +380,16 @@ def test_the_benchmark_of_growth_judges_scores_at_both_widths_and_a_growth(tmp_p
 
 
 @pytest.mark.slow
+def test_the_wait_at_the_start_is_measured_against_its_bars(tmp_path: Path) -> None:
+    file = tmp_path / "startup.json"
+    script("startup").main(["--pairs", "1", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["bar"] for row in rows] == ["<= 1", "<= 0.3", ""]
+    assert all(row["met"] in ("yes", "NO") for row in rows[:2]) and rows[2]["ratio"] > 0
+    assert "What one waits for at the start" in script("render").page({file.stem: json.loads(file.read_text())})
+
+
+@pytest.mark.slow
 def test_the_figures_of_a_device_cover_subnets_routing_and_commands(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     sizes = "--layers 4 --hidden 32 --intermediate 64 --heads 4 --kv-heads 2 --experts 4 --vocabulary 64"

@@ -98,9 +98,9 @@ def _added(total: Tensor | None, down: Tensor, up: Tensor, *, scaling: float) ->
 
 
 def wide_dtype(factor: Tensor) -> torch.dtype:
-    """Some CPUs multiply slowly in half precision: peft merges in fp32 there, too."""
+    """Single precision at least, on every device: what rounds to a grid must round alike where it is merged."""
     narrow = factor.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if narrow and factor.device.type == "cpu" else factor.dtype
+    return torch.float32 if narrow else factor.dtype
 
 
 def merged_linear(x: Tensor, weight: MergedWeight, factors: Sequence[Tensor], *, bias: Tensor | None) -> Tensor:

@@ -33,12 +33,6 @@ def running(supernet: Supernet, architecture: Architecture, *also: nn.Module) ->
         yield supernet.model
 
 
-def on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    """Copies a batch to where the model is."""
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 def labelled(validation: Iterable[Batch]) -> list[Batch]:
     """Lists batches, each with ``labels``.
 

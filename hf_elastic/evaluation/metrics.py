@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from hf_elastic.distillation import IGNORED_LABEL
 from hf_elastic.errors import DataError, UnsupportedModelError
-from hf_elastic.evaluation.measuring import Batch, first_line, labelled, measured, on_device, running
+from hf_elastic.evaluation.measuring import Batch, first_line, labelled, measured, running
 from hf_elastic.families import shifts_labels
 from hf_elastic.search import Objective
 from hf_elastic.search.objective import Direction
 from hf_elastic.space import Architecture
+from hf_elastic.streams import on_device
 from hf_elastic.supernet import Supernet
 
 Kind = Literal["class", "value", "labels", "tokens"]

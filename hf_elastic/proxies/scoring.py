@@ -18,7 +18,7 @@ from hf_elastic.proxies import activation, gradient, weight
 from hf_elastic.proxies.roles import Roles, require_whole, roles_of
 from hf_elastic.proxies.subject import Batch, Subject, Target
 from hf_elastic.routers import require_unrouted
-from hf_elastic.streams import checked_batches
+from hf_elastic.streams import checked_batches, on_device
 
 Proxy = Callable[[Subject], float]
 
@@ -60,7 +60,7 @@ def score(
     Args:
         model: a stock model, or one that hf_elastic has exported; with ``roles`` any module.
         name: one of ``hf_elastic.proxies.PROXIES``.
-        batches: inputs of the model, on its device; for the proxies of ``ON_DATA``.
+        batches: inputs of the model, wherever they lie; for the proxies of ``ON_DATA``.
         target: what gradients are of, see :class:`~hf_elastic.proxies.Subject`.
         roles: which modules are what, of a model of one's own.
         family: row of a model type that hf_elastic does not know.
@@ -83,7 +83,8 @@ def score(
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(f"{type(model).__name__} is no transformers model; pass roles=Roles(...)")
         roles = roles_of(model, family)
-    subject = Subject(model, roles, tuple(checked_batches(given) if given else ()), target)
+    data = tuple(on_device(batch, model) for batch in checked_batches(given)) if given else ()
+    subject = Subject(model, roles, data, target)
     with evaluating(model), _in_dicts(model), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         found = float(PROXIES[name](subject))
     if not math.isfinite(found):

@@ -21,7 +21,7 @@ from hf_elastic.models.elastic_routers import PERCENT, TOKENS, Router
 from hf_elastic.routers import RouterPart
 from hf_elastic.routing.handles import require_routers
 from hf_elastic.space import Architecture, Value
-from hf_elastic.streams import Batch, checked_batches
+from hf_elastic.streams import Batch, checked_batches, on_device
 from hf_elastic.supernet import Supernet
 
 TOLERANCE = 0.005
@@ -237,7 +237,7 @@ class _Setting:
             for place in self.routed:
                 stack.enter_context(self._hooked(place, first=first))
             for batch in data:
-                self.supernet.model(**{**batch, "use_cache": False})
+                self.supernet.model(**{**on_device(batch, self.supernet.base), "use_cache": False})
 
     @contextmanager
     def _hooked(self, place: Place, *, first: bool) -> Iterator[None]:

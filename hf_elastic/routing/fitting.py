@@ -27,7 +27,7 @@ from hf_elastic.models.elastic_routers import TOKENS, Router
 from hf_elastic.routers import RouterPart
 from hf_elastic.routing.handles import check_mask, require_routers
 from hf_elastic.space import Architecture, Value
-from hf_elastic.streams import Batch, checked_batches
+from hf_elastic.streams import Batch, checked_batches, on_device
 from hf_elastic.supernet import Supernet
 
 SPREAD = 0.1
@@ -136,7 +136,8 @@ def fit_routers(
     fitting = _Fitting(supernet, target=target, pooling=pooling)
     with evaluating(supernet.model), supernet.activate(_lowest(supernet)), _differentiable(supernet):
         for batch in data:
-            fitting.add({name: value for name, value in batch.items() if name not in _LABELS}, points=points)
+            plain = {name: value for name, value in batch.items() if name not in _LABELS}
+            fitting.add(on_device(plain, supernet.base), points=points)
     return fitting.solve(ridge=ridge)
 
 

@@ -20,7 +20,7 @@ from hf_elastic.models.elastic_routers import KINDS, PERCENT, TOKENS, Observatio
 from hf_elastic.routers import RouterPart
 from hf_elastic.routing.handles import check_mask, require_routers
 from hf_elastic.space import Architecture, Value
-from hf_elastic.streams import Batch, checked_batches
+from hf_elastic.streams import Batch, checked_batches, on_device
 from hf_elastic.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def routing_statistics(
         for batch, real in zip(data, masks, strict=True):
             for counter in counters:
                 counter.begin(real)
-            supernet.model(**{**batch, **options})
+            supernet.model(**{**on_device(batch, supernet.base), **options})
         found = tuple(one for counter in counters for one in counter.statistics())
     nominal, measured = _mac_shares(supernet, point, found, seq_len=longest)
     return RoutingStatistics(

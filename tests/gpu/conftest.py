@@ -1,0 +1,89 @@
+"""The device of these tests, and what they share with the tests beside them.
+
+``HF_ELASTIC_TEST_DEVICE`` names the device, by default ``cuda``; with ``cpu`` all of them run without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_checkpoints
+import torch
+import transformers
+from transformers import TrainingArguments
+
+VARIABLE = "HF_ELASTIC_TEST_DEVICE"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for where everything is deterministic
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "embedding": tiny_checkpoints.sentence_encoder,
+    "masked-lm": tiny_checkpoints.masked_model,
+    "classification": tiny_checkpoints.classifier,
+    "causal-lm": tiny_checkpoints.language_model,
+}
+TESTS = Path(__file__).resolve().parents[1]
+
+# Helpers of the tests of each part are imported by their names.
+sys.path += [str(TESTS / folder) for folder in ("gpu", "adapters", "compression", "pipeline", "repair", "training")]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where everything runs. Without such a device tests are skipped, unless it was asked for by its name."""
+    name = os.environ.get(VARIABLE, "cuda")
+    try:
+        torch.zeros(1, device=name).sum().item()
+    except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA asserts that there is one
+        reason = f"torch cannot use {name!r} here ({' '.join(str(error).split())[:80]})"
+        if VARIABLE in os.environ:
+            pytest.fail(f"{reason}, which {VARIABLE} asks for", pytrace=False)
+        pytest.skip(f"{reason}; {VARIABLE}=cpu runs these tests without a GPU")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    """Quiet settings of a training on a device by plain gradient descent, which magnifies no rounding."""
+    from tiny_training import settings
+
+    def build(device: str, **changes: Any) -> TrainingArguments:
+        where = {"use_cpu": torch.device(device).type == "cpu", "optim": "sgd", "dataloader_pin_memory": False}
+        return TrainingArguments(**settings(str(tmp_path / f"run-{device}"), **{**where, **changes}))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny checkpoint by its kind; read only."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = KINDS[kind](root / kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Text, or labelled rows, that fit a kind of checkpoint; read only."""
+    root = tmp_path_factory.mktemp("data")
+    text = tiny_checkpoints.write_text(root / "text.txt")
+    rows = tiny_checkpoints.write_rows(root / "rows.jsonl")
+    return lambda kind: rows if kind == "classification" else text
