@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ imports on first use
     from hf_elastic import costs as costs
     from hf_elastic import distillation as distillation
+    from hf_elastic import evaluation as evaluation
     from hf_elastic import objectives as objectives
     from hf_elastic import proxies as proxies
     from hf_elastic import runtimes as runtimes
@@ -51,12 +52,6 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from hf_elastic.errors import StorageError as StorageError
     from hf_elastic.errors import TrainingError as TrainingError
     from hf_elastic.errors import UnsupportedModelError as UnsupportedModelError
-    from hf_elastic.evaluation import FolderOptions as FolderOptions
-    from hf_elastic.evaluation import FolderScore as FolderScore
-    from hf_elastic.evaluation import Harness as Harness
-    from hf_elastic.evaluation import compare_folders as compare_folders
-    from hf_elastic.evaluation import evaluate_folder as evaluate_folder
-    from hf_elastic.evaluation import lm_eval_results as lm_eval_results
     from hf_elastic.families import FAMILIES as FAMILIES
     from hf_elastic.families import Family as Family
     from hf_elastic.fusion import FusionReport as FusionReport
@@ -223,18 +218,10 @@ _HOMES = {
         "plan_push",
         "push_to_hub",
     ),
-    "evaluation": (
-        "FolderOptions",
-        "FolderScore",
-        "Harness",
-        "compare_folders",
-        "evaluate_folder",
-        "lm_eval_results",
-    ),
     "search.processes": ("ProcessExecutor",),
 }
 _SOURCE = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("costs", "distillation", "objectives", "proxies", "runtimes", "spaces", "testing")
+_MODULES = ("costs", "distillation", "evaluation", "objectives", "proxies", "runtimes", "spaces", "testing")
 
 __all__ = [
     "ActivationError",
@@ -266,11 +253,8 @@ __all__ = [
     "FAMILIES",
     "Family",
     "FixedSubnet",
-    "FolderOptions",
-    "FolderScore",
     "FusionReport",
     "GrowthHistory",
-    "Harness",
     "HeadFusionCallback",
     "InfeasibleError",
     "LatencyCheck",
@@ -313,18 +297,16 @@ __all__ = [
     "cache_teacher",
     "calibrate_routing",
     "check_latency",
-    "compare_folders",
     "compress",
     "costs",
     "distillation",
-    "evaluate_folder",
+    "evaluation",
     "export",
     "extract",
     "extract_adapter",
     "fit_routers",
     "fuse_heads",
     "last_complete_checkpoint",
-    "lm_eval_results",
     "load_adapter",
     "load_routers",
     "make_elastic",

@@ -369,7 +369,7 @@ def test_rows_of_an_encoder_padded_in_one_batch_count_as_if_each_were_alone(head
     reports = [fit_routers(together, padded, points=POINTS), fit_routers(alone, single, points=POINTS)]
     assert reports[0].tokens == reports[1].tokens
     assert reports[0].distance == pytest.approx(reports[1].distance, rel=1e-5)
-    assert_close(weights_of(together), weights_of(alone), tolerance=1e-5)
+    assert_close(weights_of(together), weights_of(alone), tolerance=5e-5)
 
 
 def weights_of(supernet: Supernet) -> dict[str, Tensor]:
