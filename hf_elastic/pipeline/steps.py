@@ -13,11 +13,12 @@ from hf_elastic.errors import ArchitectureError, CheckpointError
 from hf_elastic.pipeline.comparison import cast_parameters_
 from hf_elastic.pipeline.kept import TRAINED, export_dtype, options_of, require_run, teacher_vectors, text_digest
 from hf_elastic.pipeline.limits import feasibility
+from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import device_of
 from hf_elastic.report import aligned
-from hf_elastic.search import Evaluation, SearchResult, search_subnets
+from hf_elastic.search import Evaluation, Objective, SearchResult, search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.supernet_folder import SPACE_FILE
@@ -58,13 +59,10 @@ def _record(folder: Path) -> dict[str, Any]:
     return read_record(folder / RESULT_FILE)
 
 
-def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, seed: int) -> str:
-    """Searches the trained supernet of a run under other limits.
-
-    It is kept in the run as ``search-<limits>-<seed>.db`` and ``.json``, and goes on when it was interrupted.
-
-    Returns:
-        The front as a table, the best by quality first, and how to write a row of it.
+def search_of_run(
+    folder: Path, within: Mapping[str, float]
+) -> tuple[Supernet, tuple[Objective, Objective], CompressOptions]:
+    """What a search of a run's trained supernet takes: the supernet, quality and cost, and what the run was asked for.
 
     Raises:
         CheckpointError: the folder is no run, its supernet is not trained yet, or its data changed.
@@ -82,9 +80,26 @@ def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, s
     data = task.prepare(load_tokenizer(options), rows, options)
     measures = task.measures(supernet, data.validation, teacher=teacher_vectors(folder))
     cost = objectives.related_costs(supernet)[next(iter(within), "macs")]
+    return supernet, (measures[0], cost), options
+
+
+def search_run(folder: Path, *, within: Mapping[str, float], evaluations: int, seed: int) -> str:
+    """Searches the trained supernet of a run under other limits.
+
+    It is kept in the run as ``search-<limits>-<seed>.db`` and ``.json``, and goes on when it was interrupted.
+
+    Returns:
+        The front as a table, the best by quality first, and how to write a row of it.
+
+    Raises:
+        CheckpointError: the folder is no run, its supernet is not trained yet, or its data changed.
+        InfeasibleError: nothing keeps the limits.
+        SearchError: a limit names no cost.
+    """
+    supernet, goals, options = search_of_run(folder, within)
     label = "-".join([*(f"{name}-{value!r}" for name, value in sorted(within.items())), str(seed)])
     result = search_subnets(
-        supernet.space, [measures[0], cost], evaluations=evaluations, within=within,
+        supernet.space, goals, evaluations=evaluations, within=within,
         storage=f"sqlite:///{folder / f'search-{label}.db'}", seed=seed,
     )  # fmt: skip
     kept = folder / f"search-{label}.json"

@@ -58,30 +58,12 @@ def objectives_of(source: str, within: tuple[tuple[str, float], ...]) -> tuple[O
 
 
 def _of_run(folder: Path, within: Mapping[str, float]) -> Problem:
-    from hf_elastic import objectives
-    from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
     from hf_elastic.pipeline.elm_run import require_no_elm_run
-    from hf_elastic.pipeline.kept import options_of, require_run, teacher_vectors, text_digest
-    from hf_elastic.pipeline.limits import feasibility
-    from hf_elastic.pipeline.steps import open_supernet
-    from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
-    from hf_elastic.pipeline.texts import read_rows
-    from hf_elastic.pipeline.training import device_of
+    from hf_elastic.pipeline.steps import search_of_run
 
     require_no_elm_run(folder)
-    require_run(folder)
-    record = read_record(folder / RESULT_FILE)
-    options = options_of(record, output=str(folder.with_suffix("")))
-    supernet = open_supernet(folder)[0].to(device_of(options))
-    feasibility(supernet, within)
-    task = resolve_task(options)
-    rows = read_rows(options.data, text_column=options.text_column)
-    if text_digest(rows, task, options) != record["options"].get("text"):
-        raise SearchError(f"the text in {', '.join(options.data)} is not what {folder} was made from; restore it")
-    data = task.prepare(load_tokenizer(options), rows, options)
-    measures = task.measures(supernet, data.validation, teacher=teacher_vectors(folder))
-    cost = objectives.related_costs(supernet)[next(iter(within), "macs")]
-    return Problem(supernet.space, (measures[0], cost), "run")
+    supernet, goals, _ = search_of_run(folder, within)
+    return Problem(supernet.space, goals, "run")
 
 
 def _of_function(module: str, function: str) -> Problem:
