@@ -59,9 +59,11 @@ def objectives_of(source: str, within: tuple[tuple[str, float], ...]) -> tuple[O
 
 def _of_run(folder: Path, within: Mapping[str, float]) -> Problem:
     from hf_elastic.pipeline.elm_run import require_no_elm_run
+    from hf_elastic.pipeline.kept import require_run
     from hf_elastic.pipeline.steps import search_of_run
 
     require_no_elm_run(folder)
+    require_run(folder)
     supernet, goals, _ = search_of_run(folder, within)
     return Problem(supernet.space, goals, "run")
 
