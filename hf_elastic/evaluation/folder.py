@@ -148,7 +148,7 @@ def score_table(scores: Sequence[FolderScore]) -> str:
     names = list(first.values)
     lines = [["", "parameters", "on disk", *names]]
     for score in scores:
-        size = f"{score.size / 1e6:.1f} MB ({score.size / first.size:.0%})"
+        size = f"{score.size / 1e6:.1f} MB ({score.size / max(first.size, 1):.0%})"
         cells = [f"{score.values[name]:.4f}" if name in score.values else "-" for name in names]
         lines.append([str(score.folder), _parameters(score, first), size, *cells])
     counted = dict.fromkeys(score.counted for score in scores)
@@ -195,6 +195,8 @@ def _loaded(folder: Path, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise CheckpointError(f"{folder} has no weights for {missing[0]}, which this metric needs; take another")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if model.config.pad_token_id is None:  # a decoder's classifier reads the last token before padding
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
@@ -202,7 +204,7 @@ def _score(folder: Path, model: nn.Module, values: Mapping[str, float], *, count
     quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     whole = sum(parameter.numel() for parameter in model.parameters())
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}"))
     return FolderScore(folder, values, counted, None if quantised else whole - sum(tables.values()), size)
 
 

@@ -103,12 +103,16 @@ def convert_folder(
     if format == Format.gguf:
         if with_past:
             raise ExportError("llama.cpp has its own KV cache; leave --with-past")
+        if int8 == Rounding.static or data:
+            raise ExportError("GGUF's integers are calibrated on nothing: --precision q8_0, without --data")
         from hf_elastic.runtimes.gguf_export import export_gguf
 
         kind: Any = "q8_0" if int8 else precision
         return export_gguf(folder, output, precision=kind, vocabulary=vocabulary, overwrite=overwrite)
     if precision != "f16" or not vocabulary:
         raise ExportError(f"--precision and --no-vocabulary are GGUF's; of {format} there is --int8")
+    if data and int8 != Rounding.static:
+        raise ExportError("--data is what --int8 static is calibrated on; add that, or leave --data")
     batches = None
     if int8 == Rounding.static:
         batches = list(calibration_batches(folder, data, sequence_length=sequence_length))

@@ -43,6 +43,8 @@ def test_a_checkpoint_becomes_gguf(convert: Any, tmp_path: Path) -> None:
 def test_options_of_another_format_are_refused(tmp_path: Path) -> None:
     for changes, said in (
         ({"format": "gguf", "with_past": True}, "its own KV cache"),
+        ({"format": "gguf", "int8": "static", "data": ["text.txt"]}, "calibrated on nothing"),
+        ({"format": "onnx", "int8": "dynamic", "data": ["text.txt"]}, "what --int8 static is calibrated on"),
         ({"format": "onnx", "precision": "f32"}, "are GGUF's"),
         ({"format": "coreml"}, "not one of onnx, openvino, gguf"),
     ):
