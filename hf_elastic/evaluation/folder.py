@@ -33,12 +33,14 @@ from hf_elastic.evaluation.similarity import (
     mean_ndcg,
     pair_correlation,
 )
+from hf_elastic.families import FAMILIES
 from hf_elastic.layers import evaluating
 from hf_elastic.pipeline.texts import Row, read_rows
 from hf_elastic.report import aligned
 
 METRICS = ("accuracy", "perplexity", "spearman", "ndcg", "evaluate:METRIC", "lm-eval:TASK")
 
+_ENCODERS = {"elastic_bert", *(row.model_type for row in FAMILIES if not row.causal)}
 _HARNESS, _MODULE = "lm-eval:", "evaluate:"
 
 
@@ -179,16 +181,23 @@ def _usual_metric(folder: Path) -> str:
 
 def _config(folder: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot read the config of {folder}: {first_line(error)}") from error
 
 
 def _loaded(folder: Path, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint in fp32, whole, and its tokenizer."""
+    config = _config(folder)
+    if kind is AutoModelForCausalLM and config.model_type in _ENCODERS and not getattr(config, "is_decoder", False):
+        raise CheckpointError(
+            f"{folder} is an encoder ({config.model_type}), which sees the words it would have to predict; this metric "
+            "needs a decoder"
+        )
+    loading: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
-        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model, report = kind.from_pretrained(folder, **loading)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load {folder} by {kind.__name__}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):

@@ -258,6 +258,8 @@ def test_a_folder_of_another_kind_or_none_is_refused(tmp_path: Path) -> None:
         evaluate_folder(tmp_path, data)
     with pytest.raises(CheckpointError, match="has no weights for .*, which this metric needs"):
         evaluate_folder(masked_model(tmp_path / "model"), data, options=FolderOptions(metric="accuracy"))
+    with pytest.raises(CheckpointError, match="is an encoder .bert., which sees the words it would have to predict"):
+        evaluate_folder(tmp_path / "model", data, options=FolderOptions(metric="perplexity"))
     broken = classifier(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="cannot load .*broken by AutoModelForSequenceClassification") as caught:
