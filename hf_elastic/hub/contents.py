@@ -83,6 +83,10 @@ def contents_of(folder: str | Path) -> Contents:
     return Contents(artefact, files, {}, left_out)
 
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_OF_TOKENIZERS = {"name_or_path", "special_tokens_map_file", "tokenizer_file"}  # paths of whoever saved it
+
+
 def replaced_by(name: str) -> bool:
     """Whether a file of a repository is of a push: one that a later push does not write is removed by it."""
     return _OURS.fullmatch(name) is not None
@@ -97,6 +101,9 @@ def without_local_folders(contents: Contents, *, base: str | None) -> Contents:
     rewritten = {}
     for name, file in contents.files.items():
         key = keys.get(PurePosixPath(name).name)
+        if PurePosixPath(name).name == TOKENIZER_CONFIG and _OF_TOKENIZERS & (told := read_json(file)).keys():
+            kept = {entry: value for entry, value in told.items() if entry not in _OF_TOKENIZERS}
+            rewritten[name] = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
         if key is None:
             continue
         data = read_json(file)
@@ -208,8 +215,8 @@ def _module_files(folder: Path) -> list[str]:
     names = []
     for path in filter(None, paths):
         parts = path.replace("\\", "/").split("/")
-        if ".." in parts or Path(path).is_absolute():
-            raise CheckpointError(f"{folder / MODULES} names {path!r}, which is not inside the folder")
+        if ".." in parts or Path(path).is_absolute() or (folder / path).resolve() == folder.resolve():
+            raise CheckpointError(f"{folder / MODULES} names {path!r}, which is not a folder inside of it")
         inside = [p for p in sorted((folder / path).rglob("*")) if p.suffix in (".json", ".safetensors", ".txt")]
         for file in (p for p in inside if p.suffix == ".safetensors"):
             check_safetensors(file)

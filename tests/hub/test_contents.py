@@ -114,7 +114,11 @@ HALVES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "foreign modules": (
         lambda f: (f / "modules.json").write_text('[{"path": "../1_Pooling", "type": "Pooling"}]'),
-        "names '../1_Pooling', which is not inside the folder",
+        "names '../1_Pooling', which is not a folder inside of it",
+    ),
+    "the folder itself as a module": (
+        lambda f: (f / "modules.json").write_text('[{"path": ".", "type": "Pooling"}]'),
+        "names '.', which is not a folder inside of it",
     ),
     "an index of other files": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
@@ -208,6 +212,13 @@ def test_kinds_are_recognised_by_their_records(small: Path, tmp_path: Path) -> N
 
 
 # --- folders of this machine
+
+
+def test_a_tokenizers_config_loses_the_paths_of_whoever_saved_it(small: Path) -> None:
+    told = {"name_or_path": "/home/me/base", "tokenizer_file": "/home/me/base/tokenizer.json", "pad_token": "[PAD]"}
+    (small / "tokenizer_config.json").write_text(json.dumps(told))
+    rewritten = without_local_folders(contents_of(small), base="user/base").rewritten
+    assert json.loads(rewritten["tokenizer_config.json"]) == {"pad_token": "[PAD]"}
 
 
 def test_records_lose_folders_of_this_machine_and_nothing_else(tmp_path: Path) -> None:
