@@ -47,6 +47,21 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         raise
 
 
+def require_writable(path: Path) -> None:
+    """Makes sure, before the work that leads to it, that a file may be written; nothing is made.
+
+    Raises:
+        CheckpointError: it is a folder, or the folder it would be in cannot be written or made.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"cannot write {path}: it is a folder; name a file")
+    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not folder.is_dir():
+        raise CheckpointError(f"cannot write {path}: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {path}: {folder} may not be written by this user")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 

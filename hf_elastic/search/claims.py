@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     cast,
-    delete,
     func,
     insert,
     literal,
@@ -35,13 +34,17 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 _SLOT_RACES = 20  # claims that others may make between our look for a free slot and ours
+_HANDED_BACK = 0.0  # instead of the end of a lease
+_HIDDEN, _ENDED = "hidden", "ended"  # instead of the start of a process: one this user may not ask about, and none
+_OWNERS: set[str] = set()  # those of this process whose search is not over
 _METADATA = MetaData()
 _CLAIMS = Table(
     "hf_elastic_claims",
     _METADATA,
     Column("study_id", Integer, primary_key=True, autoincrement=False),
     Column("digest", String(64), primary_key=True),
-    # One of 0 .. evaluations - 1: the second unique key is what keeps all processes together to the budget.
+    # 0 .. evaluations - 1 without a gap, as no claim is ever deleted: the second unique key is what keeps all processes
+    # together to the budget.
     Column("slot", Integer, nullable=False),
     Column("payload", Text, nullable=False),
     Column("owner", String(255), nullable=False),
@@ -59,7 +62,7 @@ class Claim:
         digest: Digest of the architecture.
         payload: The proposal as JSON.
         owner: Host, process, start of the process and a nonce.
-        lease_until: Seconds since the epoch, by the clock of the database.
+        lease_until: Seconds since the epoch, by the clock of the database; 0 when the owner handed it back.
         expired: Whether that is over.
     """
 
@@ -68,6 +71,11 @@ class Claim:
     owner: str
     lease_until: float
     expired: bool
+
+    @property
+    def handed_back(self) -> bool:
+        """Whether the owner gave it up in good health, which says nothing against the architecture."""
+        return self.lease_until == _HANDED_BACK
 
 
 class ClaimTable:
@@ -88,6 +96,10 @@ class ClaimTable:
         self._now = _clock(engine)
         _METADATA.create_all(engine)
 
+    def close(self) -> None:
+        """Leave what is still ours to others, this process among them."""
+        _OWNERS.discard(self._mine)
+
     def open_claims(self) -> list[Claim]:
         """Return every claim that is not done, by slot."""
         expired = _CLAIMS.c.lease_until < self._now()
@@ -99,17 +111,17 @@ class ClaimTable:
     def count(self) -> int:
         """Return the number of claims, done ones included."""
         with self._engine.connect() as connection:
-            query = select(func.count()).select_from(_CLAIMS).where(self._of_study())
-            return int(connection.execute(query).scalar_one())
+            last = connection.execute(select(func.max(_CLAIMS.c.slot)).where(self._of_study())).scalar_one()
+            return 0 if last is None else int(last) + 1
 
     def insert(self, digest: str, payload: str, *, budget: int, after: int | None = None) -> bool:
-        """Claim an architecture in a free slot below ``budget``; False when someone has it or no slot is free.
+        """Claim an architecture in the next slot below ``budget``; False when someone has it or no slot is free.
 
         With ``after``, also when there are not just as many claims.
         """
         for _ in range(_SLOT_RACES):
-            count, slot = self._free_slot()
-            if slot >= budget or after not in (None, count):
+            slot = self.count()
+            if slot >= budget or after not in (None, slot):
                 return False
             row = insert(_CLAIMS).values(
                 study_id=self._study_id,
@@ -160,23 +172,18 @@ class ClaimTable:
         with self._engine.connect() as connection:
             connection.execute(update(_CLAIMS).where(self._open(digest)).values(done=True))
 
-    def remove(self, digest: str) -> None:
-        """Give up a claim of ours without an outcome."""
+    def hand_back(self, digest: str) -> None:
+        """Leave a claim of ours without an outcome to whoever takes it over first.
+
+        It is not deleted: its place in the order of the search stays, and a record that its former owner may still
+        write is never one without a claim.
+        """
+        change = update(_CLAIMS).where(self._open(digest), _CLAIMS.c.owner == self._mine)
         with self._engine.connect() as connection:
-            connection.execute(delete(_CLAIMS).where(self._open(digest), _CLAIMS.c.owner == self._mine))
+            connection.execute(change.values(lease_until=_HANDED_BACK))
 
     def _lease(self) -> ColumnElement[float]:
         return self._now() + self._lease_seconds
-
-    def _free_slot(self) -> tuple[int, int]:
-        """Return the number of claims and the lowest slot that none has: the same unless one was given back."""
-        query = select(func.count(), func.max(_CLAIMS.c.slot)).where(self._of_study())
-        with self._engine.connect() as connection:
-            count, last = connection.execute(query).one()
-            if not count or count == last + 1:
-                return int(count), int(count)
-            taken = connection.execute(select(_CLAIMS.c.slot).where(self._of_study()).order_by(_CLAIMS.c.slot))
-            return int(count), _first_free([int(row.slot) for row in taken])
 
     def _is_taken(self, digest: str) -> bool:
         query = select(_CLAIMS.c.slot).where(self._of_study(), _CLAIMS.c.digest == digest)
@@ -197,22 +204,21 @@ def is_orphan(claim: Claim) -> bool:
 
 def owner_name() -> str:
     """Return a name for a new owner in this process: ``host|process id|start of the process|nonce``."""
-    process = psutil.Process()
-    return f"{_host()}|{process.pid}|{process.create_time():.2f}|{secrets.token_hex(4)}"
+    process_id = os.getpid()
+    name = f"{_host()}|{process_id}|{_start(process_id)}|{secrets.token_hex(4)}"
+    _OWNERS.add(name)
+    return name
 
 
 def is_gone(owner: str) -> bool:
-    """Say whether an owner's process certainly no longer runs: it ran on this host, and is not there."""
+    """Say whether an owner certainly no longer works: it did on this host, and its process or its search is over."""
     host, process_id, started, _ = owner.rsplit("|", 3)
     if host != _host():
         return False
-    try:
-        process = psutil.Process(int(process_id))
-        return f"{process.create_time():.2f}" != started or bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.AccessDenied:
-        return False
+    found = _start(int(process_id))
+    if int(process_id) == os.getpid() and found == started:
+        return owner not in _OWNERS
+    return found not in (started, _HIDDEN)
 
 
 def _clock(engine: Engine) -> Callable[[], ColumnElement[float]]:
@@ -222,12 +228,43 @@ def _clock(engine: Engine) -> Callable[[], ColumnElement[float]]:
     return lambda: literal(time.time(), Float(53))
 
 
-def _first_free(taken: Sequence[int]) -> int:
-    return next((free for free, slot in enumerate(taken) if free != slot), len(taken))
+def _start(process_id: int) -> str:
+    """Return when a process began, as a text that no other process with its number has on this host.
+
+    On Linux in ticks since the host was started, which setting its clock does not change.
+    """
+    try:
+        if psutil.LINUX:
+            # Its second field, the name, may hold anything; see proc(5) for the fields: 3 is the state, 22 the start.
+            fields = Path(f"/proc/{process_id}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            return _ENDED if fields[0] in "ZX" else fields[19]
+        process = psutil.Process(process_id)
+        return _ENDED if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return _ENDED
+    except (psutil.AccessDenied, OSError):
+        return _HIDDEN if _exists(process_id) else _ENDED
+
+
+def _exists(process_id: int) -> bool:
+    """Say whether there is such a process, also where /proc shows users their own only."""
+    if not psutil.POSIX:
+        return bool(psutil.pid_exists(process_id))
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _host() -> str:
-    """Return the host, and where process ids are numbered per container, the container."""
-    namespace = Path("/proc/self/ns/pid")
+    """Return this start of the host, and where process ids are numbered per container, the container.
+
+    Machines made from one image may share a name, but not the identity of their last start.
+    """
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    start = boot.read_text().strip() if boot.is_file() else ""
     numbering = os.readlink(namespace) if namespace.is_symlink() else ""
-    return f"{socket.gethostname()[:150]}{numbering}"
+    return f"{socket.gethostname()[:150]} {start} {numbering}"

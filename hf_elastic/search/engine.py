@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -136,7 +136,9 @@ def search_subnets(
     feasibility.require_some()
     fixed = _always_evaluated(space, feasibility, include, even=feasibility.even())
     encoding = TrialEncoding(space)
-    with _quiet_optuna():
+    # Claims in memory end with the process, so there a signal may do what it always does.
+    interruption = Interruption(active=executor is not None or storage is not None)
+    with _quiet_optuna(), interruption:
         source_for, budget = _proposal_source(
             algorithm,
             encoding,
@@ -150,10 +152,9 @@ def search_subnets(
         journal: Journal = MemoryJournal(planned=budget)
         if storage is not None:
             identity = Identity(space, goals, seed, algorithm_identity(algorithm), limits=limits, known=known)
-            journal = DatabaseJournal(
-                storage, encoding, identity, planned=budget, study_name=study_name, lease_seconds=lease_seconds
-            )
-        try:
+            shared = partial(DatabaseJournal, study_name=study_name, lease_seconds=lease_seconds)
+            journal = shared(storage, encoding, identity, planned=budget, sleep=interruption.sleep)
+        with closing(journal):
             evaluated, failures = _evaluated(
                 goals,
                 source_for(journal.planned),
@@ -164,10 +165,9 @@ def search_subnets(
                 fixed=fixed,
                 budget=budget,
                 progress=progress,
+                interruption=interruption,
                 timeout=timeout,
             )
-        finally:
-            journal.close()
     return result(evaluations=evaluated, failures=failures, even_architecture=feasibility.even())
 
 
@@ -182,17 +182,15 @@ def _evaluated(
     fixed: Sequence[Fixed],
     budget: int,
     progress: bool,
+    interruption: Interruption,
     timeout: float | None,
 ) -> tuple[tuple[Evaluation, ...], tuple[Failure, ...]]:
     """Return what the loop evaluates; leave nothing running and nothing claimed."""
-    with ExitStack() as closing:
-        # Claims in memory end with the process, so there a signal may do what it always does.
-        active = executor is not None or not isinstance(journal, MemoryJournal)
-        interruption = closing.enter_context(Interruption(active=active))
+    with ExitStack() as ending:
         bar = SearchProgress(goals, total=budget, shown=progress)
-        closing.callback(bar.close)
+        ending.callback(bar.close)
         runs_in: Executor = executor or LocalExecutor()
-        closing.callback(runs_in.close)
+        ending.callback(runs_in.close)
         runs_in.start(goals, timeout=timeout)
         loop = SearchLoop(
             goals,

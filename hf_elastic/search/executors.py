@@ -41,6 +41,10 @@ class Executor(Protocol):
     def workers(self) -> int:
         """How many architectures may be under evaluation at once."""
 
+    @property
+    def blocks(self) -> bool:
+        """Whether :meth:`wait` comes back only when an evaluation ends, however long it takes."""
+
     def start(self, objectives: Sequence[Objective], *, timeout: float | None) -> None:
         """Get ready for a search.
 
@@ -63,6 +67,7 @@ class LocalExecutor:
     """Evaluate one architecture at a time, in this thread."""
 
     workers = 1
+    blocks = True
 
     def __init__(self) -> None:
         self._objectives: tuple[Objective, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -55,6 +56,11 @@ class Interruption:
             yield
         finally:
             self._allowed = False
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, and let signals in meanwhile."""
+        with self.let_in():
+            time.sleep(seconds)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self._pending is not None

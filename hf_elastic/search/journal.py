@@ -6,7 +6,7 @@ which is why a search that was killed goes on as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -56,8 +56,8 @@ class Journal(Protocol):
     def read(self) -> list[Record]:
         """Return the records that finished since the last call, by anyone."""
 
-    def adopt(self) -> Proposal | None:
-        """Take over the claim of an owner that is gone, if there is one."""
+    def adopt(self, held: Collection[str] = ()) -> Proposal | None:
+        """Take over the claim of an owner that is gone, if there is one that is not ``held`` by this very process."""
 
     def claim(self, proposal: Proposal, *, budget: int, after: int | None = None) -> bool:
         """Claim an architecture; False when someone was faster or the budget is used up.
@@ -81,7 +81,7 @@ class Journal(Protocol):
         """Record the outcome and give up the claim."""
 
     def release(self, proposal: Proposal) -> None:
-        """Give up the claim without an outcome."""
+        """Hand the claim back without an outcome: whoever looks next adopts it."""
 
     def rest(self) -> None:
         """Free connections for a while in which there is nothing to read or write."""
@@ -109,7 +109,7 @@ class MemoryJournal:
         records, self._unread = self._unread, []
         return records
 
-    def adopt(self) -> Proposal | None:
+    def adopt(self, held: Collection[str] = ()) -> Proposal | None:
         """Return None: nobody else is there."""
         return None
 

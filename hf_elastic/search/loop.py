@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import secrets
-import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -129,7 +128,9 @@ class SearchLoop:
                 return
             keeping = ExitStack()
             self._running[proposal.architecture.digest] = (proposal, keeping)
-            keeping.enter_context(self._journal.keep_claim(proposal, timeout=self._timeout))
+            # Where the executor comes back whatever an evaluation does, it is the executor that keeps to the time.
+            limit = self._timeout if self._executor.blocks else None
+            keeping.enter_context(self._journal.keep_claim(proposal, timeout=limit))
             self._executor.submit(proposal.architecture)
             self._pause, self._race = _WAITS[0], _RACES[0]
 
@@ -137,7 +138,7 @@ class SearchLoop:
         """Return a proposal we claimed; None when others were faster or nothing is left to claim."""
         being_evaluated = self._journal.open_digests()
         self._synchronise()  # in this order: what is no longer under evaluation has its record by now
-        adopted = self._journal.adopt()
+        adopted = self._journal.adopt(self._running)
         if adopted is not None:
             return adopted
         taken = self._seen | being_evaluated
@@ -167,8 +168,7 @@ class SearchLoop:
         if self._nothing_left and not self._journal.open_digests():
             return False
         self._journal.rest()
-        with self._interruption.let_in():
-            time.sleep(self._next_pause())
+        self._interruption.sleep(self._next_pause())
         return True
 
     def _next_pause(self) -> float:
@@ -180,9 +180,11 @@ class SearchLoop:
         return self._jitter.uniform(0.0, race)
 
     def _finish(self, outcome: Outcome) -> None:
-        proposal, keeping = self._running.pop(outcome.architecture.digest)
+        digest = outcome.architecture.digest
+        proposal, keeping = self._running[digest]
         keeping.close()
         self._journal.finish(proposal, outcome.values, outcome.failure)
+        del self._running[digest]
         self._failed_in_a_row = 0 if outcome.failure is None else self._failed_in_a_row + 1
         if self._failed_in_a_row >= _HOPELESS and not self._evaluations:
             raise SearchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -22,7 +23,8 @@ from hf_elastic.search.objective import Objective, check_objectives
 from hf_elastic.space import Architecture
 
 ObjectivesFactory = Callable[[], Sequence[Objective]]
-_READY, _DONE, _UNUSABLE = "ready", "done", "unusable"
+_READY, _RAISED, _DONE, _UNUSABLE = "ready", "raised", "done", "unusable"
+_MOST_UNBUILT = 3  # children in a row that cannot build their objectives before the search ends
 
 
 class ProcessExecutor:
@@ -30,8 +32,9 @@ class ProcessExecutor:
 
     Children are spawned: they import the module of ``build`` anew, call it once, and then evaluate one architecture
     after another. One that dies, or takes longer than the search's ``timeout=``, costs its evaluation only: that
-    fails with its cause, and another child takes its place. A script that is run itself must start the search below
-    ``if __name__ == "__main__":``, as always with spawned processes.
+    fails with its cause, and another child takes its place. One that fails to build its objectives is replaced too,
+    but the third in a row ends the search, and the first if none ever had any. A script that is run itself must start
+    the search below ``if __name__ == "__main__":``, as always with spawned processes.
 
         >>> def objectives():
         ...     supernet = he.Supernet.from_pretrained("supernet")
@@ -45,12 +48,18 @@ class ProcessExecutor:
         build: A function without arguments, found by its name in a module (or a ``functools.partial`` of one), that
             returns the same objectives as the search is given.
         workers: How many processes.
+        build_timeout: Seconds after which a child that has not built its objectives is taken to hang.
 
     Raises:
-        SearchError: ``build`` cannot be pickled, or ``workers`` is no positive integer.
+        SearchError: ``build`` cannot be pickled, ``workers`` is no positive integer, or ``build_timeout`` no positive
+            number.
     """
 
-    def __init__(self, build: ObjectivesFactory, *, workers: int) -> None:
+    blocks = False
+
+    def __init__(self, build: ObjectivesFactory, *, workers: int, build_timeout: float = 1800.0) -> None:
+        if not isinstance(build_timeout, int | float) or not 0 < build_timeout < math.inf:
+            raise SearchError(f"build_timeout={build_timeout!r} is not a positive number of seconds")
         if type(workers) is not int or workers < 1:
             raise SearchError(f"workers={workers!r} is not a positive integer")
         try:
@@ -63,6 +72,8 @@ class ProcessExecutor:
             ) from error
         self._build = build
         self._workers = workers
+        self._build_timeout = build_timeout
+        self._unbuilt: int | None = None  # children in a row that could not build, once one could
         self._children: list[_Child] = []
         self._names: tuple[str, ...] = ()
         self._timeout: float | None = None
@@ -76,11 +87,12 @@ class ProcessExecutor:
         """Start the children; they build their objectives while the search goes on."""
         self.close()
         self._names, self._timeout = tuple(objective.name for objective in objectives), timeout
+        self._unbuilt = None
         self._children = [self._spawned() for _ in range(self._workers)]
 
     def submit(self, architecture: Architecture) -> None:
         """Give the architecture to an idle child."""
-        child = next(child for child in self._children if child.architecture is None)
+        child = min((child for child in self._children if child.architecture is None), key=_unready)
         child.architecture = architecture
         if child.ready:
             self._send(child)
@@ -97,8 +109,8 @@ class ProcessExecutor:
             left = None if until is None else until - time.monotonic()
             if outcomes or (left is not None and left <= 0):
                 return outcomes
-            busy = [child.deadline - time.monotonic() for child in self._children if child.deadline is not None]
-            limits = [*busy, *([left] if left is not None else [])]
+            ends = [child.deadline - time.monotonic() for child in self._children if child.deadline is not None]
+            limits = [*ends, *([left] if left is not None else [])]
             # A process that ends closes its pipe, which counts as readable.
             connection.wait([child.pipe for child in self._children], max(0.0, min(limits)) if limits else None)
 
@@ -114,7 +126,7 @@ class ProcessExecutor:
         process = context.Process(target=_serve, args=(theirs, self._build, self._names), name="hf-elastic evaluation")
         process.start()
         theirs.close()
-        return _Child(process, ours)
+        return _Child(process, ours, deadline=time.monotonic() + self._build_timeout)
 
     def _send(self, child: _Child) -> None:
         child.deadline = None if self._timeout is None else time.monotonic() + self._timeout
@@ -130,13 +142,21 @@ class ProcessExecutor:
                 return self._dead(child)
             if kind == _UNUSABLE:
                 raise SearchError(f"a process of executor= has no use for its objectives: {content}")
+            if kind == _RAISED:
+                self._built_nothing(child, f"a process of executor= has no objectives: {content}")
+                return None
+            child.deadline = None
             if kind == _DONE:
-                child.architecture = child.deadline = None
+                child.architecture = None
                 return Outcome(*content)
-            child.ready = True
+            child.ready, self._unbuilt = True, 0
             if child.architecture is not None:
                 self._send(child)
         if child.deadline is None or time.monotonic() < child.deadline:
+            return None
+        if not child.ready:
+            late = f"a process of executor= has no objectives after build_timeout={self._build_timeout:g} seconds"
+            self._built_nothing(child, f"{late}; pass a longer one, or see where build= hangs")
             return None
         assert self._timeout is not None
         return self._replaced(child, too_late(self._timeout))
@@ -146,10 +166,9 @@ class ProcessExecutor:
         code = child.process.exitcode or 0
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
         if not child.ready:
-            raise SearchError(
-                f"a process of executor= ended {how} before it had its objectives; its own words are above. A script "
-                "starts the search below: if __name__ == '__main__':"
-            )
+            cause = f"a process of executor= ended {how} before it had its objectives; its own words are above"
+            self._built_nothing(child, f"{cause}. A script starts the search below: if __name__ == '__main__':")
+            return None
         return self._replaced(child, f"the process of the evaluation ended {how}")
 
     def _replaced(self, child: _Child, failure: str) -> Outcome | None:
@@ -157,10 +176,23 @@ class ProcessExecutor:
         self._children[self._children.index(child)] = self._spawned()
         return None if child.architecture is None else Outcome(child.architecture, None, failure)
 
+    def _built_nothing(self, child: _Child, cause: str) -> None:
+        """Give what the child should have evaluated to another, which may have more luck.
+
+        Raises:
+            SearchError: None ever could build its objectives, or the last few could not.
+        """
+        if self._unbuilt is None or self._unbuilt + 1 >= _MOST_UNBUILT:
+            raise SearchError(cause)
+        self._unbuilt += 1
+        child.end()
+        another = self._children[self._children.index(child)] = self._spawned()
+        another.architecture = child.architecture
+
 
 @dataclass(eq=False)
 class _Child:
-    """A process, the pipe to it, and what it has been given."""
+    """A process, the pipe to it, what it has been given, and until when it has to have built or evaluated it."""
 
     process: BaseProcess
     pipe: Connection
@@ -174,6 +206,10 @@ class _Child:
         self.process.join()
 
 
+def _unready(child: _Child) -> bool:
+    return not child.ready
+
+
 def _serve(pipe: Connection, build: ObjectivesFactory, names: tuple[str, ...]) -> None:
     """Evaluate what comes through the pipe until it is closed; runs in a child."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -183,7 +219,7 @@ def _serve(pipe: Connection, build: ObjectivesFactory, names: tuple[str, ...]) -
         objectives = check_objectives(build())
     except Exception as error:
         reason = str(error).split("\n", 1)[0]
-        pipe.send((_UNUSABLE, f"build raised {type(error).__name__}: {reason}"))
+        pipe.send((_RAISED, f"build raised {type(error).__name__}: {reason}"))
         return
     built = tuple(objective.name for objective in objectives)
     if built != names:

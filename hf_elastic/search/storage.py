@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -41,11 +41,21 @@ _FAILURE = "hf_elastic:failure"  # trial attribute: cause of a failed evaluation
 _STUDY_ATTRS = "hf_elastic:study_attrs"  # trial attribute: what the sampler changed at the study
 _SQLITE_TIMEOUT = 120.0  # seconds to wait for another process that is writing
 _RENEWALS_PER_LEASE = 4
-_MOST_OWNERS = 5  # processes that one architecture may take down before it counts as failed
+_MOST_LOST = 5  # processes that one architecture may take down before it counts as failed
 _MAX_FAILURE = 500  # characters
 _POSTGRES = "postgresql+psycopg"
 _OPENINGS = 8
 _RETRIES = (0.1, 5.0)  # seconds: first and longest pause while a server is away
+# What keeps a connection that died without a word (a switch, a lost node) from being waited for: seconds, but the last.
+_LIBPQ = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,  # milliseconds
+}
+_CROWDED_WORDS = ("too many clients", "too many connections", "remaining connection slots", "starting up")
 _RACE_WORDS = ("already exists", "UNIQUE", "unique", "Duplicate", "locked")
 # Optuna says RuntimeError to tables of another version and ImportError to a missing database driver; the last
 # three come from contents that are not what we or Optuna wrote.
@@ -77,6 +87,7 @@ class DatabaseJournal:
         planned: Evaluations planned; it counts when this search is the one that makes the study.
         study_name: Which of the searches in the database.
         lease_seconds: How long a claim holds when its process on another host stops renewing it.
+        sleep: What to wait with while a server is away or has no connection left.
 
     Raises:
         StorageError: The database is unreachable, unreadable, or holds another search under this name.
@@ -91,28 +102,30 @@ class DatabaseJournal:
         planned: int,
         study_name: str | None,
         lease_seconds: float,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._shown_url = _checked_url(url)
+        self._sleep = sleep
         self._encoding = encoding
         self._lease_seconds = lease_seconds
         self._read: set[str] = set()
         self._trials_read = 0
         name = study_name or DEFAULT_STUDY_NAME
         with self._errors("opened"):
-            self._storage = _open_database(url)
+            self._storage = self._first_or_not(lambda: _open_database(url))
             self._study = self._open_study(name, identity, planned=planned)
             self.planned = int(self._study.user_attrs[_PLANNED])
             study_id = self._storage.get_study_id_from_name(name)
             engine = self._storage.engine
-            self._claims = _first_or_not(lambda: ClaimTable(engine, study_id, lease_seconds=lease_seconds))
+            self._claims = self._first_or_not(lambda: ClaimTable(engine, study_id, lease_seconds=lease_seconds))
 
     def read(self) -> list[Record]:
         """Return the records that finished since the last call, by number."""
         return self._talk("read", self._new_records)
 
-    def adopt(self) -> Proposal | None:
+    def adopt(self, held: Collection[str] = ()) -> Proposal | None:
         """Take over the claim of an owner that is gone; close claims whose outcome is already recorded."""
-        return self._talk("read", self._adopted)
+        return self._talk("read", lambda: self._adopted(held))
 
     def claim(self, proposal: Proposal, *, budget: int, after: int | None = None) -> bool:
         """Claim an architecture; see :meth:`~hf_elastic.search.journal.Journal.claim`."""
@@ -121,7 +134,7 @@ class DatabaseJournal:
                 "indices": self._encoding.space.encode(proposal.architecture),
                 "trial_attrs": proposal.trial_attrs,
                 "study_attrs": proposal.study_attrs,
-                "owners": 1,
+                "lost": 0,
             }
         )
         digest = proposal.architecture.digest
@@ -175,16 +188,17 @@ class DatabaseJournal:
         self._talk("written", lambda: self._record_own(digest, trial))
 
     def release(self, proposal: Proposal) -> None:
-        """Give up the claim without an outcome."""
+        """Hand the claim back without an outcome: whoever looks next adopts it."""
         with self._errors("written"):
-            self._claims.remove(proposal.architecture.digest)
+            self._claims.hand_back(proposal.architecture.digest)
 
     def rest(self) -> None:
         """Free the connections for a while: a thousand workers that evaluate shall not hold a thousand of them."""
         self._storage.engine.dispose()
 
     def close(self) -> None:
-        """Free the connections."""
+        """Free the connections, and what is still claimed."""
+        self._claims.close()
         self._storage.remove_session()
         self._storage.engine.dispose()
 
@@ -239,8 +253,26 @@ class DatabaseJournal:
                 if not isinstance(found, _Away):
                     return found
                 self.rest()
-                time.sleep(pause)
+                self._sleep(pause)
                 pause = min(2 * pause, _RETRIES[1])
+
+    def _first_or_not(self, make: Callable[[], _T]) -> _T:
+        """Return what ``make`` returns, which makes tables unless they are there.
+
+        Processes that start together race to make them; the loser finds them at its next look. A server that has no
+        connection left, as it may be when many start at once, is asked for as long as a lease holds.
+        """
+        races, until, pause = 0, time.monotonic() + self._lease_seconds, _RETRIES[0]
+        while True:
+            try:
+                return make()
+            except (IntegrityError, OperationalError, ProgrammingError, StorageInternalError) as error:
+                crowded = any(word in str(error) for word in _CROWDED_WORDS) and time.monotonic() < until
+                races += not crowded
+                if not crowded and (races == _OPENINGS or not any(word in str(error) for word in _RACE_WORDS)):
+                    raise
+            self._sleep(pause)
+            pause = min(2 * pause, _RETRIES[1])
 
     @staticmethod
     def _answer(call: Callable[[], _T], *, last: bool) -> _T | _Away:
@@ -265,11 +297,11 @@ class DatabaseJournal:
                 records.append(self._record(trial))
         return records
 
-    def _adopted(self) -> Proposal | None:
+    def _adopted(self, held: Collection[str]) -> Proposal | None:
         for claim in self._claims.open_claims():
             if claim.digest in self._read:
                 self._claims.mark_done(claim.digest)
-            elif is_orphan(claim) and (proposal := self._taken_over(claim)) is not None:
+            elif claim.digest not in held and is_orphan(claim) and (proposal := self._taken_over(claim)) is not None:
                 return proposal
         return None
 
@@ -281,13 +313,13 @@ class DatabaseJournal:
     def _taken_over(self, claim: Claim) -> Proposal | None:
         """Return the proposal of a claim that is ours now; None when it is not, or has cost too many their lives."""
         data = json.loads(claim.payload)
-        owners = data.get("owners", 1)
-        if not self._claims.take_over(claim, json.dumps({**data, "owners": owners + 1})):
+        lost = data["lost"] + (not claim.handed_back)
+        if not self._claims.take_over(claim, json.dumps({**data, "lost": lost})):
             return None
         proposal = self._proposal(claim.payload)
-        if owners < _MOST_OWNERS:
+        if lost < _MOST_LOST:
             return proposal
-        self.finish(proposal, None, f"{owners} processes ended or fell silent while they evaluated it")
+        self.finish(proposal, None, f"{lost} processes ended or fell silent while they evaluated it")
         return None
 
     def _renew_until(self, over: threading.Event, digest: str, limit: float) -> None:
@@ -318,23 +350,10 @@ def _open_database(url: str) -> RDBStorage:
         arguments["connect_args"] = {"timeout": _SQLITE_TIMEOUT}
     if parsed.drivername == "postgresql":  # for which SQLAlchemy 2.0 takes another driver than 2.1
         parsed = parsed.set(drivername=_POSTGRES)
-    shown_to_driver = parsed.render_as_string(hide_password=False)
-    return _first_or_not(lambda: RDBStorage(shown_to_driver, engine_kwargs=arguments))
-
-
-def _first_or_not(make: Callable[[], _T]) -> _T:
-    """Return what ``make`` returns, which makes tables unless they are there.
-
-    Processes that start together race to make them; the loser finds them at its next look.
-    """
-    for attempt in range(1, _OPENINGS + 1):
-        try:
-            return make()
-        except (IntegrityError, OperationalError, ProgrammingError, StorageInternalError) as error:
-            if attempt == _OPENINGS or not any(word in str(error) for word in _RACE_WORDS):
-                raise
-            time.sleep(0.1 * attempt)
-    raise AssertionError("unreachable")
+    if parsed.drivername == _POSTGRES:
+        given = {name: value for name, value in _LIBPQ.items() if name not in parsed.query}
+        arguments["connect_args"] = given
+    return RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=arguments)
 
 
 def _is_outage(error: BaseException) -> bool:

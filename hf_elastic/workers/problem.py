@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_elastic.errors import SearchError
+from hf_elastic.errors import ElasticError, SearchError
 from hf_elastic.search.objective import Objective, check_objectives
 from hf_elastic.space import SearchSpace
 
@@ -41,7 +42,8 @@ def problem_of(source: str, *, within: Mapping[str, float] | None = None) -> Pro
         within: limits of the search.
 
     Raises:
-        SearchError: the source is neither, or the function returns something else.
+        SearchError: the source is neither, its module cannot be imported, or the function raises or returns something
+            else.
         CheckpointError: the run has no trained supernet, or its data is gone or another.
     """
     if Path(source).is_dir():
@@ -73,12 +75,16 @@ def _of_function(module: str, function: str) -> Problem:
         sys.path.insert(0, here)  # a console script has its own folder there, not the user's
     try:
         made: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise SearchError(f"{module}:{function} cannot be imported: {reason}") from error
+    except Exception as error:  # a module of the user's: what it does while it is imported may go wrong in any way
+        raise SearchError(f"{module}:{function} cannot be imported: {_said(error)}") from error
     if not callable(made):
         raise SearchError(f"{module}:{function} is a {type(made).__name__}, not a function")
-    returned = made()
+    try:
+        returned = made()
+    except ElasticError:
+        raise
+    except Exception as error:
+        raise SearchError(f"{module}:{function} raised {_said(error)}") from error
     pair = tuple(returned) if isinstance(returned, Sequence) else ()
     if len(pair) != 2 or not isinstance(pair[0], SearchSpace) or not isinstance(pair[1], Iterable):
         raise SearchError(
@@ -86,3 +92,12 @@ def _of_function(module: str, function: str) -> Problem:
             "such as supernet.space, and a list of objectives"
         )
     return Problem(pair[0], check_objectives(tuple(pair[1])), "function")
+
+
+def _said(error: Exception) -> str:
+    """The kind of an error, its first line, and where in the user's code it was raised."""
+    text = str(error).split("\n", 1)[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if Path(frame.filename).is_relative_to(os.getcwd())]
+    place = f" ({Path(users[-1].filename).name}, line {users[-1].lineno})" if users else ""
+    return f"{type(error).__name__}: {text}{place}"

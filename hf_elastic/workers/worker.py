@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from hf_elastic.errors import SearchError
+from hf_elastic.files import require_writable
 from hf_elastic.search import SearchResult, search_subnets
 from hf_elastic.search.executors import Executor, LocalExecutor, Outcome
 from hf_elastic.search.objective import Objective
@@ -66,9 +67,12 @@ def work(options: WorkerOptions, *, say: Callable[[str], None] = print) -> Searc
         say: where lines about it go.
 
     Raises:
+        CheckpointError: the file for the result could not be written.
         ElasticError: what :func:`hf_elastic.workers.problem.problem_of` and :func:`hf_elastic.search_subnets` raise.
     """
     began = time.monotonic()
+    if options.result is not None:
+        require_writable(Path(options.result))
     problem = problem_of(options.source, within=options.within)
     executor = _Told(_executor(options), [objective.name for objective in problem.objectives], say)
     say(f"worker {socket.gethostname()}:{os.getpid()} in study {options.study!r}, {len(problem.space)} choices")
@@ -105,6 +109,10 @@ class _Told:
     @property
     def workers(self) -> int:
         return self._inner.workers
+
+    @property
+    def blocks(self) -> bool:
+        return self._inner.blocks
 
     def start(self, objectives: Sequence[Objective], *, timeout: float | None) -> None:
         self._inner.start(objectives, timeout=timeout)

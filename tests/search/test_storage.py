@@ -1,21 +1,26 @@
 """Searches in a database: killed and started again, shared by processes, foreign, corrupt."""
 
+import itertools
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
+from sqlalchemy.exc import OperationalError
 
 import hf_elastic
 from hf_elastic.errors import SearchError, StorageError
 from hf_elastic.search import Objective, SearchResult, search_subnets
 from hf_elastic.search import engine as search_engine
+from hf_elastic.search import storage as storage_module
 from hf_elastic.search.claims import ClaimTable, is_gone, owner_name
 from hf_elastic.search.identity import Identity
 from hf_elastic.search.journal import Proposal
@@ -115,8 +120,77 @@ def test_a_claim_belongs_to_one_owner_and_the_budget_to_all(tmp_path):
     assert not one.claim(Proposal(space.midpoint()), budget=2)
     assert one.is_full(2) and not one.is_full(3)
     one.release(largest)
-    assert not one.is_full(2)
-    assert one.claim(Proposal(space.midpoint()), budget=2)
+    assert one.is_full(2) and not one.claim(Proposal(space.midpoint()), budget=2)  # it is the next one's to evaluate
+    assert other.adopt() == largest and one.adopt() is None
+
+
+def test_a_process_does_not_adopt_what_it_evaluates_itself(tmp_path):
+    slow = journal(tmp_path / "s.db", lease_seconds=0.02)
+    space, _ = widths_problem(layers=5)
+    proposal = Proposal(space.largest())
+    assert slow.claim(proposal, budget=1)
+    time.sleep(0.1)
+    assert slow.adopt({proposal.architecture.digest}) is None
+    assert slow.adopt() == proposal
+
+
+def test_a_search_takes_over_what_is_handed_back_while_it_waits_for_the_last(tmp_path):
+    space, objectives = widths_problem(layers=5)
+    options = {
+        "algorithm": "random",
+        "evaluations": 5,
+        "seed": 0,
+        "progress": False,
+        "storage": url_of(tmp_path / "s.db"),
+    }
+    alone = search_subnets(space, objectives, **{**options, "storage": None})
+    other = DatabaseJournal(
+        options["storage"],
+        TrialEncoding(space),
+        Identity(space, objectives, 0, "random"),
+        planned=5,
+        study_name=None,
+        lease_seconds=600.0,
+    )
+    begun = [Proposal(one.architecture) for one in alone.evaluations]
+    assert all(other.claim(proposal, budget=5) for proposal in begun)
+    for proposal, evaluation in zip(begun[:-1], alone.evaluations, strict=False):
+        other.finish(proposal, tuple(evaluation.values[o.name] for o in objectives), None)
+    handing = threading.Timer(0.5, other.release, [begun[-1]])
+    handing.start()
+    assert search_subnets(space, objectives, **options) == alone
+    handing.join()
+
+
+def test_the_late_record_of_a_claim_that_was_handed_back_since_ends_no_search_in_a_wait(tmp_path, monkeypatch):
+    """Its owner fell silent, another took it over and was ended; then the first one comes back with its outcome."""
+    space, objectives = widths_problem(layers=5)
+    identity = Identity(space, objectives, 0, "random")
+    options = {"planned": 6, "study_name": None}
+    url = url_of(tmp_path / "s.db")
+    late = DatabaseJournal(url, TrialEncoding(space), identity, lease_seconds=0.02, **options)
+    ended = DatabaseJournal(url, TrialEncoding(space), identity, lease_seconds=600.0, **options)
+    alone = search_subnets(space, objectives, algorithm="random", evaluations=6, seed=0, progress=False)
+    first = Proposal(alone.evaluations[0].architecture)
+    assert late.claim(first, budget=6)
+    time.sleep(0.1)
+    assert ended.adopt() == first
+    with monkeypatch.context() as patched:  # it asked whether the claim is its own just before that
+        patched.setattr(ClaimTable, "is_mine", lambda table, digest: True)
+        patched.setattr(ClaimTable, "mark_done", lambda table, digest: ended.release(first))
+        late.finish(first, tuple(alone.evaluations[0].values[o.name] for o in objectives), None)
+    storage = {"storage": url, "progress": False}
+    assert search_subnets(space, objectives, algorithm="random", evaluations=6, seed=0, **storage) == alone
+
+
+def test_to_be_handed_back_counts_against_no_architecture(tmp_path):
+    journals = [journal(tmp_path / "s.db") for _ in range(9)]
+    space, _ = widths_problem(layers=5)
+    proposal = Proposal(space.largest())
+    assert journals[0].claim(proposal, budget=1)
+    for before, after in itertools.pairwise(journals):
+        before.release(proposal)
+        assert after.adopt() == proposal
 
 
 def test_an_expired_claim_is_taken_over_and_its_old_owner_records_nothing(tmp_path):
@@ -154,8 +228,37 @@ def test_only_owners_whose_process_ended_are_gone():
     mine = owner_name()
     assert not is_gone(mine)
     host, process_id, started, nonce = mine.rsplit("|", 3)
-    assert is_gone(f"{host}|{process_id}|{float(started) - 5:.2f}|{nonce}")  # the process id was given out again
-    assert not is_gone(f"elsewhere|{process_id}|1.00|{nonce}")
+    assert is_gone(f"{host}|{process_id}|{float(started) - 5}|{nonce}")  # the process id was given out again
+    assert not is_gone(f"elsewhere|{process_id}|1|{nonce}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the start is known by the clock only")
+def test_a_clock_that_is_set_ends_no_process_and_another_boot_is_another_host(monkeypatch):
+    mine = owner_name()
+    began = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began(process) + 60.0)
+    assert not is_gone(mine)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert mine.count(boot) == 1
+    host, process_id, _, nonce = mine.rsplit("|", 3)
+    image = host.replace(boot, "another start of a machine with this name")
+    assert not is_gone(f"{image}|{process_id}|1|{nonce}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_process_that_was_killed_is_gone_before_its_parent_asks():
+    code = f"{BARE_PACKAGE} from hf_elastic.search.claims import owner_name; print(owner_name(), flush=True); input()"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    owner = process.stdout.readline().strip()
+    assert not is_gone(owner)
+    process.kill()
+    until = time.monotonic() + 60
+    while not is_gone(owner) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert is_gone(owner) and Path(f"/proc/{process.pid}").exists()
+    process.communicate()
+    assert is_gone(owner)
 
 
 def test_a_failed_evaluation_is_stored_with_its_cause_and_not_repeated(tmp_path):
@@ -373,15 +476,42 @@ def test_an_unusable_storage_is_one_line_before_anything_is_evaluated(tmp_path, 
     assert "\n" not in message and "secret" not in message and len(message) < 500
 
 
-def test_slots_freed_by_an_interruption_are_used_again(tmp_path):
+def test_a_claim_that_is_handed_back_keeps_its_slot(tmp_path):
     storage = optuna.storages.RDBStorage(url_of(tmp_path / "s.db"))
     claims = ClaimTable(storage.engine, 1, lease_seconds=60.0)
     assert [claims.insert(str(i), "{}", budget=3) for i in range(4)] == [True, True, True, False]
-    claims.remove("1")
-    assert claims.insert("4", "{}", budget=3)
-    assert [claim.digest for claim in claims.open_claims()] == ["0", "4", "2"]
+    claims.hand_back("1")
+    assert [(one.digest, one.handed_back, one.expired) for one in claims.open_claims()] == [
+        ("0", False, False),
+        ("1", True, True),
+        ("2", False, False),
+    ]
+    other = ClaimTable(storage.engine, 1, lease_seconds=60.0)
+    assert other.take_over(claims.open_claims()[1], "{}") and not claims.is_mine("1")
     claims.mark_done("0")
     assert claims.count() == 3 and not claims.insert("5", "{}", budget=3)
+    assert claims.slots() == {"0": 0, "1": 1, "2": 2}
+
+
+def test_a_server_without_a_free_connection_is_asked_again_and_a_signal_ends_that(tmp_path, monkeypatch):
+    space, objectives = widths_problem(layers=5)
+    options = {"evaluations": 5, "storage": url_of(tmp_path / "s.db"), "progress": False}
+    opened, calls = storage_module._open_database, []
+
+    def crowded(url):
+        calls.append(url)
+        if len(calls) <= 3:
+            raise OperationalError("connect", {}, Exception("FATAL:  sorry, too many clients already"))
+        return opened(url)
+
+    monkeypatch.setattr(storage_module, "_open_database", crowded)
+    assert len(search_subnets(space, objectives, **options).evaluations) == 5 and len(calls) == 4
+    monkeypatch.setattr(storage_module, "_open_database", lambda url: crowded(calls.clear()))
+    alarm = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM])
+    alarm.start()
+    with pytest.raises(SystemExit):
+        search_subnets(space, objectives, **options)
+    alarm.join()
 
 
 def test_stored_values_and_architectures_are_readable_with_optuna(tmp_path):

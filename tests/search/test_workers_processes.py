@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,18 @@ from hf_elastic.errors import ActivationError, SearchError
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.search.processes import ProcessExecutor
 from tests.training.tiny_training import bert_supernet
-from tests.workers.searching import dying, evaluated, hanging, logged, objectives, problem, raising
+from tests.workers.searching import (
+    die,
+    dying,
+    evaluated,
+    hang,
+    hanging,
+    logged,
+    objectives,
+    problem,
+    raising,
+    unreliable,
+)
 
 
 @pytest.mark.slow
@@ -55,6 +67,30 @@ def test_an_evaluation_that_dies_or_hangs_fails_alone(build: partial[list[Object
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("trouble", "limit"), [(die, 1800.0), (raising, 1800.0), (hang, 20.0)])
+def test_a_process_in_place_of_a_dead_one_may_fail_to_build_but_not_three_times(
+    tmp_path: Path, trouble: Callable[[], None], limit: float
+) -> None:
+    options = {"algorithm": "random", "evaluations": 9, "seed": 3, "progress": False}
+    alone = search_subnets(*problem(), **options)
+    for numbers, ends in (((2, 3), False), ((2, 3, 4), True), ((1,), True)):
+        folder = tmp_path / str(numbers)
+        folder.mkdir()
+        build = partial(unreliable, str(folder), trouble, numbers=numbers)
+        executor = ProcessExecutor(build, workers=1, build_timeout=limit)
+        if ends:
+            with pytest.raises(SearchError, match="before it had its objectives|has no objectives") as caught:
+                search_subnets(*problem(), executor=executor, **options)
+            assert "\n" not in str(caught.value)
+        else:
+            result = search_subnets(*problem(), executor=executor, **options)
+            (failure,) = result.failures
+            assert failure.cause == "the process of the evaluation ended by signal SIGKILL"
+            assert result.evaluations == tuple(e for e in alone.evaluations if e.architecture != failure.architecture)
+        assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
 def test_what_a_process_cannot_use_ends_the_search_in_one_line() -> None:
     for build, words in (
         (raising, "build raised OSError: no weights here"),
@@ -77,6 +113,9 @@ def test_unusable_arguments_are_named() -> None:
     for workers in (0, 1.5, True):
         with pytest.raises(SearchError, match="is not a positive integer"):
             ProcessExecutor(objectives, workers=workers)  # type: ignore[arg-type]
+    for seconds in (0, -1.0, float("inf"), "1"):
+        with pytest.raises(SearchError, match="build_timeout="):
+            ProcessExecutor(objectives, workers=1, build_timeout=seconds)  # type: ignore[arg-type]
     executor = ProcessExecutor(objectives, workers=1)
     for options, word in (({"executor": executor}, "executor="), ({"timeout": 3.0}, "timeout=")):
         with pytest.raises(SearchError, match=word):

@@ -76,6 +76,30 @@ def hang() -> None:
 dying, hanging = partial(troubled, die), partial(troubled, hang)
 
 
+def unreliable(folder: str, trouble: Callable[[], None], *, numbers: tuple[int, ...]) -> list[Objective]:
+    """Objectives of which one evaluation kills; the builds with these numbers get into trouble, counted from 1."""
+    made = Path(folder)
+    number = next(number for number in range(1, 100) if _is_first(made / str(number)))
+    if number in numbers:
+        trouble()
+    loss, cost = objectives()
+
+    def function(architecture: Architecture) -> float:
+        if _is_first(made / "killed"):
+            die()
+        return float(loss.function(architecture))
+
+    return [Objective("loss", function), cost]
+
+
+def _is_first(path: Path) -> bool:
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def raising() -> list[Objective]:
     """No objectives."""
     raise OSError("no weights here")

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hf_elastic.errors import ElasticError, SearchError, StorageError
+from hf_elastic.errors import CheckpointError, ElasticError, SearchError, StorageError
 from hf_elastic.search import SearchResult, search_subnets
 from hf_elastic.workers import WorkerOptions, problem_of, work
 from hf_elastic.workers.command import worker_command
@@ -77,6 +77,42 @@ def test_a_source_that_is_no_problem_is_named(source: str, words: str, monkeypat
     with pytest.raises(SearchError, match=words) as caught:
         problem_of(source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "def make():\n    raise OSError('no weights\\nhere')",
+            r"mine:make raised OSError: no weights \(mine.py, line 2\)",
+        ),
+        ("def make(:", r"mine:make cannot be imported: SyntaxError: .*mine.py, line 1"),
+        ("import no_such_module_here", "No module named 'no_such_module_here'"),
+        ("1 / 0", r"ZeroDivisionError: division by zero \(mine.py, line 1\)"),
+    ],
+)
+def test_what_a_module_of_the_user_raises_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    with pytest.raises(SearchError, match=words) as caught:
+        problem_of("mine:make")
+    assert "\n" not in str(caught.value)
+    sys.modules.pop("mine", None)
+    sys.path.remove(str(tmp_path))
+
+
+def test_a_result_that_cannot_be_written_is_said_before_anything_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    for place, words in ((tmp_path, "it is a folder"), (tmp_path / "file/front.json", "is no folder")):
+        with pytest.raises(CheckpointError, match=words):
+            run(PROBLEM, "--storage", f"sqlite:///{tmp_path / 's.db'}", "--result", str(place))
+    assert not (tmp_path / "s.db").exists()
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

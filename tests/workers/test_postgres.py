@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from tests.workers.searching import evaluated, problem, start, wait_for
 
 def open_claims(server: PostgresServer, url: str) -> int:
     database = url.rpartition("/tester@/")[2].partition("?")[0] or url.partition("@/")[2].partition("?")[0]
-    ((count,),) = server.query(database, "select count(*) from hf_elastic_claims where not done")
+    ((count,),) = server.query(database, "select count(*) from hf_elastic_claims where not done and lease_until > 0")
     return int(count)
 
 
@@ -101,13 +103,37 @@ def test_a_search_outlives_a_restart_of_its_server(postgres: PostgresServer) -> 
             threading.Timer(1.0, lambda: (postgres.start(), restarted.set())).start()
         return float(loss.function(architecture))  # type: ignore[arg-type]
 
-    from dataclasses import replace
-
     result = search_subnets(
         space, [replace(loss, function=interrupted), cost], evaluations=10, storage=url, seed=3, progress=False
     )
     assert restarted.wait(timeout=30) and calls == 10
     assert result == search_subnets(space, [loss, cost], evaluations=10, seed=3, progress=False)
+
+
+def test_sigterm_does_not_wait_for_a_server_that_is_away(postgres: PostgresServer) -> None:
+    url = postgres.new_database()
+    space, (loss, cost) = problem()
+    calls = 0
+
+    def interrupted(architecture: object) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            postgres.stop()
+            threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        return float(loss.function(architecture))  # type: ignore[arg-type]
+
+    goals, options = [replace(loss, function=interrupted), cost], {"evaluations": 6, "seed": 3, "progress": False}
+    began = time.monotonic()
+    try:
+        with pytest.raises(SystemExit):
+            search_subnets(space, goals, storage=url, **options)  # type: ignore[arg-type]
+    finally:
+        postgres.start()
+    assert time.monotonic() - began < 60
+    alone = search_subnets(space, [loss, cost], **options)  # type: ignore[arg-type]
+    assert search_subnets(space, goals, storage=url, **options) == alone  # type: ignore[arg-type]
+    assert calls == 7  # the third one again
 
 
 def test_leases_go_by_the_clock_of_the_server(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +159,6 @@ def test_no_connection_is_held_during_an_evaluation(postgres: PostgresServer) ->
         ((count,),) = postgres.query("postgres", f"select count(*) from pg_stat_activity where datname = '{database}'")
         held.append(count)
         return float(loss.function(architecture))  # type: ignore[arg-type]
-
-    from dataclasses import replace
 
     search_subnets(space, [replace(loss, function=counting), cost], evaluations=6, storage=url, progress=False)
     assert held == 6 * [0]

@@ -48,7 +48,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_a_task_that_gets_sigterm_hands_its_evaluation_back_and_queues_itself_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_task_hands_its_evaluation_back_and_queues_itself_again_if_its_time_is_over(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     (tmp_path / "mine.py").write_text(
         "from tests.workers.searching import logged, problem\n"
@@ -56,17 +59,20 @@ def test_a_task_that_gets_sigterm_hands_its_evaluation_back_and_queues_itself_ag
     )
     task = start(tmp_path, "mine:make")
     wait_for(lambda: evaluated(log))
-    task.send_signal(signal.SIGTERM)
+    task.send_signal(number)
     errors = task.communicate(timeout=60)[1]
-    assert task.returncode == 0 and (tmp_path / "requeued").read_text() == "requeue 7_3\n", errors
     with sqlite3.connect(tmp_path / "s.db") as database:
-        assert database.execute("select count(*) from hf_elastic_claims").fetchall() == [(0,)]
-    (tmp_path / "requeued").unlink()
+        assert database.execute("select lease_until from hf_elastic_claims").fetchall() == [(0.0,)]  # handed back
+    requeued = tmp_path / "requeued"
+    if number == signal.SIGUSR1:
+        assert task.returncode == 0 and requeued.read_text() == "requeue 7_3\n", errors
+        requeued.unlink()
+    assert task.returncode == (0 if number == signal.SIGUSR1 else 143), errors
     gate.touch()
     again = start(tmp_path, "mine:make")
     errors = again.communicate(timeout=120)[1]
     assert again.returncode == 0, errors
-    assert not (tmp_path / "requeued").exists() and len(evaluated(log)) == 5
+    assert not requeued.exists() and len(evaluated(log)) == 5
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
