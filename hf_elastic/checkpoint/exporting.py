@@ -27,7 +27,7 @@ from hf_elastic.models.elastic_routers import routers_of
 from hf_elastic.packed_format import integer_bits, quantised_layers, write_weights
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Loadability, Supernet
-from hf_elastic.supernet_folder import save_generation_config, write_code
+from hf_elastic.supernet_folder import parent_of, save_generation_config, write_code
 
 ARCHITECTURE_FILE = "architecture.json"
 _ROUNDED_AGAIN = 10  # W + s B A is rounded where W x + s B A x was not; stock peft's merge differs as much
@@ -266,7 +266,7 @@ def _record(supernet: Supernet, architecture: Architecture, form: Loadability) -
         "space_digest": supernet.space.digest,
         "loadability": form,
         "family": supernet.base.config.model_type,
-        "parent": str(supernet.base.config._name_or_path),
+        "parent": parent_of(supernet.base),
         "layer_order": list(supernet.layer_order),
         "layers": [asdict(shape) for shape in shapes],
         "parameters": costs.parameters(supernet, architecture),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from hf_elastic.checkpoint.companions import MODULES
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE
-from hf_elastic.errors import CheckpointError
+from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.files import read_json
 from hf_elastic.routers_folder import ROUTERS_FILE
 from hf_elastic.supernet_folder import SPACE_FILE
@@ -115,6 +116,26 @@ def recognise(folder: str | Path) -> Artefact:
         for name in (CONFIG_FILE, ADAPTER_CONFIG, ARCHITECTURE_FILE, ROUTERS_FILE, SPACE_FILE)
     )
     return Artefact(place, kind, config, adapter, architecture, routers, space)
+
+
+@contextmanager
+def written_by_us(folder: Path) -> Iterator[None]:
+    """Turns what a record lacks, or holds in another form than hf_elastic writes, into one line.
+
+    Raises:
+        CheckpointError: the block stumbled over a record.
+    """
+    try:
+        yield
+    except ElasticError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        wrong = f"{reason} is missing" if isinstance(error, KeyError) else reason
+        raise CheckpointError(
+            f"a record in {folder}, or of its run, is not as hf_elastic writes it ({wrong}); write it again, or name "
+            "another run"
+        ) from error
 
 
 def _kind(there: Mapping[str, bool]) -> Kind | None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
 from hf_elastic.costs import count
 from hf_elastic.errors import CheckpointError
-from hf_elastic.hub.artefacts import BASE_FOLDER, CLASSIFIER_FOLDER, Artefact, recognise
+from hf_elastic.hub.artefacts import BASE_FOLDER, CLASSIFIER_FOLDER, Artefact, recognise, written_by_us
 from hf_elastic.hub.layers import layer_table
 from hf_elastic.hub.markdown import code, prose, table
 from hf_elastic.hub.metadata import card_data
 from hf_elastic.hub.methods import Method, method_of
-from hf_elastic.hub.parents import Parent, parent_of
+from hf_elastic.hub.names import without_folders
+from hf_elastic.hub.parents import Parent, named_parent, parent_of
 from hf_elastic.hub.readme import MARKER
 from hf_elastic.hub.runs import Run, run_of
 from hf_elastic.hub.snippets import snippet_of
@@ -96,17 +97,22 @@ def model_card(
 
 def make_card(artefact: Artefact, about: About, *, repo_id: str | None) -> Card:
     """Makes a card, as :func:`model_card` does, and says what it lacks."""
+    with written_by_us(artefact.folder):
+        return _made_card(artefact, about, repo_id=repo_id)
+
+
+def _made_card(artefact: Artefact, about: About, *, repo_id: str | None) -> Card:
     license = about.license
     picture = None if about.figure is None else figure_name(about.figure)
     record, mismatch = run_of(artefact, about.run)
     method = method_of(artefact, None if record is None else record.options)
-    stated = about.base_model or (record.base if record is not None else None) or artefact.stated_base
-    only_taught = method.tag == "elm" and about.base_model is None
-    parent = Parent(None) if only_taught else parent_of(stated, token=about.token)
+    stated = (record.base if record is not None else None) or artefact.stated_base
+    taught = method.tag == "elm" and not stated
+    parent = _parent(artefact, about, stated=stated, taught=taught)
     title = (repo_id or artefact.folder.resolve().name).rpartition("/")[2]
     data = card_data(artefact, method=method, parent=parent, run=record, license=license, title=title)
     where = repo_id or str(artefact.folder)
-    base = parent.name or stated
+    base = parent.name or (stated if repo_id is None else None)
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n{MARKER}",
         f"# {prose(title)}\n\n{prose(method.what)}",
@@ -117,9 +123,27 @@ def make_card(artefact: Artefact, about: About, *, repo_id: str | None) -> Card:
         *([f"## Architecture\n\n{layers}"] if (layers := layer_table(artefact)) else []),
         *_origin(artefact, record),
     ]
-    licensed = license is not None and parent.note is not None and "licence" in parent.note
-    notes = [note for note in (mismatch, None if licensed else parent.note) if note]
+    licensed = license is not None or "license" in parent.data
+    unlicensed = None if licensed else _NO_LICENCE[taught and parent.name is None]
+    notes = [note for note in (mismatch, parent.note, unlicensed) if note]
     return Card("\n\n".join(sections) + "\n", parent.name, tuple(notes))
+
+
+def _parent(artefact: Artefact, about: About, *, stated: str | None, taught: bool) -> Parent:
+    """The model that weights are from: the one that the user names, else the one that the records state."""
+    if about.base_model is not None:
+        return named_parent(about.base_model, token=about.token)
+    if taught:
+        return Parent(None)
+    found = parent_of(stated, beside=artefact.folder, token=about.token)
+    on_it = artefact.kind in ("adapter", "routers")  # these fit their base alone, not what that was made from
+    return replace(found, ancestor=None) if on_it else found
+
+
+_NO_LICENCE = {
+    False: "the licence of the base model is not known: state one by license=",
+    True: "the licence is not known, as a teacher gives none: state one by license=",
+}
 
 
 def figure_name(figure: str | Path) -> str:
@@ -137,10 +161,10 @@ def figure_name(figure: str | Path) -> str:
 def _facts(artefact: Artefact, method: Method, *, parent: Parent, run: Run | None) -> str:
     """The list at the top."""
     record, lines = artefact.architecture, []
-    if method.tag == "elm" and run is not None:
-        lines.append(f"**Teacher:** {code(_public(run.options['teacher']))}")
-    elif parent.name is not None:
-        lines.append(f"**Base model:** [{parent.name}](https://huggingface.co/{parent.name})")
+    if method.tag == "elm" and run is not None and run.options.get("teacher"):
+        lines.append(f"**Teacher:** {code(without_folders(run.options['teacher'], beside=run.file))}")
+    elif (base := parent.name or parent.ancestor) is not None:
+        lines.append(f"**Base model:** [{base}](https://huggingface.co/{base})")
     paper = f", [arXiv:{method.arxiv}](https://arxiv.org/abs/{method.arxiv})" if method.arxiv else ""
     lines.append(f"**Method:** {method.title}{paper}")
     if (size := _space(artefact, run)) is not None:
@@ -150,12 +174,13 @@ def _facts(artefact: Artefact, method: Method, *, parent: Parent, run: Run | Non
     if artefact.bits:
         lines.append(f"**Weights:** {artefact.bits}-bit integers (compressed-tensors)")
     if isinstance(record.get("total_parameters"), int):
-        inner = count(record["parameters"])
-        lines.append(f"**Parameters:** {count(record['total_parameters'])} ({inner} without embeddings)")
+        inner = f" ({count(record['parameters'])} without embeddings)" if record.get("parameters") else ""
+        lines.append(f"**Parameters:** {count(record['total_parameters'])}{inner}")
     if isinstance(record.get("adapter_parameters"), int):
         lines.append(f"**Adapter parameters:** {count(record['adapter_parameters'])}")
     if isinstance(record.get("macs"), int):
-        lines.append(f"**MACs:** {count(record['macs'])} at {record['macs_seq_len']} tokens")
+        length = f" at {record['macs_seq_len']} tokens" if record.get("macs_seq_len") else ""
+        lines.append(f"**MACs:** {count(record['macs'])}{length}")
     if artefact.kind == "model" and (artefact.folder / CLASSIFIER_FOLDER).is_dir():
         lines.append(f"**Classifier:** fine-tuned from it, in `{CLASSIFIER_FOLDER}/`; accuracies are the classifier's")
     if artefact.elastic and artefact.adapter.get("ranks"):
@@ -165,11 +190,6 @@ def _facts(artefact: Artefact, method: Method, *, parent: Parent, run: Run | Non
         choices = {name: value for name, value in artefact.space["elastic_config"].items() if value}
         lines.append(f"**Choices:** {code(json.dumps(choices))}")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _public(stated: Any) -> str:
-    """A model as a reader may see it: its name, or that of its folder."""
-    return Path(str(stated)).name if Path(str(stated)).is_absolute() else str(stated)
 
 
 def _space(artefact: Artefact, run: Run | None) -> str | None:

@@ -22,7 +22,9 @@ def push_command(
     license_name: Annotated[
         str | None, typer.Option("--license", help="Such as apache-2.0; that of the base model's card else.")
     ] = None,
-    figure: Annotated[str | None, typer.Option(help="Picture of the Pareto front, .png or .svg.")] = None,
+    figure: Annotated[
+        str | None, typer.Option(help="Picture of the Pareto front, .png or .svg; drawn of the run's search else.")
+    ] = None,
     overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="Replace a card written by hand.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show files, sizes and the card.")] = False,
 ) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from hf_elastic.errors import CheckpointError, ElasticError
 
+PUSHED_BY = "Pushed by hf-elastic"
+"""Begins the description of our commits, by which a later push knows them."""
+_FILES_AT_ONCE = 256
 _MADE_BY_THE_HUB = {".gitattributes"}
 _REASONS = {
     401: "the token is not accepted; log in by `hf auth login`, or pass token=",
@@ -60,6 +66,38 @@ class Repository:
         except EntryNotFoundError:
             return None
         return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    def ignored(self, sizes: Mapping[str, int], *, create_pr: bool) -> list[str]:
+        """Those of some files that the repository's .gitignore would leave out of a commit, asked by name.
+
+        Args:
+            sizes: bytes of each file, by its path.
+            create_pr: whether the commit would be a pull request.
+        """
+        names, found = sorted(sizes), []
+        revision = quote(self.revision or DEFAULT_REVISION, safe="")
+        for first in range(0, len(names), _FILES_AT_ONCE):
+            asked = names[first : first + _FILES_AT_ONCE]
+            response = http_backoff(
+                "POST",
+                f"{self.api.endpoint}/api/models/{self.repo_id}/preupload/{revision}",
+                json={"files": [{"path": name, "size": sizes[name], "sample": ""} for name in asked]},
+                params={"create_pr": "1"} if create_pr else None,
+                headers=build_hf_headers(token=self.api.token),
+            )
+            hf_raise_for_status(response)
+            found += [str(file["path"]) for file in response.json()["files"] if file.get("shouldIgnore")]
+        return found
+
+    def of_our_pushes(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of some files whose last change was a push of ours; others belong to whoever changed them."""
+        asked = sorted(names)
+        if not asked:
+            return frozenset()
+        commits = self.api.list_repo_commits(self.repo_id, revision=self.head)
+        ours = {commit.commit_id for commit in commits if PUSHED_BY in commit.message}
+        found = self.api.get_paths_info(self.repo_id, asked, revision=self.head, expand=True)
+        return frozenset(file.path for file in found if file.last_commit is not None and file.last_commit.oid in ours)
 
     def remove_if_empty(self) -> None:
         """Undoes what this push made, where nobody has put anything into it."""

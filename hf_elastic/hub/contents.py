@@ -15,7 +15,6 @@ from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.errors import CheckpointError
 from hf_elastic.files import read_json
 from hf_elastic.hub.artefacts import ADAPTER_CONFIG, BASE_FOLDER, CLASSIFIER_FOLDER, CONFIG_FILE, Artefact, recognise
-from hf_elastic.hub.names import hub_name
 from hf_elastic.routers_folder import ROUTERS_FILE, read_routers
 from hf_elastic.routers_folder import WEIGHTS_FILE as ROUTER_WEIGHTS
 from hf_elastic.supernet_folder import SPACE_FILE, read_record
@@ -87,13 +86,13 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _OF_TOKENIZERS = {"name_or_path", "special_tokens_map_file", "tokenizer_file"}  # paths of whoever saved it
 
 
-def replaced_by(name: str) -> bool:
-    """Whether a file of a repository is of a push: one that a later push does not write is removed by it."""
+def may_be_of_a_push(name: str) -> bool:
+    """Whether a file of a repository has a name that pushes give to weights, records and code."""
     return _OURS.fullmatch(name) is not None
 
 
 def without_local_folders(contents: Contents, *, base: str | None) -> Contents:
-    """Records without folders of this machine: by ``base``, or by the name on the Hub, or by nothing."""
+    """Records without folders of this machine: what they call the parent becomes ``base``, its name on the Hub."""
     keys = {
         ADAPTER_CONFIG: "base_model_name_or_path", ROUTERS_FILE: "base", SPACE_FILE: "parent",
         ARCHITECTURE_FILE: "parent", CONFIG_FILE: "_name_or_path",
@@ -107,16 +106,12 @@ def without_local_folders(contents: Contents, *, base: str | None) -> Contents:
         if key is None:
             continue
         data = read_json(file)
-        changed = {entry: _public(data[entry], base=base, key=entry) for entry in (key, "base") if data.get(entry)}
+        nothing = None if key == "base_model_name_or_path" else ""
+        stated = [entry for entry in (key, "base") if isinstance(data.get(entry), str) and data[entry]]
+        changed = {entry: base or nothing for entry in stated}
         if any(data[entry] != value for entry, value in changed.items()):
             rewritten[name] = (json.dumps({**data, **changed}, indent=2) + "\n").encode()
     return replace(contents, rewritten=rewritten)
-
-
-def _public(stated: Any, *, base: str | None, key: str) -> Any:
-    if not isinstance(stated, str):
-        return stated
-    return base or hub_name(stated) or (None if key == "base_model_name_or_path" else "")
 
 
 def _files_of(artefact: Artefact, prefix: str = "") -> Iterator[tuple[str, Path]]:
@@ -220,8 +215,20 @@ def _module_files(folder: Path) -> list[str]:
         inside = [p for p in sorted((folder / path).rglob("*")) if p.suffix in (".json", ".safetensors", ".txt")]
         for file in (p for p in inside if p.suffix == ".safetensors"):
             check_safetensors(file)
+        _check_no_pickle_is_needed(folder, path)
         names += [p.relative_to(folder).as_posix() for p in inside]
     return names
+
+
+def _check_no_pickle_is_needed(folder: Path, path: str) -> None:
+    """Refuses a module whose only weights are a pickle, which is not shared and without which nothing loads it."""
+    pickles = [p for p in sorted((folder / path).rglob("pytorch_model*.bin")) if not [*p.parent.glob("*.safetensors")]]
+    if pickles:
+        raise CheckpointError(
+            f"the only weights of {pickles[0].parent} are {pickles[0].name}, a pickle, which is not shared: save them "
+            f"as safetensors by SentenceTransformer({str(folder)!r}).save_pretrained({str(folder)!r}, "
+            "create_model_card=False)"
+        )
 
 
 def _pictures(folder: Path) -> list[str]:

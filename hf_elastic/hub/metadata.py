@@ -41,8 +41,8 @@ def card_data(
     carried: dict[str, Any] = dict(parent.data)
     if license is not None:
         carried = {key: value for key, value in carried.items() if not key.startswith("license")} | {"license": license}
-    if parent.name is not None:
-        carried |= {"base_model": parent.name, "base_model_relation": relation_of(artefact)}
+    if (base := parent.name or parent.ancestor) is not None:
+        carried |= {"base_model": base, "base_model_relation": relation_of(artefact) if parent.name else "finetune"}
     measured = _measured(artefact, run)
     return ModelCardData(
         **carried,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic.errors import CheckpointError
 from hf_elastic.hub.artefacts import BASE_FOLDER, Artefact
 from hf_elastic.hub.card import About, figure_name, make_card
-from hf_elastic.hub.connection import Repository, connect, one_line, opened, removed_if_it_fails
-from hf_elastic.hub.contents import CARD, Contents, contents_of, replaced_by, without_local_folders
+from hf_elastic.hub.connection import PUSHED_BY, Repository, connect, one_line, opened, removed_if_it_fails
+from hf_elastic.hub.contents import CARD, Contents, contents_of, may_be_of_a_push, without_local_folders
+from hf_elastic.hub.figures import drawn_front
 from hf_elastic.hub.names import checked_repo_id, checked_revision, hub_name
 from hf_elastic.hub.readme import is_handwritten
 from hf_elastic.hub.saving import Thing, missing_companions, staged
@@ -106,7 +108,7 @@ def plan_push(
     checked_repo_id(repo_id)
     with (
         staged(thing, architecture=architecture, model=model, merge=merge, tokenizer=tokenizer) as folder,
-        _ready(folder, repo_id, about, overwrite_card=overwrite_card) as ready,
+        _ready(folder, repo_id, _Wanted(about, overwrite_card)) as ready,
     ):
         return ready.plan
 
@@ -133,9 +135,9 @@ def push_to_hub(
     """Pushes a searched model, a supernet, adapters or routers to the Hugging Face Hub, with a card, in one commit.
 
     What is uploaded is checked first, and only expected files are: weights (safetensors), configs, tokenizer, code,
-    card; never runs, locks or pickles. Folders of this machine do not stand in what is uploaded. Files of an earlier
-    push that are not part of this one are removed in the same commit. A push that fails changes nothing, and leaves no
-    repository that it made.
+    card; never runs, locks or pickles. Folders of this machine do not stand in what is uploaded. Files that an earlier
+    push changed last and that are not part of this one are removed in the same commit; those of others are kept. A push
+    that fails changes nothing, and leaves no repository that it made.
 
     Args:
         thing: a folder that ``export``, ``compress``, ``save_pretrained`` or ``save_routers`` wrote; a ``Supernet``; a
@@ -149,11 +151,13 @@ def push_to_hub(
         architecture: of a ``Supernet``: push this subnet, not all of it.
         model: with it: the subnet made better, as for :func:`hf_elastic.export`.
         merge: with it: what becomes of adapters, as for :func:`hf_elastic.export`.
-        tokenizer: pushed instead of the parent's, of what is no folder.
+        tokenizer: pushed instead of the parent's, of what is no folder; beside adapters and routers only if given.
         run: the run whose numbers the card shows; by default the record inside or beside the folder.
-        base_model: name of the base model on the Hub; needed for adapters and routers on a base in a folder.
+        base_model: name of the base model on the Hub; needed for adapters and routers on a base in a folder. It stands
+            in the card also where this token does not find it, which is said.
         license: stated instead of that of the base model's card.
-        figure: a picture (.png or .svg) of the Pareto front, shown in the card.
+        figure: a picture (.png or .svg) of the Pareto front, shown in the card; by default it is drawn of the run's
+            search, where that lies in ``OUTPUT.run`` and matplotlib is installed (``hf-elastic[report]``).
         overwrite_card: replace a card that someone wrote, in the folder or in the repository.
 
     Raises:
@@ -166,7 +170,7 @@ def push_to_hub(
     api = connect(token)
     with (
         staged(thing, architecture=architecture, model=model, merge=merge, tokenizer=tokenizer) as folder,
-        _ready(folder, repo_id, about, overwrite_card=overwrite_card) as ready,
+        _ready(folder, repo_id, _Wanted(about, overwrite_card)) as ready,
     ):
         repository = opened(api, repo_id, private=private, revision=revision, create_pr=create_pr)
         message = commit_message or f"Push {ready.plan.kind} by hf-elastic"
@@ -175,43 +179,64 @@ def push_to_hub(
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    """What is wanted of a card; ``drawn``: its figure was made for it, and does not go without it."""
+
+    about: About
+    overwrite_card: bool
+    drawn: bool = False
+    notes: tuple[str, ...] = ()
+
+    def with_front(self, artefact: Artefact, aside: Path) -> _Wanted:
+        """The same with the front of the run, drawn into a folder, where a card of ours would show it."""
+        if self.about.figure is not None or _own_card(artefact, overwrite_card=self.overwrite_card) is not None:
+            return self
+        picture, note = drawn_front(artefact, self.about.run, into=aside)
+        about = replace(self.about, figure=picture)
+        return replace(self, about=about, drawn=picture is not None, notes=(note,) if note else ())
+
+
+@dataclass(frozen=True)
 class _Ready:
     """A plan and what it is made of."""
 
     plan: PushPlan
     contents: Contents
-    about: About
-    overwrite_card: bool
+    wanted: _Wanted
 
     def named(self, repo_id: str) -> _Ready:
         """The same for a name with its namespace, which the card shows."""
         if repo_id == self.plan.repo_id:
             return self
-        return _made_ready(self.contents, repo_id, self.about, overwrite_card=self.overwrite_card)
+        return _made_ready(self.contents, repo_id, self.wanted)
 
     def push(self, repository: Repository, *, message: str, create_pr: bool) -> PushReport:
         """Uploads everything in one commit on the one that was read."""
         with_card, kept = self._card_for(repository)
         sources: dict[str, str | bytes] = {name: str(file) for name, file in self.contents.files.items()}
         sources |= self.contents.rewritten
-        if self.about.figure is not None:
-            sources[figure_name(self.about.figure)] = str(Path(self.about.figure).expanduser())
+        figure = self.wanted.about.figure
+        if figure is not None and (with_card or not self.wanted.drawn):
+            sources[figure_name(figure)] = str(Path(figure).expanduser())
         if with_card:
             sources[CARD] = self.plan.card.encode()
-        removed = sorted(name for name in repository.files - sources.keys() if replaced_by(name))
+        sizes = {name: self.plan.files[name] for name in sources}
+        _check_nothing_is_ignored(repository, sizes, create_pr=create_pr)
+        old = {name for name in repository.files - sources.keys() if may_be_of_a_push(name)}
+        removed = sorted(repository.of_our_pushes(old))
+        kept += _kept_of_others(repository, old - set(removed), sources.keys())
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in sources.items()),
             *(CommitOperationDelete(path_in_repo=name) for name in removed),
         ]
         done = repository.api.create_commit(
-            repository.repo_id, operations, commit_message=message, revision=repository.revision, create_pr=create_pr,
-            parent_commit=repository.head,
+            repository.repo_id, operations, commit_message=message,
+            commit_description=f"{PUSHED_BY} {version('hf-elastic')}", revision=repository.revision,
+            create_pr=create_pr, parent_commit=repository.head,
         )  # fmt: skip
         notes = [*self.plan.notes, *kept]
         if done.oid == repository.head:
             notes.append("nothing has changed since the last push")
-        if not create_pr:
-            _check_arrived(repository, done, frozenset(sources))
         return PushReport(
             repository.repo_id, str(done.pr_url or done.commit_url), str(done.oid), tuple(sources), tuple(removed),
             self.plan.left_out, tuple(notes),
@@ -220,7 +245,7 @@ class _Ready:
     def _card_for(self, repository: Repository) -> tuple[bool, list[str]]:
         """Whether the card is uploaded, and what is said about the one that is there."""
         there = repository.text(CARD)
-        if self.overwrite_card or there is None or not is_handwritten(there) or there == self.plan.card:
+        if self.wanted.overwrite_card or there is None or not is_handwritten(there) or there == self.plan.card:
             return True, []
         if self.plan.handwritten:
             raise CheckpointError(
@@ -230,54 +255,80 @@ class _Ready:
         return False, [f"{CARD} on the Hub is written by hand and was kept; overwrite_card=True replaces it"]
 
 
-def _check_arrived(repository: Repository, done: CommitInfo, wanted: frozenset[str]) -> None:
-    """Refuses a commit that the repository's .gitignore took files out of."""
-    missing = sorted(wanted - set(repository.api.list_repo_files(repository.repo_id, revision=done.oid)))
-    if missing:
+def _check_nothing_is_ignored(repository: Repository, sizes: Mapping[str, int], *, create_pr: bool) -> None:
+    """Refuses, before anything is sent, a repository whose .gitignore would take files out of the commit."""
+    if ignored := repository.ignored(sizes, create_pr=create_pr):
         raise CheckpointError(
-            f"{repository.repo_id} does not hold {', '.join(missing)} after the push: its .gitignore leaves them out; "
-            "correct it and push again"
+            f"the .gitignore of {repository.repo_id} leaves out {', '.join(ignored)}; correct it and push again"
         )
 
 
+def _kept_of_others(repository: Repository, kept: Set[str], pushed: Set[str]) -> list[str]:
+    """What is said of files that hf_elastic did not write, and that may be of a model which was there before.
+
+    Raises:
+        CheckpointError: loaders would read one of them in the place of what is pushed.
+    """
+    for name in sorted(kept):
+        hidden = {f"{name}.index.json", name.replace("adapter_config.json", "config.json")} - {name}
+        if hidden & pushed:
+            raise CheckpointError(
+                f"{repository.repo_id} holds {name}, which hf-elastic did not push and which would be loaded instead "
+                "of what you push; delete it there, or choose another repository"
+            )
+    return [f"{name} on the Hub is not of an earlier push and was kept" for name in sorted(kept)]
+
+
 @contextmanager
-def _ready(folder: Path, repo_id: str, about: About, *, overwrite_card: bool) -> Iterator[_Ready]:
-    """Checks a folder and makes its card; what a supernet leaves with its parent lies aside meanwhile."""
+def _ready(folder: Path, repo_id: str, wanted: _Wanted) -> Iterator[_Ready]:
+    """Checks a folder and makes its card; what a supernet leaves with its parent lies aside meanwhile, and a figure."""
     contents = contents_of(folder)
     with tempfile.TemporaryDirectory(prefix="hf-elastic-push-") as aside:
         added = missing_companions(contents.artefact.folder, Path(aside))
         files = {**contents.files, **{name: Path(aside) / name for name in added}}
-        yield _made_ready(replace(contents, files=files), repo_id, about, overwrite_card=overwrite_card)
+        wanted = wanted.with_front(contents.artefact, Path(aside))
+        yield _made_ready(replace(contents, files=files), repo_id, wanted)
 
 
-def _made_ready(contents: Contents, repo_id: str, about: About, *, overwrite_card: bool) -> _Ready:
-    artefact, figure = contents.artefact, about.figure
-    card = make_card(artefact, about, repo_id=repo_id)
+def _made_ready(contents: Contents, repo_id: str, wanted: _Wanted) -> _Ready:
+    artefact, figure = contents.artefact, wanted.about.figure
+    card = make_card(artefact, wanted.about, repo_id=repo_id)
     _check_base(artefact, card.base)
     public = without_local_folders(contents, base=card.base)
-    own = artefact.folder / CARD
-    written = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
-    handwritten = is_handwritten(written) and not overwrite_card
-    text = written if handwritten else card.text
+    own = _own_card(artefact, overwrite_card=wanted.overwrite_card)
+    text = card.text if own is None else own
     sizes = {name: public.size(name) for name in public.files}
     if figure is not None:
         sizes[figure_name(figure)] = Path(figure).expanduser().stat().st_size
     sizes[CARD] = len(text.encode())
-    notes = list(card.notes)
-    if handwritten:
+    notes = [*card.notes, *wanted.notes]
+    if own is not None:
         notes.append(f"{CARD} of the folder is written by hand and is pushed as it is; overwrite_card=True replaces it")
     if artefact.kind == "model" and not has_tokenizer(artefact):
         notes.append("there is no tokenizer beside the weights")
-    plan = PushPlan(repo_id, artefact.kind, sizes, text, handwritten, public.left_out, tuple(notes))
-    return _Ready(plan, public, about, overwrite_card)
+    plan = PushPlan(repo_id, artefact.kind, sizes, text, own is not None, public.left_out, tuple(notes))
+    return _Ready(plan, public, wanted)
+
+
+def _own_card(artefact: Artefact, *, overwrite_card: bool) -> str | None:
+    """The card in a folder, where someone wrote it and it is to stay."""
+    file = artefact.folder / CARD
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return text if is_handwritten(text) and not overwrite_card else None
 
 
 def _check_base(artefact: Artefact, base: str | None) -> None:
     """Refuses adapters and routers whose base nobody else has."""
     alone = artefact.kind == "routers" or (artefact.kind == "adapter" and not (artefact.folder / BASE_FOLDER).is_dir())
     stated = artefact.adapter.get("base_model_name_or_path") or artefact.routers.get("base")
-    if alone and base is None and stated and hub_name(stated) is None:
+    if not alone or base is not None or not stated:
+        return
+    if hub_name(stated, beside=artefact.folder) is not None:
         raise CheckpointError(
-            f"the {artefact.kind} in {artefact.folder} are of the base in {stated}, which nobody else has; push that "
-            "too, and name it by base_model="
+            f"the {artefact.kind} in {artefact.folder} are of the base {stated}, which is not on the Hub, or not for "
+            "this token; name it by base_model="
         )
+    raise CheckpointError(
+        f"the {artefact.kind} in {artefact.folder} are of the base in {stated}, which nobody else has; push that "
+        "too, and name it by base_model="
+    )

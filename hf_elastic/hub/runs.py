@@ -25,9 +25,11 @@ class Run:
     """The record of a run.
 
     Attributes:
-        record: contents of ``result.json``.
+        file: the ``result.json``.
+        record: its contents.
     """
 
+    file: Path
     record: Mapping[str, Any]
 
     @property
@@ -45,7 +47,7 @@ class Run:
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """Rows of the comparison, the model it began with first."""
-        return self.stages.get("compare", {}).get("rows") or ()
+        return [row for row in self.stages.get("compare", {}).get("rows") or () if row.get("name")]
 
     @property
     def found(self) -> Mapping[str, Any] | None:
@@ -106,15 +108,20 @@ def run_of(artefact: Artefact, run: str | Path | None) -> tuple[Run | None, str 
     place = _record_file(artefact.folder, run)
     if place is None:
         return None, None
-    found = Run(read_record(place))
+    found = Run(place, read_record(place))
     theirs, ours = found.architecture, artefact.architecture.get("architecture")
     if artefact.kind == "supernet" or theirs is None or (ours is not None and dict(theirs) == dict(ours)):
         return found, None
     if run is not None and ours is not None:
-        raise CheckpointError(f"{place} is of another architecture than {artefact.folder} holds; leave run out")
+        raise CheckpointError(
+            f"the run in {place} found another subnet than the one in {artefact.folder}, so its numbers are of another "
+            "model; leave run out, or give the run that made it"
+        )
     if ours is None and (run is not None or place.parent == artefact.folder):
         return found, None
-    return None, f"{place} is of another architecture, so its numbers are not in the card"
+    if ours is None:
+        return None, f"{artefact.folder} does not say which subnet it is, so numbers of {place} are shown only by run="
+    return None, f"the run in {place} found another subnet, so its numbers are not in the card"
 
 
 def _record_file(folder: Path, run: str | Path | None) -> Path | None:

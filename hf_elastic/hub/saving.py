@@ -50,7 +50,7 @@ def staged(
         architecture: of a supernet: this subnet instead of all of it.
         model: of this architecture, made better, as for :func:`hf_elastic.export`.
         merge: what becomes of adapters, as for :func:`hf_elastic.export`.
-        tokenizer: saved instead of the parent's tokenizer files.
+        tokenizer: saved instead of the parent's tokenizer files, and beside adapters and routers.
 
     Raises:
         CheckpointError: it cannot be saved so, or an argument does not fit the thing.
@@ -71,7 +71,7 @@ def staged(
         elif isinstance(thing, PreTrainedModel):
             _save_model(thing, folder, tokenizer=tokenizer)
         else:
-            _save_adapters(thing, folder)
+            _save_adapters(thing, folder, tokenizer=tokenizer)
         yield folder
 
 
@@ -94,9 +94,10 @@ def _save_supernet(supernet: Supernet, folder: Path, *, tokenizer: PreTrainedTok
         )
     if supernet.router_parts:
         save_routers(supernet, folder)
+        _save_tokenizer(tokenizer, folder)
         return
     with supernet.activate(supernet.space.largest()):
-        _save_adapters(supernet.model, folder)
+        _save_adapters(supernet.model, folder, tokenizer=tokenizer)
 
 
 def _save_model(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -112,12 +113,18 @@ def _save_model(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTo
         copy_companions(str(model.config._name_or_path or ""), place, tokenizer=tokenizer)
 
 
-def _save_adapters(thing: Any, folder: Path) -> None:
+def _save_adapters(thing: Any, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Adapters, by their own method; the card that peft writes with them is not taken."""
     peft = isinstance(thing, nn.Module) and any(kind.__module__.startswith("peft.") for kind in type(thing).__mro__)
     if not peft and not callable(getattr(thing, "save_pretrained", None)):
         raise CheckpointError(f"cannot push a {type(thing).__name__}; pass a folder, a supernet, a model or adapters")
     thing.save_pretrained(str(folder))
+    _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def missing_companions(folder: Path, aside: Path) -> tuple[str, ...]:

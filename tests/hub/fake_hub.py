@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_the_tests"
 USER = "tester"
+DATE = "2026-01-01T00:00:00.000Z"
 Files = dict[str, bytes]
 
 
@@ -26,6 +27,7 @@ class Commit:
     title: str
     parent: str | None
     files: Files
+    description: str = ""
 
     @property
     def oid(self) -> str:
@@ -55,13 +57,24 @@ class Repository:
     def files(self, revision: str = "main") -> Files:
         return self.commits[self.branches.get(revision, revision)].files
 
+    def behind(self, oid: str | None) -> Iterator[Commit]:
+        """A commit and all before it."""
+        while oid is not None:
+            yield self.commits[oid]
+            oid = self.commits[oid].parent
+
+    def last_change(self, path: str, oid: str) -> Commit:
+        """The commit that gave a file the content it has in another."""
+        content, changed = self.commits[oid].files[path], self.commits[oid]
+        for commit in self.behind(oid):
+            if commit.files.get(path) != content:
+                break
+            changed = commit
+        return changed
+
     def history(self, branch: str = "main") -> list[str]:
         """Titles of the commits, the newest first."""
-        titles, oid = [], self.branches.get(branch)
-        while oid is not None:
-            titles.append(self.commits[oid].title)
-            oid = self.commits[oid].parent
-        return titles
+        return [commit.title for commit in self.behind(self.branches.get(branch))]
 
 
 class FakeHub:
@@ -200,6 +213,25 @@ class Asked:
             entry["lfs"] = {"oid": large, "size": len(content), "pointerSize": 134}
         return entry
 
+    def commits(self, name: str, revision: str) -> Answer:
+        repository = self.hub.repositories[name]
+        page = int(self.query.get("p", ["0"])[0])
+        told = [
+            {"id": c.oid, "authors": [], "date": DATE, "title": c.title, "message": c.description}
+            for c in repository.behind(repository.find(revision))
+        ]
+        return Answer.of(told if page == 0 else [])
+
+    def paths_info(self, name: str, revision: str) -> Answer:
+        repository, asked = self.hub.repositories[name], parse_qs(self.body.decode())
+        oid = repository.find(revision)
+        assert oid is not None
+        found = [(path, content) for path, content in repository.files(oid).items() if path in asked["paths"]]
+        last = {path: repository.last_change(path, oid) for path, _ in found}
+        expand = asked.get("expand", [""])[0].lower() == "true"
+        told = {p: {"lastCommit": {"id": c.oid, "title": c.title, "date": DATE}} for p, c in last.items()}
+        return Answer.of([{**self._listed(path, content), **(told[path] if expand else {})} for path, content in found])
+
     def branch(self, name: str, branch: str) -> Answer:
         if refused := self._may_write(name):
             return refused
@@ -255,12 +287,13 @@ class Asked:
         if self.hub.before_commit is not None:
             self.hub.before_commit(repository)
         head = repository.branches[revision]
-        files, title, parent = dict(repository.files(revision)), "", None
+        files, title, parent, description = dict(repository.files(revision)), "", None, ""
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "header":
                 title, parent = value["summary"], value.get("parentCommit")
+                description = value.get("description", "")
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
@@ -269,7 +302,7 @@ class Asked:
                 del files[value["path"]]
         if parent is not None and parent != head:
             return Answer.of({"error": "A commit has happened since. Please refresh and try again."}, 412)
-        made = Commit(title, head, files)
+        made = Commit(title, head, files, description)
         done = {"success": True, "commitOid": made.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{made.oid}"}
         if self.query.get("create_pr") == ["1"]:
             repository.add(made, "refs/pr/1")
@@ -302,6 +335,8 @@ ROUTES: list[tuple[str, Route]] = [
     (r"POST /api/validate-yaml", Asked.validate_yaml),
     (rf"GET /api/models/{_REPOSITORY}(/revision/(?P<revision>[^/]+))?", Asked.info),
     (rf"GET /api/models/{_REPOSITORY}/tree/(?P<revision>[^/]+)", Asked.tree),
+    (rf"GET /api/models/{_REPOSITORY}/commits/(?P<revision>[^/]+)", Asked.commits),
+    (rf"POST /api/models/{_REPOSITORY}/paths-info/(?P<revision>[^/]+)", Asked.paths_info),
     (rf"POST /api/models/{_REPOSITORY}/branch/(?P<branch>[^/]+)", Asked.branch),
     (rf"DELETE /api/models/{_REPOSITORY}/branch/(?P<branch>[^/]+)", Asked.remove_branch),
     (rf"POST /api/models/{_REPOSITORY}/preupload/(?P<revision>[^/]+)", Asked.preupload),

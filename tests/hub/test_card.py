@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from huggingface_hub import ModelCard
 from tiny_models import supernet_of, tiny
 
 import hf_elastic as he
-from hf_elastic import CheckpointError
+from hf_elastic import CheckpointError, ElasticError
 from hf_elastic.hub.artefacts import recognise
-from hf_elastic.hub.card import measured_table, model_card
+from hf_elastic.hub.card import About, make_card, measured_table, model_card
 from hf_elastic.hub.methods import method_of
 from hf_elastic.hub.pushing import push_to_hub
 
@@ -89,21 +91,25 @@ def test_a_run_of_another_architecture_gives_no_numbers(run: Path, tmp_path: Pat
     record["architecture"] = {name: 1 for name in record["architecture"]}
     (other / "architecture.json").write_text(json.dumps(record))
     assert "## Measured" not in model_card(other)
-    with pytest.raises(CheckpointError, match="is of another architecture than"):
+    with pytest.raises(
+        CheckpointError, match="found another subnet than the one in .*; leave run out, or give the run"
+    ):
         model_card(other, run=run.with_name("small.run"))
+    told = make_card(recognise(other), About(), repo_id=None).notes
+    assert any("result.json found another subnet, so its numbers are not in the card" in note for note in told)
 
 
 @pytest.mark.slow
 def test_the_record_beside_an_export_is_found_as_well(run: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(run, tmp_path / "copy")
-    (copy / "result.json").unlink()
-    assert "## Measured" not in model_card(copy)
-    given = model_card(copy, run=run.with_name("small.run"))
+    bare = shutil.copytree(run, tmp_path / "copy")
+    (bare / "result.json").unlink()
+    assert "## Measured" not in model_card(bare)
+    given = model_card(bare, run=run.with_name("small.run"))
     shutil.copytree(run.with_name("small.run"), tmp_path / "copy.run")
-    assert "## Measured" in given and model_card(copy) == given
+    assert "## Measured" in given and model_card(bare) == given
     for wrong in (tmp_path / "nothing", tmp_path):
         with pytest.raises(CheckpointError, match="is no run, it holds no result.json"):
-            model_card(copy, run=wrong)
+            model_card(bare, run=wrong)
 
 
 @pytest.mark.slow
@@ -113,6 +119,87 @@ def test_each_layer_of_a_run_is_in_the_card(run: Path) -> None:
     for layer in layers:
         assert not layer["mlp"] or f"{layer['intermediate_size']} neurons" in table
         assert not layer["attention"] or f"{layer['num_attention_heads']} heads" in table
+
+
+@pytest.mark.slow
+def test_the_front_of_a_run_goes_with_its_card(hub: Any, run: Path) -> None:
+    push_to_hub(run, "tester/small")
+    there = hub.repositories["tester/small"].files()
+    assert there["pareto_front.svg"].startswith(b"<?xml") and b"Exact front" in there["pareto_front.svg"]
+    assert "![Pareto front of the search](pareto_front.svg)" in there["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_a_record_of_a_run_that_lacks_something_gives_a_card_or_one_line(run: Path, tmp_path: Path) -> None:
+    small = shutil.copytree(run, tmp_path / "small")
+    for name in ("result.json", "architecture.json"):
+        assert cards_of_poorer(small, name) > 40
+
+
+# --- records that lack something
+
+
+def poorer(data: Any) -> Iterator[Any]:
+    """The same data without one of its entries, and with nothing or a text in its place, for each entry."""
+    places = data.items() if isinstance(data, dict) else enumerate(data[:2]) if isinstance(data, list) else ()
+    for key, value in places:
+        if isinstance(data, dict):
+            yield {name: kept for name, kept in data.items() if name != key}
+        for other in (None, "x", *poorer(value)):
+            changed = copy.copy(data)
+            changed[key] = other
+            yield changed
+
+
+def cards_of_poorer(folder: Path, name: str) -> int:
+    """How many poorer records gave a card; all others gave an error of one line."""
+    whole, made_cards = json.loads((folder / name).read_text()), 0
+    for data in poorer(whole):
+        (folder / name).write_text(json.dumps(data))
+        try:
+            model_card(folder)
+            made_cards += 1
+        except ElasticError as error:
+            assert "\n" not in str(error)
+    (folder / name).write_text(json.dumps(whole))
+    return made_cards
+
+
+@pytest.mark.parametrize("form", ["model", "adapter", "routers", "supernet"])
+def test_a_record_that_lacks_something_gives_a_card_or_one_line(tmp_path: Path, form: str) -> None:
+    folder, file = tmp_path / form, "architecture.json"
+    if form == "model":
+        made.remote(folder)
+    elif form == "supernet":
+        supernet_of("llama").save_pretrained(folder)
+        file = "search_space.json"
+    elif form == "routers":
+        he.save_routers(made.routed(made.base(tmp_path)), folder)
+        file = "routers.json"
+    else:
+        supernet = made.adapted(made.base(tmp_path))
+        he.extract_adapter(supernet, supernet.space.midpoint()).save_pretrained(folder)
+        file = "adapter_config.json"
+    assert cards_of_poorer(folder, file) > 5
+
+
+def test_a_record_of_a_run_of_elm_that_lacks_something_gives_a_card_or_one_line(tmp_path: Path) -> None:
+    folder = made.remote(tmp_path / "small")
+    (folder / "result.json").write_text(json.dumps(ELM_RECORD))
+    assert cards_of_poorer(folder, "result.json") > 40
+
+
+def test_what_is_missing_in_a_record_is_named(tmp_path: Path) -> None:
+    folder = made.remote(tmp_path / "small")
+    record = json.loads((folder / "architecture.json").read_text())
+    del record["layers"][0]["num_attention_heads"], record["parameters"], record["macs_seq_len"]
+    (folder / "architecture.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"is not as hf_elastic writes it \('num_attention_heads' is missing\)"):
+        model_card(folder)
+    (folder / "architecture.json").write_text(json.dumps({**record, "layers": []}))
+    card = model_card(folder)
+    assert "**Parameters:** " in card and "without embeddings" not in card.partition("## ")[0]
+    assert "**MACs:** " in card and "tokens" not in card.partition("## ")[0]
 
 
 # --- kinds
@@ -196,16 +283,59 @@ def test_the_options_of_a_run_say_the_method_and_its_paper(tmp_path: Path, optio
     assert (method.tag, method.arxiv) == (tag, paper)
 
 
+_TEACHER = {"name": "teacher", "total_parameters": 100, "loss": 1.0, "perplexity": 2.5, "latency": 0.002, "blocks": []}
+_STUDENT = {
+    **_TEACHER, "name": "after retraining", "total_parameters": 40, "perplexity": 3.5, "latency": 0.001,
+    "accuracy": 0.9,  # of the classifier beside it
+}  # fmt: skip
+ELM_RECORD: dict[str, Any] = {
+    "format": 1, "options": {"teacher": "/home/me/my-teacher", "data": ["glue:train", "/home/me/a.txt"], "seed": 5},
+    "stages": {"compare": {"rows": [_TEACHER, _STUDENT], "lines": ["met: a speed-up of 2"]}},
+    "versions": {"torch": "2.0"},
+}  # fmt: skip
+
+
+def test_no_folder_of_this_machine_is_in_a_card(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "out" / "small")
+    teacher = tmp_path / "hub" / "models--google--bert-tiny" / "snapshots" / "0123"
+    (tmp_path / "out" / "my-teacher").mkdir()
+    shown = {str(teacher): "google/bert-tiny", "../up/my-teacher": "my-teacher", "out/my-teacher": "my-teacher"}
+    for stated, name in shown.items():
+        options = {**ELM_RECORD["options"], "teacher": stated}
+        (tmp_path / "out" / "small" / "result.json").write_text(json.dumps({**ELM_RECORD, "options": options}))
+        card = model_card(tmp_path / "out" / "small", repo_id="me/small")
+        assert f"**Teacher:** `{name}`" in card and "snapshots" not in card and "../" not in card
+    base = made.base(tmp_path)
+    he.save_routers(made.routed(base), tmp_path / "routers")
+    assert str(base) in model_card(tmp_path / "routers") and str(base) not in model_card(
+        tmp_path / "routers", repo_id="me/routers"
+    )
+
+
+def test_a_licence_that_a_teacher_does_not_give_is_asked_for(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "result.json").write_text(json.dumps(ELM_RECORD))
+    artefact, note = (
+        recognise(tmp_path / "small"),
+        "the licence is not known, as a teacher gives none: state one by license=",
+    )
+    assert make_card(artefact, About(), repo_id=None).notes == (note,)
+    assert make_card(artefact, About(license="mit"), repo_id=None).notes == ()
+
+
+def test_a_path_out_of_a_published_supernet_of_elm_has_its_licence(hub: Any, tmp_path: Path) -> None:
+    hub.new("me/elm", {"README.md": b"---\nlicense: mit\n---\n"})
+    folder = made.stock(tmp_path / "small")
+    record = json.loads((folder / "architecture.json").read_text())
+    layers = [{"block": "bert", "intermediate_size": 24, "num_attention_heads": 2}] * 3
+    (folder / "architecture.json").write_text(json.dumps({**record, "parent": "me/elm", "layers": layers}))
+    data = data_of(model_card(folder))
+    assert "elm" in data.tags and (data.base_model, data.license) == ("me/elm", "mit")
+
+
 def test_a_teacher_is_named_and_is_no_base_model(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "small")
-    row = {"name": "teacher", "total_parameters": 100, "loss": 1.0, "perplexity": 2.5, "latency": 0.002, "blocks": []}
-    found = {**row, "name": "after retraining", "total_parameters": 40, "perplexity": 3.5, "latency": 0.001}
-    found["accuracy"] = 0.9  # of the classifier beside it
-    record = {
-        "format": 1, "options": {"teacher": "/home/me/my-teacher", "data": ["glue:train", "/home/me/a.txt"], "seed": 5},
-        "stages": {"compare": {"rows": [row, found], "lines": ["met: a speed-up of 2"]}}, "versions": {"torch": "2.0"},
-    }  # fmt: skip
-    (tmp_path / "small" / "result.json").write_text(json.dumps(record))
+    (tmp_path / "small" / "result.json").write_text(json.dumps(ELM_RECORD))
     card = model_card(tmp_path / "small")
     data = data_of(card)
     assert data.base_model is None and data.datasets == ["glue"] and data.metrics == ["perplexity"]

@@ -19,7 +19,7 @@ from tiny_models import supernet_of, tiny, tokenizer
 import hf_elastic as he
 from hf_elastic import CheckpointError
 from hf_elastic.hub.artefacts import recognise
-from hf_elastic.hub.contents import contents_of, replaced_by, without_local_folders
+from hf_elastic.hub.contents import contents_of, may_be_of_a_push, without_local_folders
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,29 @@ def test_sentence_transformers_modules_go_along_with_their_files(tmp_path: Path)
     contents = contents_of(folder)
     assert {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"} <= contents.files.keys()
     assert contents.left_out == ("1_Pooling/weights.bin",)
+
+
+def test_a_module_whose_only_weights_are_a_pickle_is_refused_and_the_cure_helps(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Dense
+
+    encoder = st.SentenceTransformer(str(sentence_encoder(tmp_path / "encoder")))
+    encoder.append(Dense(in_features=32, out_features=5))
+    folder = tmp_path / "pickled"
+    encoder.save_pretrained(str(folder), create_model_card=False, safe_serialization=False)
+    wanted = encoder.encode(["The small dog runs."])
+    with pytest.raises(
+        CheckpointError, match=r"3_Dense are pytorch_model.bin, a pickle, which is not shared"
+    ) as caught:
+        contents_of(folder)
+    assert "\n" not in str(caught.value)
+    exec(str(caught.value).partition("safetensors by ")[2], {"SentenceTransformer": st.SentenceTransformer})
+    contents = contents_of(folder)
+    assert "3_Dense/model.safetensors" in contents.files and contents.left_out == ("3_Dense/pytorch_model.bin",)
+    for name, file in contents.files.items():
+        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, tmp_path / "pulled" / name)
+    assert abs(st.SentenceTransformer(str(tmp_path / "pulled")).encode(["The small dog runs."]) - wanted).max() == 0
 
 
 def test_sharded_weights_go_along_with_their_index(tmp_path: Path) -> None:
@@ -238,7 +261,7 @@ def test_records_lose_folders_of_this_machine_and_nothing_else(tmp_path: Path) -
         assert json.loads(rewritten["architecture.json"]) == {**before, "parent": wanted}
 
 
-def test_only_files_that_a_push_writes_are_replaced_by_one() -> None:
+def test_only_names_that_a_push_gives_to_files_may_be_of_one() -> None:
     ours = ["config.json", "adapter/adapter_config.json", "model-00001-of-00003.safetensors", "elastic_layers.py"]
     theirs = [
         "README.md",
@@ -249,4 +272,4 @@ def test_only_files_that_a_push_writes_are_replaced_by_one() -> None:
         "modeling_mine.py",
         "x/y.py",
     ]
-    assert [name for name in (*ours, *theirs) if replaced_by(name)] == ours
+    assert [name for name in (*ours, *theirs) if may_be_of_a_push(name)] == ours

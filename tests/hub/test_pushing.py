@@ -76,14 +76,46 @@ def test_a_push_of_the_same_again_is_no_commit(hub: Any, small: Path) -> None:
     assert len(hub.repositories["tester/small"].history()) == 2
 
 
-def test_files_of_an_earlier_push_go_in_the_same_commit_and_files_of_people_stay(hub: Any, small: Path) -> None:
-    old = {"model-00001-of-00002.safetensors": b"x", "modeling_elastic_bert.py": b"x", "search_space.json": b"{}"}
+def by_hand(hub: Any, files: dict[str, bytes], name: str = "tester/small") -> None:
+    """A commit that somebody makes without us."""
+    repository = hub.repositories[name]
+    repository.add(Commit("by hand", repository.branches["main"], {**repository.files(), **files}), "main")
+
+
+def test_files_of_an_earlier_push_go_in_the_same_commit_and_files_of_people_stay(
+    hub: Any, small: Path, tmp_path: Path
+) -> None:
+    tiny("bert").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    first = push_to_hub(tmp_path / "sharded", "tester/small", commit_message="Mine")
+    old = {name for name in first.files if "-of-" in name} | {"model.safetensors.index.json"}
     kept = {"notes.md": b"mine", "onnx/model.onnx": b"mine", "onnx/config.json": b"{}", "handler.py": b"mine"}
-    hub.new("tester/small", {**old, **kept})
+    by_hand(hub, kept)
     report = push_to_hub(small, "tester/small")
     there = files_of(hub)
-    assert not old.keys() & there.keys() and {name: there[name] for name in kept} == kept
-    assert set(report.removed) == old.keys() and len(hub.repositories["tester/small"].history()) == 2
+    assert len(old) > 2 and not old & there.keys() and {name: there[name] for name in kept} == kept
+    assert set(report.removed) == old and len(hub.repositories["tester/small"].history()) == 4
+
+
+def test_files_that_others_pushed_are_kept_whatever_their_name_and_said(hub: Any, small: Path, tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    first = push_to_hub(tmp_path / "sharded", "tester/small")
+    changed = sorted(name for name in first.files if "-of-" in name)[0]
+    theirs = {"routers.json": b"{}", "modeling_elastic_mine.py": b"x", "base/model.safetensors": b"x", changed: b"new"}
+    by_hand(hub, theirs)
+    report = push_to_hub(small, "tester/small")
+    assert {name: files_of(hub)[name] for name in theirs} == theirs and not theirs.keys() & set(report.removed)
+    for name in theirs:
+        assert f"{name} on the Hub is not of an earlier push and was kept" in report.notes
+    assert "model.safetensors.index.json" in report.removed
+
+
+def test_weights_of_others_that_would_be_loaded_instead_are_refused(hub: Any, small: Path, tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    for folder, name in ((tmp_path / "sharded", "model.safetensors"), (small, "adapter_config.json")):
+        before = dict(hub.new("tester/small", {name: b"theirs"}).files())
+        with pytest.raises(CheckpointError, match=f"holds {name}, which hf-elastic did not push and which would be"):
+            push_to_hub(folder, "tester/small")
+        assert files_of(hub) == before and not hub.asked("PUT /objects")
 
 
 @pytest.mark.parametrize("what", ["/commit/", "PUT /objects", "/preupload/", "validate-yaml", "objects/batch"])
@@ -140,11 +172,18 @@ def test_a_repository_that_somebody_filled_meanwhile_is_not_removed(hub: Any, sm
     assert files_of(hub) == {"x": b"theirs"}
 
 
-def test_files_that_a_gitignore_takes_out_are_noticed(hub: Any, small: Path) -> None:
-    hub.new("tester/small")
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_files_that_a_gitignore_would_take_out_are_noticed_before_anything_is_sent(
+    hub: Any, small: Path, create_pr: bool
+) -> None:
+    before = dict(hub.new("tester/small").files())
     hub.gitignored = r".*\.safetensors"
-    with pytest.raises(CheckpointError, match="does not hold model.safetensors after the push: its .gitignore"):
-        push_to_hub(small, "tester/small")
+    with pytest.raises(
+        CheckpointError, match="the .gitignore of tester/small leaves out model.safetensors; correct it"
+    ):
+        push_to_hub(small, "tester/small", create_pr=create_pr)
+    assert files_of(hub) == before and not hub.asked("PUT /objects") and not hub.asked("/commit/")
+    assert set(hub.repositories["tester/small"].branches) == {"main"}
 
 
 def test_a_branch_is_made_and_goes_again_with_a_push_that_fails(hub: Any, small: Path) -> None:
@@ -351,9 +390,23 @@ def test_adapters_and_routers_on_a_base_that_nobody_has_are_refused(hub: Any, tm
     for supernet in (made.adapted(base), made.routed(base)):
         with pytest.raises(CheckpointError, match="which nobody else has; push that too, and name it by base_model="):
             push_to_hub(supernet, "tester/alone")
-    with pytest.raises(CheckpointError, match="which nobody else has"):
-        push_to_hub(made.adapted(base), "tester/alone", base_model="tester/not-there-either")
     assert hub.repositories == {}
+
+
+def test_a_tokenizer_goes_along_with_adapters_and_routers_where_it_is_given(hub: Any, tmp_path: Path) -> None:
+    base = made.base(tmp_path)
+    push_to_hub(base, "tester/base")
+    adapters = made.adapted(base)
+    plain = he.extract_adapter(adapters, adapters.space.largest())
+    things = {"elastic": adapters, "peft": adapters.model, "plain": plain, "routers": made.routed(base)}
+    given = tokenizer()
+    given.save_pretrained(tmp_path / "tokenizer")
+    wanted = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    for name, thing in things.items():
+        push_to_hub(thing, f"tester/{name}", base_model="tester/base")
+        assert "tokenizer.json" not in files_of(hub, f"tester/{name}")
+        push_to_hub(thing, f"tester/{name}", base_model="tester/base", tokenizer=given)
+        assert files_of(hub, f"tester/{name}")["tokenizer.json"] == wanted
 
 
 def test_what_does_not_fit_together_is_refused(hub: Any, small: Path) -> None:
