@@ -48,7 +48,17 @@ from hf_elastic.pipeline.tasks import one_line
 from hf_elastic.proxies import Setting
 from hf_elastic.report import describe_folder
 from hf_elastic.reporting.command import report_command, try_command
-from hf_elastic.runtimes.command import Format, Rounding, convert_command, convert_folder
+from hf_elastic.runtimes.command import (
+    DataOption,
+    Format,
+    Int8Option,
+    LengthOption,
+    PastOption,
+    PrecisionOption,
+    VocabularyOption,
+    convert_command,
+    convert_folder,
+)
 from hf_elastic.supernet import Loadability as Form
 from hf_elastic.tables.timing import Phase
 from hf_elastic.workers.command import worker_command
@@ -197,12 +207,19 @@ def export_command(
     loadability: Annotated[Form | None, typer.Option(help="By default what the architecture needs.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
     format: Annotated[Format | None, typer.Option(help="For a runtime, in the place of a checkpoint.")] = None,
-    int8: Annotated[Rounding | None, typer.Option(help="With --format: integers, by the runtime's own means.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="With --int8 static: .txt file. Repeatable.")] = None,
+    int8: Int8Option = None,
+    data: DataOption = None,
+    sequence_length: LengthOption = 128,
+    with_past: PastOption = False,
+    precision: PrecisionOption = "f16",
+    vocabulary: VocabularyOption = True,
 ) -> None:
     """Write one architecture of a supernet as a checkpoint, or for a runtime."""
-    if format is None and (int8 is not None or data):
-        raise ExportError("--int8 and --data are of a runtime's form; add --format onnx, openvino or gguf")
+    given = {"--int8": int8, "--data": data, "--with-past": with_past, "--no-vocabulary": not vocabulary}
+    given |= {"--precision": precision != "f16", "--sequence-length": sequence_length != 128}
+    if format is None and any(given.values()):
+        names = ", ".join(name for name, value in given.items() if value)
+        raise ExportError(f"{names} is of a runtime's form; add --format onnx, openvino or gguf")
     require_no_elm_run(Path(supernet))
     handle, parent = open_for_export(Path(supernet))
     points = {
@@ -227,7 +244,8 @@ def export_command(
             str(
                 convert_folder(
                     f"{aside}/model", output, format=format.value, int8=None if int8 is None else int8.value,
-                    data=data or (), overwrite=overwrite,
+                    data=data or (), sequence_length=sequence_length, with_past=with_past, precision=precision,
+                    vocabulary=vocabulary, overwrite=overwrite,
                 )
             )
         )  # fmt: skip

@@ -1,23 +1,31 @@
-"""Costs as objectives: closed forms of a supernet's architectures, with the tables that exact search reads."""
+"""Costs as objectives: closed forms with the tables that exact search reads, and measured latency."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from hf_elastic import costs
 from hf_elastic.blocks import BlockPart
+from hf_elastic.errors import DataError
+from hf_elastic.fingerprints import fingerprint, state_of
+from hf_elastic.layers import without_autocast
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import RouterPart
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture, Value
+from hf_elastic.streams import on_device
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.additive import OfAdapter, OfBlock, OfLayer, OfRouter, layer_table
 from hf_elastic.tables.block_latencies import BlockLatencyTable
 from hf_elastic.tables.budgets import LATENCY, MEMORY, Budgets, Workload, block_memory, layer_memory, memory_bytes
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable
+from hf_elastic.tables.timing import Setting
 
 
 def parameters(supernet: Supernet) -> Objective:
@@ -149,6 +157,61 @@ def predicted_latency(supernet: Supernet, table: LatencyTable | BlockLatencyTabl
         return constant + sum(of_layer(part, shape) for part, shape in pairs)
 
     return _cost(supernet, LATENCY, of_layers, arguments=measured, unit="ns", layer=of_layer)
+
+
+def latency(
+    supernet: Supernet, *, inputs: Mapping[str, Tensor] | None = None, repeats: int = 9, reference: float | None = None
+) -> Objective:
+    """Seconds of one forward, measured on the model's device beside the largest architecture.
+
+    The value is ``median(subnet) / median(largest) · reference``, so that a machine that slows down between two
+    evaluations does not change their order.
+
+    Args:
+        inputs: of one forward; by default one sequence of 128 tokens.
+        repeats: timed rounds of each evaluation.
+        reference: seconds that the largest architecture counts for. By default what it takes at first use in this
+            process, which is another number in every other one: a search in a storage, or with an executor, then
+            refuses the objective. Give it one number everywhere, such as
+            ``costs.architecture_latency(supernet, {"": supernet.space.largest()})[""].median``, measured once.
+
+    Raises:
+        DataError: ``reference`` is no positive number.
+    """
+    if reference is not None and not (isinstance(reference, int | float) and 0 < reference < math.inf):
+        raise DataError(f"reference={reference!r} must be the seconds of the largest architecture, above 0")
+    largest = supernet.space.largest()
+    feed = None if inputs is None else on_device(inputs, supernet.model)
+    timed_on = _timed_on(supernet, feed if feed is not None else costs.default_inputs(supernet))
+    scaled_by = None if reference is None else float(reference)
+    identity = fingerprint(supernet.model, rest=[state_of(supernet), timed_on, scaled_by])
+
+    def measure(architecture: Architecture) -> float:
+        with without_autocast(supernet.model):
+            timed = costs.architecture_latency(
+                supernet, {"largest": largest, "subnet": architecture}, inputs=feed, repeats=repeats
+            )
+        whole = timed["largest"].median
+        return timed["subnet"].median / whole * (first_use(identity, whole) if reference is None else reference)
+
+    related = partial(related_costs, supernet)
+    portable = reference is not None
+    return Objective("latency", measure, unit="s", related=related, fingerprint=identity, portable=portable)
+
+
+def first_use(identity: str, seconds: float) -> float:
+    """Seconds that an architecture took when this process first measured it in a setting; ``seconds``, if now."""
+    return _FIRST_USES.setdefault(identity, seconds)
+
+
+_FIRST_USES: dict[str, float] = {}  # by fingerprint of the objective
+
+
+def _timed_on(supernet: Supernet, feed: Mapping[str, Tensor]) -> tuple[object, ...]:
+    """What decides about a latency besides the architecture: shapes of the inputs, precision, processor, threads."""
+    where = Setting.of(supernet)
+    shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in feed.items())
+    return "latency", shapes, str(supernet.base.dtype), where.device, where.threads
 
 
 def budget_costs(

@@ -225,7 +225,12 @@ class Latency:
 
 
 def measure_latency(
-    runs: Mapping[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 2, seconds: float = 60.0
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 15,
+    warmup: int = 2,
+    seconds: float = 60.0,
+    device: torch.device | None = None,
 ) -> dict[str, Latency]:
     """Times calls against each other: warm-up, then rounds in which each runs once: drift hits all alike.
 
@@ -234,6 +239,7 @@ def measure_latency(
         repeats: timed rounds.
         warmup: untimed rounds.
         seconds: stops early after this time, but never before three rounds.
+        device: where the models are; by default torch's current GPU, where one is in use.
 
     Returns:
         Median and samples by name, in seconds.
@@ -244,18 +250,23 @@ def measure_latency(
         if index >= warmup + 3 and time.perf_counter() - started > seconds:
             break
         for name, run in runs.items():
-            _synchronise()
+            synchronise(device)
             begin = time.perf_counter()
             run()
-            _synchronise()
+            synchronise(device)
             if index >= warmup:
                 samples[name].append(time.perf_counter() - begin)
     return {name: Latency(statistics.median(times), tuple(times)) for name, times in samples.items()}
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+def synchronise(device: torch.device | None = None) -> None:
+    """Waits until a GPU has done what it was given: that of a model, by default torch's current one, if it is in use.
+
+    Calls return before a GPU is done, and waiting for one does not wait for another; a CPU is done when a call returns.
+    """
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if in_use if device is None else device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def architecture_latency(
@@ -284,7 +295,8 @@ def architecture_latency(
         return call
 
     with evaluating(model):
-        return measure_latency({name: run(arch) for name, arch in architectures.items()}, repeats=repeats)
+        runs = {name: run(arch) for name, arch in architectures.items()}
+        return measure_latency(runs, repeats=repeats, device=device)
 
 
 def default_inputs(supernet: Supernet, *, seq_len: int = LATENCY_TOKENS) -> dict[str, torch.Tensor]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hf_elastic.supernet import Supernet
 
 _SAMPLE = 64  # entries of each tensor that are read: enough to notice another checkpoint, or the same one trained on
 
@@ -28,6 +32,13 @@ def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] = (), 
         else:
             digest.update(f"{name}{value!r}".encode())
     return digest.hexdigest()
+
+
+def state_of(supernet: Supernet) -> tuple[object, ...]:
+    """What a supernet computes depends on, besides weights and architecture: order of layers, adapters, blocks."""
+    adapters = sorted({(part.adapter, part.in_use, part.merged) for part in supernet.adapter_parts})
+    blocks = [(part.heads, [part.shape_of(block) for block in part.blocks]) for part in supernet.block_parts]
+    return supernet.layer_order, adapters, blocks
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:

@@ -26,6 +26,7 @@ from hf_elastic.cost_objectives import (
     adapter_parameters,
     budget_costs,
     kv_cache_bytes,
+    latency,
     macs,
     memory,
     parameters,
@@ -36,7 +37,8 @@ from hf_elastic.cost_objectives import (
 from hf_elastic.distillation import Pooling, label_mask, pooled
 from hf_elastic.errors import DataError
 from hf_elastic.families import shifts_labels
-from hf_elastic.layers import evaluating
+from hf_elastic.fingerprints import state_of
+from hf_elastic.layers import evaluating, without_autocast
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.proxies import PROXIES, ZeroLMTable, label_free_alpha, score
 from hf_elastic.proxies.subject import Target
@@ -389,40 +391,6 @@ def _additive_proxy(supernet: Supernet, name: str, contribution: OfLayer, *, mod
     )  # fmt: skip
 
 
-def latency(supernet: Supernet, *, inputs: Batch | None = None, repeats: int = 9) -> Objective:
-    """Seconds of one forward, measured on the model's device beside the largest architecture.
-
-    The value is ``median(subnet) / median(largest) · latency of the largest at first use``, so that a machine that
-    slows down between two evaluations does not change their order.
-
-    Args:
-        inputs: of one forward; by default one sequence of 128 tokens.
-        repeats: timed rounds of each evaluation.
-    """
-    largest = supernet.space.largest()
-    feed = None if inputs is None else on_device(inputs, supernet.model)
-    reference: list[float] = []
-
-    def measure(architecture: Architecture) -> float:
-        timed = costs.architecture_latency(
-            supernet, {"largest": largest, "subnet": architecture}, inputs=feed, repeats=repeats
-        )
-        if not reference:
-            reference.append(timed["largest"].median)
-        return timed["subnet"].median / timed["largest"].median * reference[0]
-
-    timed_on = _timed_on(supernet, feed if feed is not None else costs.default_inputs(supernet))
-    return _measured(supernet, "latency", measure, unit="s", mode=timed_on)
-
-
-def _timed_on(supernet: Supernet, feed: Batch) -> str:
-    """What decides about a latency besides the architecture: shapes of the inputs, precision, device."""
-    device = supernet.base.device
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in feed.items())
-    return repr(("latency", shapes, str(supernet.base.dtype), device.type, chip))
-
-
 def _measured(
     supernet: Supernet,
     name: str,
@@ -442,9 +410,8 @@ def _measured(
 
 def _fingerprint(supernet: Supernet, batches: Sequence[Batch], *, extra: Tensor | None, mode: str) -> str:
     """Digest of the weights (a sample of each), the order of layers, blocks and data: a storage mixes no two."""
-    adapters = sorted({(part.adapter, part.in_use, part.merged) for part in supernet.adapter_parts})
-    blocks = [(part.heads, [part.shape_of(block) for block in part.blocks]) for part in supernet.block_parts]
-    digest = hashlib.sha256(f"{mode}{supernet.layer_order}{adapters or ''}{blocks or ''}".encode())
+    order, adapters, blocks = state_of(supernet)
+    digest = hashlib.sha256(f"{mode}{order}{adapters or ''}{blocks or ''}".encode())
     for name, tensor in supernet.model.state_dict().items():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].double().cpu()
@@ -479,6 +446,7 @@ def _listed(batches: Iterable[Batch], *, needs: str) -> list[Batch]:
 
 @contextmanager
 def _active(supernet: Supernet, architecture: Architecture) -> Iterator[Any]:
-    """The model in evaluation mode, without gradients, with ``architecture`` active."""
-    with evaluating(supernet.model), torch.inference_mode(), supernet.activate(architecture):
-        yield supernet.model
+    """The model in evaluation mode, in the dtype of its weights, without gradients, with ``architecture`` active."""
+    model = supernet.model
+    with evaluating(model), without_autocast(model), torch.inference_mode(), supernet.activate(architecture):
+        yield model

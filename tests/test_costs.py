@@ -182,6 +182,29 @@ def test_measuring_stops_early_but_not_before_three_rounds() -> None:
     assert len(found["a"].samples) == 3
 
 
+@pytest.mark.parametrize(
+    ("device", "waited"),
+    [("cuda:1", [torch.device("cuda:1")] * 2), ("cpu", []), (None, [None] * 2)],
+)
+def test_measuring_waits_for_the_gpu_of_the_model_and_not_for_the_current_one(
+    device: str | None, waited: list[torch.device | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda place=None: found.append(place))
+    place = None if device is None else torch.device(device)
+    costs.measure_latency({"a": lambda: None}, repeats=1, warmup=0, device=place)
+    assert found == waited
+
+
+def test_architectures_are_measured_by_the_clock_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    supernet, asked = supernet_of("bert"), []
+    monkeypatch.setattr(costs, "synchronise", asked.append)
+    costs.architecture_latency(supernet, {"a": supernet.space.smallest()}, repeats=3)
+    assert set(asked) == {supernet.base.device}
+
+
 def test_latency_of_architectures_is_measured_in_evaluation_mode_and_restores_everything() -> None:
     supernet = supernet_of("bert")
     supernet.model.train()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from scipy.stats import spearmanr
 from tiny_models import supernet_of, tiny
 from torch import Tensor
@@ -286,6 +288,29 @@ def test_measuring_gives_each_module_its_own_mode_back() -> None:
     objectives.embedding_cosine(supernet, sentence_batches())(cut(supernet))
     assert supernet.model.training and supernet.model.encoder.training
     assert not supernet.model.embeddings.training and not supernet.model.embeddings.dropout.training
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_measuring_is_in_the_dtype_of_the_weights_also_behind_a_trainer_in_mixed_precision(family: str) -> None:
+    supernet = supernet_of(family)
+    made = [objectives.loss(supernet, token_batches()), objectives.accuracy(supernet, token_batches())]
+    made += [objectives.perplexity(supernet, token_batches())]
+    before = {measure.name: measure(cut(supernet)) for measure in made}
+    AcceleratorState._reset_state(reset_partial_state=True)  # as the Trainer does; it is one for a process
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(supernet.model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    wrapped = supernet.model.forward
+    batch = {name: tensor for name, tensor in token_batches()[0].items() if name != "labels"}
+    kernels: list[torch.dtype] = []
+    hook = supernet.model.get_output_embeddings().register_forward_hook(lambda *a: kernels.append(a[2].dtype))
+    supernet.model(**batch)
+    assert kernels == [torch.bfloat16], "accelerate did not wrap the forward: this test shows nothing"
+    kernels.clear()
+    assert {measure.name: measure(cut(supernet)) for measure in made} == before
+    objectives.latency(supernet, repeats=3)(cut(supernet))
+    assert set(kernels) == {torch.float32}
+    hook.remove()
+    assert supernet.model.forward is wrapped
 
 
 def test_measuring_is_in_evaluation_mode() -> None:

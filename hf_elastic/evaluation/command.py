@@ -28,7 +28,7 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Rows of a forward.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Rows, or documents of a task, to read.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of a task.")] = None,
-    k: Annotated[int, typer.Option(help="Ranks that count for ndcg.")] = 10,
+    k: Annotated[int | None, typer.Option(help="Ranks that count for ndcg; 10 else.")] = None,
 ) -> None:
     """Measure checkpoints on data and print one table, the first beside those of --compare."""
     from hf_elastic.evaluation.folder import FolderOptions, compare_folders

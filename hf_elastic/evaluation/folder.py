@@ -42,24 +42,32 @@ METRICS = ("accuracy", "perplexity", "spearman", "ndcg", "evaluate:METRIC", "lm-
 
 _ENCODERS = {"elastic_bert", *(row.model_type for row in FAMILIES if not row.causal)}
 _HARNESS, _MODULE = "lm-eval:", "evaluate:"
+_RANKS = 10
+_LEAST: Mapping[str, int] = {"batch_size": 1, "sequence_length": 4, "limit": 1, "num_fewshot": 0, "k": 1}
+_COLUMNS = ("text_column", "pair_column", "label_column")
 
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """How folders are measured.
+    """How folders are measured. What is no option of the metric is refused, not ignored.
 
     Attributes:
         metric: one of :data:`METRICS`; by default what a checkpoint is for: ``accuracy`` of a classifier,
             ``perplexity`` of a causal language model, ``spearman`` of a sentence encoder. ``METRIC`` is the folder of a
             script of ``evaluate``, or a name in its cache; ``TASK`` one of lm-eval.
         text_column, pair_column, label_column: of rows. By default ``text`` and ``label``, where there is a
-            ``sentence1`` it and ``sentence2``, and of pairs to correlate ``score``.
+            ``sentence1`` it and ``sentence2``, and of pairs to correlate ``score``. Perplexity has a text alone;
+            ``ndcg`` and tasks have names of their own.
         key: which value of a metric of ``evaluate`` or of a task.
-        sequence_length: longest sequence in tokens; what the model has positions for, at most 512, by default.
+        sequence_length: longest sequence in tokens. By default what the model has positions for, at most 512; of a
+            sentence encoder what its modules say; of a task what lm-eval does.
         batch_size: rows of a forward.
         limit: rows, or documents of a task, that are read; all by default.
         num_fewshot: examples before each question of a task.
-        k: ranks that count for ``ndcg``.
+        k: ranks that count for ``ndcg``; 10 by default.
+
+    Raises:
+        DataError: there is no such metric, or a number or a name cannot be one.
     """
 
     metric: str | None = None
@@ -71,7 +79,18 @@ class FolderOptions:
     batch_size: int = 16
     limit: int | None = None
     num_fewshot: int | None = None
-    k: int = 10
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not (value is None and name != "batch_size") and (type(value) is not int or value < least):
+                raise DataError(f"{name}={value!r} must be an integer of at least {least}")
+        for name in ("metric", *_COLUMNS, "key"):
+            if (value := getattr(self, name)) is not None and not (isinstance(value, str) and value):
+                raise DataError(f"{name}={value!r} must be a name, or left out")
+        if self.metric is not None and (_kind(self.metric) not in _MEASURES or self.metric in (_HARNESS, _MODULE)):
+            raise DataError(f"there is no metric {self.metric!r}; known: {', '.join(METRICS)}")
 
 
 @dataclass(frozen=True)
@@ -106,20 +125,41 @@ def evaluate_folder(
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not for this metric.
-        DataError: the data cannot be read or do not fit, there is no such metric, or a package is missing.
+        DataError: the data cannot be read or do not fit, an option is not of this metric, or a package is missing.
     """
     asked, place = options or FolderOptions(), Path(folder)
-    if not (place / "config.json").is_file():
-        raise CheckpointError(f"{place} holds no config.json, so it is no checkpoint; give the folder of one")
-    metric = asked.metric or _usual_metric(place)
-    if metric.startswith(_HARNESS):
-        return _of_tasks(place, data, metric.removeprefix(_HARNESS), options=asked)
-    measure = _MEASURES.get("evaluate" if metric.startswith(_MODULE) else metric)
-    if measure is None:
-        raise DataError(f"there is no metric {metric!r}; known: {', '.join(METRICS)}")
-    if data is None:
+    metric = _checked_metric(place, data, asked)
+    measure, _ = _MEASURES[_kind(metric)]
+    return measure(place, None if data is None else str(data), options=asked, metric=metric)
+
+
+def _kind(metric: str) -> str:
+    """``evaluate`` of ``evaluate:f1``."""
+    return metric.partition(":")[0] if metric.startswith((_HARNESS, _MODULE)) else metric
+
+
+def _checked_metric(folder: Path, data: object, options: FolderOptions) -> str:
+    """The metric that a folder is measured by, once options and data fit it; no weights are read.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+        DataError: something does not fit.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no config.json, so it is no checkpoint; give the folder of one")
+    metric = options.metric or _usual_metric(folder)
+    for name in (*_COLUMNS, "key", "sequence_length", "num_fewshot", "k"):
+        if getattr(options, name) is not None and name not in _MEASURES[_kind(metric)][1]:
+            others = ", ".join(kind for kind, (_, takes) in _MEASURES.items() if name in takes)
+            raise DataError(
+                f"{name}={getattr(options, name)!r} is nothing to {metric!r}, leave it out; it is of {others}"
+            )
+    if data is None and not metric.startswith(_HARNESS):
         raise DataError(f"metric {metric!r} needs data; give a .jsonl, .csv or .txt file")
-    return measure(place, str(data), options=asked, metric=metric)
+    room = _positions(_config(folder))
+    if options.sequence_length is not None and room is not None and options.sequence_length > room:
+        raise DataError(f"sequence_length={options.sequence_length} is more than the {room} positions of the model")
+    return metric
 
 
 def compare_folders(
@@ -137,6 +177,8 @@ def compare_folders(
     Raises:
         CheckpointError, DataError: as :func:`evaluate_folder`.
     """
+    for folder in folders:  # before the first is measured, which may take long
+        _checked_metric(Path(folder), data, options or FolderOptions())
     scores = []
     for folder in folders:
         say(f"measuring {folder}")
@@ -242,39 +284,41 @@ def _texts(data: str, options: FolderOptions) -> tuple[list[Row], str]:
     raise first
 
 
-def _positions(model: Any, tokenizer: PreTrainedTokenizerBase, options: FolderOptions) -> int:
+def _positions(config: Any) -> int | None:
+    """Tokens that a model has positions for; ``None`` where it does not say."""
+    known = getattr(config, "max_position_embeddings", None)
+    if known is not None and config.model_type == "roberta":  # its positions begin behind that of padding
+        known -= int(config.pad_token_id or 0) + 1
+    return known
+
+
+def _longest(model: Any, tokenizer: PreTrainedTokenizerBase, options: FolderOptions) -> int:
     """Tokens of the longest sequence."""
-    known = getattr(model.config, "max_position_embeddings", None) or 512
-    if model.config.model_type == "roberta":  # its positions begin behind that of padding
-        known -= int(model.config.pad_token_id or 0) + 1
-    if options.sequence_length is not None and options.sequence_length > known:
-        raise DataError(f"sequence_length={options.sequence_length} is more than the {known} positions of the model")
-    return options.sequence_length or min(512, int(known), int(tokenizer.model_max_length))
+    usual = min(512, int(_positions(model.config) or 512), int(tokenizer.model_max_length))
+    return options.sequence_length or usual
 
 
 def _of_labels(folder: Path, data: str, *, options: FolderOptions, metric: str) -> FolderScore:
-    model, tokenizer = _loaded(folder, AutoModelForSequenceClassification)
     rows, text, pair, label = _columns(data, options, label="label")
+    reader = None if metric == "accuracy" else Reader(load_module(metric.removeprefix(_MODULE)), {})
+    model, tokenizer = _loaded(folder, AutoModelForSequenceClassification)
+    longest = _longest(model, tokenizer, options)
     labels = _labels([row[label] for row in rows], model)
     batches = []
     for start in range(0, len(rows), options.batch_size):
         part = rows[start : start + options.batch_size]
         texts = [[row[name] for row in part] for name in (text, pair) if name is not None]
-        feed = tokenizer(
-            *texts, truncation=True, max_length=_positions(model, tokenizer, options), padding=True, return_tensors="pt"
-        )
+        feed = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
         batches.append({**feed, "labels": labels[start : start + options.batch_size]})
     with torch.inference_mode():
         found = answered(model, batches)
-    if metric == "accuracy":
+    if reader is None:
         if found.kind != "class":
             raise DataError(f"accuracy is of classes, {folder} gives a number; use evaluate:METRIC")
         right = [int(p == r) for p, r in zip(found.predictions(), found.references, strict=True)]
         values = {"accuracy": sum(right) / len(right)}
     else:
-        module = load_module(metric.removeprefix(_MODULE))
-        name = options.key or module.name
-        values = {name: Reader(module, {}).value(found, key=options.key, names={})}
+        values = {options.key or reader.module.name: reader.value(found, key=options.key, names={})}
     return _score(folder, model, values, counted=f"{len(rows)} rows")
 
 
@@ -295,13 +339,13 @@ def _labels(stated: list[Any], model: Any) -> Tensor:
 
 
 def _of_text(folder: Path, data: str, *, options: FolderOptions, metric: str) -> FolderScore:
-    model, tokenizer = _loaded(folder, AutoModelForCausalLM)
     rows, text = _texts(data, options)
+    model, tokenizer = _loaded(folder, AutoModelForCausalLM)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     for row in rows:
         stream += tokenizer(row[text], add_special_tokens=False, verbose=False)["input_ids"] + end
-    length = _positions(model, tokenizer, options)
+    length = _longest(model, tokenizer, options)
     blocks = [stream[start : start + length] for start in range(0, len(stream), length)]
     total, scored = 0.0, 0
     with torch.inference_mode():
@@ -322,12 +366,15 @@ def _batches(blocks: list[list[int]], size: int) -> list[Tensor]:
     return [torch.tensor(whole[n : n + size]) for n in range(0, len(whole), size)] + [torch.tensor([b]) for b in rest]
 
 
-def _encoder(folder: Path) -> Any:
+def _encoder(folder: Path, options: FolderOptions) -> Any:
     package = required("sentence_transformers", extra="sentence-transformers", what="measuring sentence embeddings")
     try:
-        return package.SentenceTransformer(str(folder), device="cpu", trust_remote_code=False).eval()
+        encoder = package.SentenceTransformer(str(folder), device="cpu", trust_remote_code=False).eval()
     except Exception as error:  # it raises whatever its parts raise
         raise CheckpointError(f"cannot load {folder} as a sentence encoder: {first_line(error)}") from error
+    if options.sequence_length is not None:
+        encoder.max_seq_length = options.sequence_length
+    return encoder
 
 
 def _of_pairs(folder: Path, data: str, *, options: FolderOptions, metric: str) -> FolderScore:
@@ -339,7 +386,7 @@ def _of_pairs(folder: Path, data: str, *, options: FolderOptions, metric: str) -
     except (TypeError, ValueError) as error:
         raise DataError(f"column {label!r} of {data} is no number: {error}") from None
     scores = checked_gold([(row[one], row[other]) for row in rows], gold)
-    encoder = _encoder(folder)
+    encoder = _encoder(folder, options)
     with evaluating(encoder), torch.inference_mode():
         sides = [
             encoded(encoder, [str(row[name]) for row in rows], role="sentence", batch_size=options.batch_size)
@@ -351,6 +398,7 @@ def _of_pairs(folder: Path, data: str, *, options: FolderOptions, metric: str) -
 
 def _of_retrieval(folder: Path, data: str, *, options: FolderOptions, metric: str) -> FolderScore:
     rows, _ = _texts(data, replace(options, text_column="query"))
+    k = options.k or _RANKS
     relevance: dict[str, dict[str, float]] = {}
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("document"), str):
@@ -360,28 +408,34 @@ def _of_retrieval(folder: Path, data: str, *, options: FolderOptions, metric: st
         except (TypeError, ValueError) as error:
             raise DataError(f"row {number} of {data} has no number in 'relevance': {error}") from None
     corpus = {row["document"]: row["document"] for row in rows}
-    asked = checked_relevance({query: query for query in relevance}, corpus, relevance=relevance, k=options.k)
-    encoder = _encoder(folder)
+    asked = checked_relevance({query: query for query in relevance}, corpus, relevance=relevance, k=k)
+    encoder = _encoder(folder, options)
     with evaluating(encoder), torch.inference_mode():
         queries = encoded(encoder, list(asked), role="query", batch_size=options.batch_size)
         documents = encoded(encoder, list(corpus), role="document", batch_size=options.batch_size)
-        value = mean_ndcg(queries, documents, list(corpus), grades=list(asked.values()), k=options.k)
+        value = mean_ndcg(queries, documents, list(corpus), grades=list(asked.values()), k=k)
     counted = f"{len(asked)} queries, {len(corpus)} documents"
-    return _score(folder, encoder, {f"ndcg@{options.k}": value}, counted=counted)
+    return _score(folder, encoder, {f"ndcg@{k}": value}, counted=counted)
 
 
-def _of_tasks(folder: Path, data: str | Path | None, task: str, *, options: FolderOptions) -> FolderScore:
-    harness = Harness(task.split(","), include=data, num_fewshot=options.num_fewshot, limit=options.limit)
+def _of_tasks(folder: Path, data: str | None, *, options: FolderOptions, metric: str) -> FolderScore:
+    tasks = metric.removeprefix(_HARNESS).split(",")
+    harness = Harness(tasks, include=data, num_fewshot=options.num_fewshot, limit=options.limit)
+    key = None if options.key is None else harness.chosen(options.key)[0]
     model, tokenizer = _loaded(folder, AutoModelForCausalLM)
     values = harness.run(model, tokenizer, batch_size=options.batch_size, max_length=options.sequence_length)
-    if options.key is not None:
-        key, _ = harness.chosen(options.key)
+    if key is not None:
         values = {key: harness.value(values, key)}
     documents = "all documents" if options.limit is None else f"{options.limit} documents"
     return _score(folder, model, values, counted=documents)
 
 
-_MEASURES: Mapping[str, Callable[..., FolderScore]] = {
-    "accuracy": _of_labels, "evaluate": _of_labels, "perplexity": _of_text, "spearman": _of_pairs,
-    "ndcg": _of_retrieval,
-}  # fmt: skip
+# By kind of metric what measures it, and which options it has besides those of all: rows of a forward, and a limit.
+_MEASURES: Mapping[str, tuple[Callable[..., FolderScore], frozenset[str]]] = {
+    "accuracy": (_of_labels, frozenset({*_COLUMNS, "sequence_length"})),
+    "perplexity": (_of_text, frozenset({"text_column", "sequence_length"})),
+    "spearman": (_of_pairs, frozenset({*_COLUMNS, "sequence_length"})),
+    "ndcg": (_of_retrieval, frozenset({"sequence_length", "k"})),
+    "evaluate": (_of_labels, frozenset({*_COLUMNS, "key", "sequence_length"})),
+    "lm-eval": (_of_tasks, frozenset({"key", "sequence_length", "num_fewshot"})),
+}

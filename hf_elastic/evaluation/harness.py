@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic.errors import DataError, UnsupportedModelError
-from hf_elastic.evaluation.measuring import first_line, measured, required, running, state_of
+from hf_elastic.evaluation.measuring import first_line, measured, required, running
 from hf_elastic.families import shifts_labels
-from hf_elastic.fingerprints import fingerprint
+from hf_elastic.fingerprints import fingerprint, state_of
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -27,8 +27,8 @@ class Harness:
     """Runs tasks of lm-eval on one causal language model after another; the tasks are loaded once.
 
     Args:
-        tasks: what to run.
-        include: folder of task files that may be named besides lm-eval's own.
+        tasks: what to run. A task's file may name Python code of its own, which is run: pass files you trust.
+        include: folder of task files that may be named besides lm-eval's own; all of it is read, so trust all of it.
         num_fewshot: examples before each question; what the task says by default. A task whose file says 0 keeps it.
         limit: documents of each task; all by default.
         seed: of the choice of examples, the same for every model.
@@ -54,6 +54,8 @@ class Harness:
             raise DataError(f"tasks={tasks!r} is no list of tasks; write tasks=['lambada_openai']")
         if limit is not None and limit < 1:
             raise DataError(f"limit={limit} must be at least 1, the documents of each task")
+        if num_fewshot is not None and num_fewshot < 0:
+            raise DataError(f"num_fewshot={num_fewshot} must be at least 0, the examples before each question")
         required("lm_eval", extra="eval", what="a task of lm-eval")
         self.seed, self.limit, self.num_fewshot = seed, limit, num_fewshot
         self.kept: dict[str, dict[str, float]] = {}
@@ -126,18 +128,29 @@ class Harness:
         """Which ``task/metric`` is meant, and whether larger is better; of ``metric`` alone the mean over the tasks.
 
         Raises:
-            DataError: there is no such metric, or several could be meant.
+            DataError: there is no such metric, several could be meant, or the tasks disagree about which way is better.
         """
         entries = {name.partition("/")[2] for name in self.directions}
         if key is None and len(entries) == 1:
             key = next(iter(entries))
         owner, _, entry = (key or "").rpartition("/")
-        owners, groups = [owner] if owner else self._owners, set(self._loaded["groups"])
-        stated = all(f"{name}/{entry}" in self.directions or name in groups for name in owners)
-        if key is None or entry not in entries or not stated:
+        asked = [self._measured_by(name, entry) for name in ([owner] if owner else self._owners)]
+        if key is None or not all(asked):
             shown = ", ".join(sorted(self.directions))
             raise DataError(f"key={key!r} names none of what the tasks measure: {shown}; give one, or what follows /")
-        return key, all(better for name, better in self.directions.items() if name.partition("/")[2] == entry)
+        ways = {self.directions[name]: name for names in asked for name in names}
+        if len(ways) > 1:
+            raise DataError(
+                f"key={key!r} has no direction: larger {ways[True]} is better, and smaller {ways[False]}; name one "
+                f"task, such as key={ways[True]!r}"
+            )
+        return key, next(iter(ways))
+
+    def _measured_by(self, owner: str, entry: str) -> list[str]:
+        """``task/metric`` of the task, or of each task of the group, that measures ``entry``."""
+        group = self._loaded["groups"].get(owner)
+        tasks = [owner] if group is None else [task.task_name for task in group.get_all_tasks()]
+        return [name for name in (f"{task}/{entry}" for task in tasks) if name in self.directions]
 
     @property
     def _owners(self) -> list[str]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hf_elastic.cost_objectives import related_costs
 from hf_elastic.errors import DataError
-from hf_elastic.fingerprints import fingerprint
-from hf_elastic.layers import evaluating
+from hf_elastic.fingerprints import fingerprint, state_of
+from hf_elastic.layers import evaluating, without_autocast
 from hf_elastic.search import Objective
 from hf_elastic.search.objective import Direction
 from hf_elastic.space import Architecture
@@ -24,12 +24,13 @@ Batch = Mapping[str, Tensor]
 
 @contextmanager
 def running(supernet: Supernet, architecture: Architecture, *also: nn.Module) -> Iterator[Any]:
-    """Yields the model with a subnet active, in evaluation mode, without gradients.
+    """Yields the model with a subnet active, in evaluation mode, in the dtype of its weights, without gradients.
 
     Args:
         also: modules around the model whose mode changes with it.
     """
-    with evaluating(nn.ModuleList([supernet.model, *also])), torch.no_grad(), supernet.activate(architecture):
+    whole = nn.ModuleList([supernet.model, *also])
+    with evaluating(whole), without_autocast(whole), torch.no_grad(), supernet.activate(architecture):
         yield supernet.model
 
 
@@ -66,13 +67,6 @@ def measured(
         name, function, direction, related=lambda: related_costs(supernet),
         fingerprint=fingerprint(supernet.model, batches, rest=[state_of(supernet), *rest]),
     )  # fmt: skip
-
-
-def state_of(supernet: Supernet) -> tuple[object, ...]:
-    """What a supernet computes depends on, besides weights and architecture: order of layers, adapters, blocks."""
-    adapters = sorted({(part.adapter, part.in_use, part.merged) for part in supernet.adapter_parts})
-    blocks = [(part.heads, [part.shape_of(block) for block in part.blocks]) for part in supernet.block_parts]
-    return supernet.layer_order, adapters, blocks
 
 
 def required(package: str, *, extra: str, what: str) -> Any:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_elastic.distillation import Pooling
 from hf_elastic.errors import DataError
 from hf_elastic.evaluation.measuring import Batch, measured, running
+from hf_elastic.fingerprints import weights_fingerprint
 from hf_elastic.objectives import embeddings
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
@@ -219,7 +220,9 @@ class _Modules:
 
     def __init__(self, supernet: Supernet, encoder: Any, *, batch_size: int) -> None:
         self.supernet, self.encoder, self.batch_size = supernet, encoder, batch_size
-        self.settings = (str(encoder), encoder.max_seq_length, dict(encoder.prompts))
+        prompts = dict(encoder.prompts), encoder.default_prompt_name
+        modules = weights_fingerprint(encoder.state_dict())  # those around the supernet's model have weights, too
+        self.settings = (str(encoder), encoder.max_seq_length, prompts, encoder.truncate_dim, modules)
 
     def __call__(self, texts: Sequence[str], role: Role) -> Embed:
         def embed(architecture: Architecture) -> Tensor:

@@ -298,7 +298,7 @@ class ElmRun:
     @cached_property
     def _tokenizer(self) -> Any:
         """The teacher's tokenizer as it is, without the padding that training gave it."""
-        return AutoTokenizer.from_pretrained(self.options.teacher)
+        return AutoTokenizer.from_pretrained(self.options.teacher, trust_remote_code=False)
 
     def _write(self, single: Supernet, folder: Path) -> ExportReport:
         point = single.space.largest()

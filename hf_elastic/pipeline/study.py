@@ -102,7 +102,7 @@ class Study:
         random.Random(0).shuffle(rows)  # the same split for every seed
         rows = rows[: plan.most_rows]
         try:
-            tokenizer = AutoTokenizer.from_pretrained(plan.model)
+            tokenizer = AutoTokenizer.from_pretrained(plan.model, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its parts raise
             raise CheckpointError(f"cannot load the tokenizer of {plan.model!r}: {one_line(error)}") from error
         self._collate = DataCollatorWithPadding(tokenizer)

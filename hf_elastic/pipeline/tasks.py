@@ -146,7 +146,7 @@ def read_config(model: str) -> PreTrainedConfig:
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
         raise CheckpointError(f"{model} does not exist; pass the folder of a checkpoint, or its name on the Hub")
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(
             f"cannot load {model!r}: {one_line(error)}; pass the folder of a checkpoint, or its name on the Hub"
@@ -198,7 +198,7 @@ def load_tokenizer(options: CompressOptions) -> PreTrainedTokenizerBase:
         # transformers would go on with an empty vocabulary
         raise CheckpointError(f"{folder} holds no tokenizer ({', '.join(vocabularies[:3])}, ...); copy it there")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.model)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load the tokenizer of {options.model!r}: {one_line(error)}") from error
     tokenizer.padding_side = "right"
@@ -392,7 +392,9 @@ def load_model(
     """
     source = str(folder or options.model)
     try:
-        loaded: Any = task.auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = task.auto_class.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load {source!r} for task={task.name!r}: {one_line(error)}") from error
     model: PreTrainedModel = loaded[0]
@@ -425,8 +427,8 @@ def load_with_classifier(model: str, labels: Sequence[str], *, seed: int) -> tup
     with seeded(seed):
         try:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=torch.float32, output_loading_info=True, num_labels=len(labels), label2id=numbers,
-                id2label={number: name for name, number in numbers.items()},
+                model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, num_labels=len(labels),
+                label2id=numbers, id2label={number: name for name, number in numbers.items()},
             )  # fmt: skip
         except Exception as error:  # transformers raises whatever its parts raise
             raise CheckpointError(f"cannot load {model!r}: {one_line(error)}") from error

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-_PAIR_HELP = "Two sentences whose similarity both models tell (embeddings)."
+_PAIR_HELP = "Two sentences: both models tell how alike they are (embeddings), or the label of the two together."
 
 
 def report_command(
@@ -39,5 +39,5 @@ def try_command(
     """Put a smaller model beside its parent: what both make of a prompt, how fast, and how large."""
     from hf_elastic.reporting.trying import try_models
 
-    prompts = [*(prompt or ()), *(pair or ())]
+    prompts = [*(prompt or ()), *([pair] if pair else ())]
     typer.echo(try_models(folder, parent=parent, prompts=prompts, new_tokens=tokens))

@@ -24,28 +24,48 @@ _SCALES = {"ns": (1e6, "ms"), "s": (1e-3, "ms")}  # of a unit: what to divide by
 
 @dataclass(frozen=True)
 class _Axes:
-    """What a search is drawn against: names of its values, and how the cost is scaled."""
+    """What a search is drawn against.
+
+    Attributes:
+        cost, quality: names of the values on the horizontal and on the vertical axis.
+        signs: of each of the two 1 where smaller is better, -1 where larger is.
+        divisor: of the cost.
+        cost_title: with its unit.
+    """
 
     cost: str
     quality: str
+    signs: tuple[int, int]
     divisor: float
     cost_title: str
 
     @classmethod
     def of(cls, result: SearchResult) -> _Axes | None:
         """The first objective against the second, or against the first limit; ``None`` where there is no second."""
-        quality = result.objectives[0].name
+        first = result.objectives[0]
         goals: list[Any] = [*result.objectives[1:], *result.limits]
-        goal = next((goal for goal in goals if goal.name != quality), None)
+        goal = next((goal for goal in goals if goal.name != first.name), None)
         if goal is None:
             return None
         divisor, unit = _SCALES.get(goal.unit, (1.0, goal.unit))
         title = _COST_TITLES.get(goal.name, goal.name.replace("_", " "))
-        return cls(goal.name, quality, divisor, f"{title} in {unit}" if unit and goal.name != "latency" else title)
+        shown = f"{title} in {unit}" if unit and goal.name != "latency" else title
+        signs = (1 if goal.direction == "minimize" else -1), first.sign
+        return cls(goal.name, first.name, signs, divisor, shown)
 
     def point(self, found: Evaluation) -> tuple[float, float]:
         """Cost and quality of an evaluation."""
         return found.values[self.cost] / self.divisor, found.values[self.quality]
+
+    def oriented(self, found: Evaluation) -> tuple[float, float]:
+        """The same so that smaller is better."""
+        cost, quality = self.point(found)
+        return self.signs[0] * cost, self.signs[1] * quality
+
+    def better(self) -> str:
+        """Which way is better, as a sentence."""
+        cost, quality = ("lower" if sign == 1 else "higher" for sign in self.signs)
+        return f"Better is {quality} {self.quality}, and {cost} {self.cost_title}."
 
 
 def trade_off(run: Run) -> Section | LeftOut:
@@ -55,8 +75,9 @@ def trade_off(run: Run) -> Section | LeftOut:
     words = [_search_words(name, result) for name, result in run.searches.items()]
     covered = {axes.cost for result in run.searches.values() if (axes := _Axes.of(result))}
     pictures += _row_charts(run, covered=covered)
-    if run.exact is not None:
-        pictures.append(_exact_chart(run, run.exact))
+    exact = _exact_chart(run, run.exact) if run.exact is not None else None
+    if exact is not None:
+        pictures.append(exact)
         words.append(
             "The exact front holds every architecture that no other of the space beats in the predicted damage "
             "(a sum over layers) and the cost at once; it is solved, not sampled."
@@ -92,12 +113,8 @@ def _search_chart(run: Run, name: str, result: SearchResult) -> Chart | None:
     return Chart(
         slug, f"{axes.quality} against {axes.cost_title}", axes.cost_title, axes.quality, series,
         f"Each point is an architecture; the line is the Pareto front ({len(sample.front)} architectures). "
-        f"{_better(result)} is better.", log_y=spans_magnitudes(values),
+        f"{axes.better()}", log_y=spans_magnitudes(values),
     )  # fmt: skip
-
-
-def _better(result: SearchResult) -> str:
-    return "Lower" if result.objectives[0].direction == "minimize" else "Higher"
 
 
 @dataclass(frozen=True)
@@ -110,12 +127,10 @@ class _Sample:
 
     @property
     def front(self) -> list[Evaluation]:
-        """The front by the two values that are drawn, the cheapest first."""
-        sign = self.result.objectives[0].sign
+        """The front by the two values that are drawn, the best in the horizontal one first."""
         best: list[Evaluation] = []
-        ordered = sorted(self.result.feasible, key=lambda e: (self.axes.point(e)[0], sign * self.axes.point(e)[1]))
-        for found in ordered:
-            if not best or sign * self.axes.point(found)[1] < sign * self.axes.point(best[-1])[1]:
+        for found in sorted(self.result.feasible, key=self.axes.oriented):
+            if not best or self.axes.oriented(found)[1] < self.axes.oriented(best[-1])[1]:
                 best.append(found)
         return best
 
@@ -274,9 +289,10 @@ def _study_chart(run: Run, cost: str) -> Chart | None:
     )  # fmt: skip
 
 
-def _exact_chart(run: Run, exact: SearchResult) -> Chart:
+def _exact_chart(run: Run, exact: SearchResult) -> Chart | None:
     axes = _Axes.of(exact)
-    assert axes is not None, "the exact front has two objectives"
+    if axes is None or not exact.feasible:
+        return None
     sample = _Sample(run, exact, axes)
     series = [*sample.points("exact front", "exact", sample.front, style="joined")]
     by_point = {_key(found.architecture): found for found in exact.evaluations}
@@ -292,7 +308,7 @@ def _exact_chart(run: Run, exact: SearchResult) -> Chart:
     return Chart(
         "exact-front", f"Exact front: {axes.quality} against {axes.cost_title}", axes.cost_title,
         f"{axes.quality}, predicted", series,
-        f"The {len(sample.front)} architectures of least predicted damage at their cost. Lower is better.",
+        f"The {len(sample.front)} architectures that none beats in both at once. {axes.better()}",
     )  # fmt: skip
 
 

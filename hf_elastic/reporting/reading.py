@@ -21,7 +21,8 @@ EXACT_FILE = "exact.json"
 """Search result: the exact front of the predicted damage, where a run keeps it."""
 ROUTING_FILE = "routing.json"
 """``RoutingStatistics.to_dict()``, where a run keeps it."""
-_ARCHITECTURE, _RESULT, _SPACE = "architecture.json", "result.json", "search_space.json"
+RESULT_FILE = "result.json"
+_ARCHITECTURE, _SPACE = "architecture.json", "search_space.json"
 _QUALITY, _LATENCY = "quality.json", "latency.json"
 # Folders of a run that hold the parent with all its widths, the likeliest first.
 _WHOLE = ("sorted", "supernet", "base", "parent")
@@ -201,13 +202,15 @@ def open_run(folder: str | Path) -> Run:
     """
     path = Path(folder).expanduser()
     path = path if path.name not in ("", "..") else path.resolve()
-    if not (path / _RESULT).is_file():
+    if not (path / RESULT_FILE).is_file():
         beside = path.with_name(f"{path.name}.run")
-        hint = f"; its run is {beside}" if (beside / _RESULT).is_file() else ""
-        raise CheckpointError(f"{path} is no run: it holds no {_RESULT}; give the OUTPUT.run that a command made{hint}")
+        hint = f"; its run is {beside}" if (beside / RESULT_FILE).is_file() else ""
+        raise CheckpointError(
+            f"{path} is no run: it holds no {RESULT_FILE}; give the OUTPUT.run that a command made{hint}"
+        )
     from hf_elastic.checkpoint.run_record import read_record
 
-    return Run(path, read_record(path / _RESULT))
+    return Run(path, read_record(path / RESULT_FILE))
 
 
 def shown_name(model: str) -> str:

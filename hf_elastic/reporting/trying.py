@@ -24,9 +24,12 @@ _ENDINGS = {
     "ForSequenceClassification": "classification", "Model": "embedding",
 }  # fmt: skip
 _ANSWERS_TO = {
-    "causal-lm": "a text to go on with", "masked-lm": f"a text with a {_MASK}", "classification": "a text to classify",
+    "causal-lm": "a text to go on with", "masked-lm": f"a text with a {_MASK}",
+    "classification": "a text to classify, or two as --pair A B",
     "embedding": "two sentences, as --pair A B or two --prompt",
 }  # fmt: skip
+Prompt = str | tuple[str, str]
+"""A text, or two that belong together."""
 Told = Sequence[str]
 
 
@@ -47,25 +50,30 @@ class _Side:
         """Of the model, adapters included."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def encoded(self, texts: Sequence[str], **more: Any) -> Any:
-        """Token ids as the model takes them, cut to its positions."""
-        known = getattr(self.model.config, "max_position_embeddings", None)
-        batch = self.tokenizer(list(texts), return_tensors="pt", truncation=True, max_length=known, **more)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    def encoded(self, texts: Sequence[str], second: Sequence[str] | None = None, **more: Any) -> Any:
+        """Token ids as the model takes them, cut to its positions; with ``second`` two texts each."""
+        config = self.model.config
+        known = getattr(config, "max_position_embeddings", None)
+        given = [list(texts)] if second is None else [list(texts), list(second)]
+        batch = self.tokenizer(*given, return_tensors="pt", truncation=True, max_length=known, **more)
+        told_apart = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
+        return {name: batch[name] for name in ("input_ids", "attention_mask", *told_apart) if name in batch}
 
 
 def try_models(
-    folder: str | Path, *, parent: str | None = None, prompts: Sequence[str] = (), new_tokens: int = 32
+    folder: str | Path, *, parent: str | None = None, prompts: Sequence[Prompt] = (), new_tokens: int = 32
 ) -> str:
     """Lets a smaller model and its parent answer the same prompts, and compares their size and speed.
 
     Both run on the CPU in fp32. A causal model goes on with each prompt greedily; a masked one fills its ``[MASK]``
-    with the five likeliest tokens; a classifier tells label and probability; an encoder the cosine of each two texts.
+    with the five likeliest tokens; a classifier tells label and probability, a regression its number; an encoder the
+    cosine of each two texts.
 
     Args:
         folder: an export: a checkpoint of any form, or a plain adapter.
         parent: folder or Hub name of the other model; by default what ``architecture.json`` names.
-        prompts: texts.
+        prompts: texts. For a classifier a tuple is a text and its second one, as in entailment; an encoder has no use
+            for which two are given together.
         new_tokens: that a causal model generates.
 
     Returns:
@@ -83,22 +91,28 @@ def try_models(
     _require_reachable(origin)
     purpose = _purpose(path, origin)
     _check_prompts(purpose, prompts, new_tokens=new_tokens)
+    # Two texts are one question to a classifier, and one each to an encoder.
+    asked: Sequence[Any] = [text for p in prompts for text in _texts(p)] if purpose == "embedding" else prompts
     sides = [_opened(PARENT, origin, origin, purpose=purpose), _opened(CHILD, str(path), origin, purpose=purpose)]
-    answer: Callable[[_Side, Sequence[str], int], list[Told]] = {
+    answer: Callable[[_Side, Sequence[Any], int], list[Told]] = {
         "causal-lm": _continued, "masked-lm": _filled, "classification": _labelled, "embedding": _likened,
     }[purpose]  # fmt: skip
     with torch.inference_mode():
-        told = {side.name: answer(side, prompts, new_tokens) if side.able else _unable(prompts) for side in sides}
+        told = {side.name: answer(side, asked, new_tokens) if side.able else _unable(asked) for side in sides}
         costs = _costs(sides)
-    asked = _pairs(prompts) if purpose == "embedding" else [repr(prompt) for prompt in prompts]
+    questions = _pairs(asked) if purpose == "embedding" else ["\n".join(map(repr, _texts(p))) for p in asked]
     parts = [costs]
-    for number, question in enumerate(asked):
+    for number, question in enumerate(questions):
         lines = [line for side in sides for line in _indented(side.name, told[side.name][number])]
         parts.append("\n".join([question, *lines]))
     return "\n\n".join(parts)
 
 
-def _unable(prompts: Sequence[str]) -> list[Told]:
+def _texts(prompt: Prompt) -> tuple[str, ...]:
+    return (prompt,) if isinstance(prompt, str) else prompt
+
+
+def _unable(prompts: Sequence[Prompt]) -> list[Told]:
     return [["has no weights for this task"] for _ in prompts]
 
 
@@ -178,13 +192,14 @@ def _class_of(model: str) -> str:
     return str((read_config(model).architectures or [""])[0])
 
 
-def _check_prompts(purpose: str, prompts: Sequence[str], *, new_tokens: int) -> None:
+def _check_prompts(purpose: str, prompts: Sequence[Prompt], *, new_tokens: int) -> None:
     if type(new_tokens) is not int or new_tokens < 1:
         raise DataError(f"new_tokens={new_tokens!r} must be an integer of at least 1")
-    least = 2 if purpose == "embedding" else 1
-    if len(prompts) < least or not all(prompt.strip() for prompt in prompts):
+    least, texts = 2 if purpose == "embedding" else 1, [text for prompt in prompts for text in _texts(prompt)]
+    in_pairs = purpose in ("classification", "embedding")
+    if len(texts) < least or not all(text.strip() for text in texts) or (len(texts) > len(prompts) and not in_pairs):
         raise DataError(f"a model for {purpose} needs {_ANSWERS_TO[purpose]}, got {len(prompts)} prompts: {prompts!r}")
-    if purpose == "masked-lm" and (bare := next((p for p in prompts if _MASK not in p), None)):
+    if purpose == "masked-lm" and (bare := next((text for text in texts if _MASK not in text), None)):
         raise DataError(f"{bare!r} holds no {_MASK}; put one where a word is to be guessed")
 
 
@@ -203,7 +218,8 @@ def _opened(name: str, source: str, origin: str, *, purpose: str) -> _Side:
     task = _task(purpose, origin)
     adapter = (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source if source == origin or _holds_tokenizer(source) else origin)
+        holder = source if source == origin or _holds_tokenizer(source) else origin
+        tokenizer = AutoTokenizer.from_pretrained(holder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load the tokenizer of the {name} {source!r}: {one_line(error)}") from error
     model, able = _with_adapter(task, Path(source), origin) if adapter else _loaded(task, source), True
@@ -319,10 +335,16 @@ def _filled(side: _Side, prompts: Sequence[str], new_tokens: int) -> list[Told]:
     return told
 
 
-def _labelled(side: _Side, prompts: Sequence[str], new_tokens: int) -> list[Told]:
+def _labelled(side: _Side, prompts: Sequence[Prompt], new_tokens: int) -> list[Told]:
     told: list[Told] = []
+    kind = side.model.config.problem_type
     for prompt in prompts:
-        chances = side.model(**side.encoded([prompt])).logits[0].float().softmax(-1)  # (L,)
+        text, *second = _texts(prompt)
+        logits = side.model(**side.encoded([text], second or None)).logits[0].float()  # (L,)
+        if len(logits) == 1 or kind == "regression":
+            told.append([", ".join(f"{number:.4f}" for number in logits.tolist())])
+            continue
+        chances = logits.sigmoid() if kind == "multi_label_classification" else logits.softmax(-1)
         best = chances.topk(min(3, len(chances)))
         names = [side.model.config.id2label[number] for number in best.indices.tolist()]
         told.append([", ".join(f"{n} {c:.1%}" for n, c in zip(names, best.values.tolist(), strict=True))])

@@ -11,7 +11,7 @@ from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.reporting import front_sections, layer_sections, measured_sections, overview_sections, training_sections
 from hf_elastic.reporting.charts import Picture
 from hf_elastic.reporting.content import LeftOut, Section
-from hf_elastic.reporting.reading import Run, open_run
+from hf_elastic.reporting.reading import RESULT_FILE, Run, open_run
 
 REPORT_FILE = "report.html"
 FigureFormat = Literal["svg", "png"]
@@ -56,10 +56,12 @@ def sections_of(run: Run) -> tuple[list[Section], list[LeftOut]]:
 def _blaming(run: Run) -> Iterator[None]:
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
         if isinstance(error, ElasticError):
             raise
-        raise CheckpointError(f"{run.folder} holds a record that hf_elastic did not write: {error!r}") from error
+        raise CheckpointError(
+            f"{run.folder} holds a record that hf_elastic did not write ({RESULT_FILE}, or a file beside it): {error!r}"
+        ) from error
 
 
 def write_report(run_folder: str | Path, output: str | Path | None = None) -> Path:
@@ -81,10 +83,11 @@ def write_report(run_folder: str | Path, output: str | Path | None = None) -> Pa
     made, left_out = sections_of(run)
     from hf_elastic.reporting.html_page import page_of
 
-    text = page_of(overview_sections.report_title(run), made, left_out)
+    with _blaming(run):
+        page = page_of(overview_sections.report_title(run), made, left_out).encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(page)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
     return path
@@ -105,13 +108,15 @@ def write_figures(run_folder: str | Path, folder: str | Path, format: FigureForm
         CheckpointError: the folder holds no record of a run, or the files cannot be written.
         UnsupportedModelError: matplotlib is not installed.
     """
-    made, _ = sections_of(open_run(run_folder))
+    run = open_run(run_folder)
+    made, _ = sections_of(run)
     from hf_elastic.reporting.static_figures import draw
 
     pictures: list[Picture] = [picture for section in made for picture in section.pictures]
     target = Path(folder).expanduser()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        return tuple(draw(picture, target / f"{picture.slug}.{format}", format=format) for picture in pictures)
+        with _blaming(run):
+            return tuple(draw(picture, target / f"{picture.slug}.{format}", format=format) for picture in pictures)
     except OSError as error:
         raise CheckpointError(f"cannot write to {target}: {error.strerror or error}; choose another folder") from error

@@ -7,9 +7,11 @@ extracted, exported to a temporary folder and timed in its runtime, in rounds wi
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,23 +22,24 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_elastic.checkpoint.extraction import extract
-from hf_elastic.cost_objectives import related_costs
+from hf_elastic.cost_objectives import first_use, related_costs
 from hf_elastic.costs import Latency
 from hf_elastic.errors import DataError
-from hf_elastic.runtimes.graph_folder import Batch, GraphOptions, export_graph
+from hf_elastic.runtimes.graph_folder import RUNTIME_FILE, Batch, GraphOptions, export_graph
 from hf_elastic.runtimes.graphs import Int8
-from hf_elastic.runtimes.opening import open_model, require_package
+from hf_elastic.runtimes.opening import open_config, open_model, require_package, require_positions
 from hf_elastic.runtimes.runtime_model import WRITERS, RuntimeModel, open_runtime
 from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.latencies import shape_digest
-from hf_elastic.tables.timing import MOST_ROUNDS, Rounds, Timer, enough_rounds, fitting_length, typical, wall_clock
+from hf_elastic.tables.timing import MOST_ROUNDS, Rounds, Setting, Timer, enough_rounds, typical, wall_clock
 
 Runtime = Literal["onnx", "openvino"]
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",),
 }  # fmt: skip
+_SHORTER = "pass a shorter length="
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class RuntimeSetting:
         length: tokens of each.
         threads: that the runtime uses.
         software: runtimes with their versions.
+        device: kind and name of the processor.
     """
 
     batch_size: int
     length: int
     threads: int
     software: str
+    device: str = "cpu"
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
@@ -81,7 +86,8 @@ def measure_folders(
         folders: by name. What was exported for a runtime is timed there, any other checkpoint in torch.
         batch_size: sequences.
         length: tokens of each.
-        threads: of each runtime; by default torch's.
+        threads: of torch and of each runtime that is opened here; by default those that torch has now. An opened
+            :class:`RuntimeModel` keeps its own.
         rounds: at most so many.
         seconds: in forwards, after which no new round begins; there are at least three.
         timer: runs a call and returns its seconds.
@@ -89,22 +95,26 @@ def measure_folders(
     Raises:
         CheckpointError: a folder cannot be loaded.
         ExportError: a runtime is not installed, or a folder holds no model that stands for itself.
+        DataError: a model has no positions for so many tokens.
     """
     setting = RuntimeSetting(batch_size, length, threads or torch.get_num_threads(), "")
     calls = [_call(model, setting) for model in folders.values()]
-    times = _timed(calls, rounds=rounds, seconds=seconds, timer=timer)
+    with _torch_threads(setting.threads):
+        times = _timed(calls, rounds=rounds, seconds=seconds, timer=timer)
     return {name: Latency(statistics.median(column), column) for name, column in zip(folders, times, strict=True)}
 
 
 def _call(model: str | Path | PreTrainedModel | RuntimeModel, setting: RuntimeSetting) -> Callable[[], object]:
     """A forward in the setting."""
     feed = setting.feed()
-    if isinstance(model, str | Path) and (Path(model) / "runtime.json").is_file():
+    if isinstance(model, str | Path) and (Path(model) / RUNTIME_FILE).is_file():
+        require_positions(open_config(Path(model)), setting.length, cure=_SHORTER)
         model = open_runtime(model, threads=setting.threads)
     if isinstance(model, RuntimeModel):
         opened = model
         return lambda: opened(**feed)
     plain = open_model(model)
+    require_positions(plain.config, setting.length, cure=_SHORTER)
     tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
     tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])  # as a runtime gets one, too
 
@@ -113,6 +123,17 @@ def _call(model: str | Path | PreTrainedModel | RuntimeModel, setting: RuntimeSe
             return plain(**tensors)
 
     return forward
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Lets torch use so many threads on the CPU, as a runtime is told to; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _timed(
@@ -137,13 +158,14 @@ def runtime_latency(
     calibration: Iterable[Batch] | None = None,
     threads: int | None = None,
     rounds: int = 5,
+    reference: float | None = None,
     timer: Timer = wall_clock,
 ) -> Objective:
     """Seconds of a forward of the exported architecture in its runtime; smaller is better.
 
     Each evaluation extracts and exports (seconds for a small model), then times the graph in turns with that of the
-    largest architecture. The value is the ratio of the two, times what the largest took at the first evaluation: a
-    machine that slows down between two evaluations does not change their order.
+    largest architecture. The value is the ratio of the two, times ``reference``: a machine that slows down between two
+    evaluations does not change their order.
 
     Args:
         supernet: unchanged.
@@ -154,34 +176,50 @@ def runtime_latency(
         calibration: batches for ``int8="static"``.
         threads: of the runtime; by default torch's.
         rounds: that are timed.
+        reference: seconds that the largest architecture counts for. By default what it takes at first use in this
+            process, which is another number in every other one: a search in a storage, or with an executor, then
+            refuses the objective. Give it one number everywhere, such as the value that this objective has of ``supernet.space.largest()``, measured once.
         timer: runs a call and returns its seconds.
 
     Raises:
         ExportError: the runtime is not installed.
-        DataError: the runtime is unknown, or the model has no positions for so many tokens.
+        DataError: the runtime is unknown, the model has no positions for so many tokens, or ``reference`` is no
+            positive number.
         UnsupportedModelError: the model has adapters or routers, whose architectures are no graphs of their own.
     """
     if runtime not in get_args(Runtime):
         raise DataError(f"runtime={runtime!r} is not one of {', '.join(get_args(Runtime))}")
     require_package(*_PACKAGES[runtime], extra=runtime)
     supernet.require_plain("runtime_latency")
+    if reference is not None and not (isinstance(reference, int | float) and 0 < reference < math.inf):
+        raise DataError(f"reference={reference!r} must be the seconds of the largest architecture, above 0")
     software = ", ".join(f"{name} {version(name)}" for name in _PACKAGES[runtime])
-    length = fitting_length(supernet, seq_len)
-    setting = RuntimeSetting(batch_size, length, threads or torch.get_num_threads(), software)
+    here = Setting.of(supernet, batch_size=batch_size, length=seq_len, device="cpu")
+    setting = RuntimeSetting(
+        here.batch_size, here.length, threads or torch.get_num_threads(), software, device=here.device
+    )
     options = GraphOptions(int8, None if calibration is None else list(calibration))
-    measured = _Against(supernet, runtime, setting, options=options, rounds=rounds, timer=timer)
-    said = repr((runtime, asdict(setting), int8, shape_digest(supernet)))
+    scaled_by = None if reference is None else float(reference)
+    said = repr((runtime, asdict(setting), int8, shape_digest(supernet), scaled_by))
+    identity = hashlib.sha256(said.encode()).hexdigest()
+    pair = _Pair(supernet, runtime, setting, options=options, rounds=rounds, timer=timer)
+
+    def measured(architecture: Architecture) -> float:
+        own, whole = pair(architecture)
+        return own / whole * (first_use(identity, whole) if reference is None else reference)
+
     return Objective(
         f"{runtime}_latency",
         measured,
         unit="s",
         related=lambda: related_costs(supernet),
-        fingerprint=hashlib.sha256(said.encode()).hexdigest(),
+        fingerprint=identity,
+        portable=reference is not None,
     )
 
 
-class _Against:
-    """Seconds of architectures, each timed against the largest."""
+class _Pair:
+    """Seconds of architectures, each beside those of the largest one that was timed in turns with it."""
 
     def __init__(
         self,
@@ -196,16 +234,14 @@ class _Against:
         self._supernet, self._runtime, self._setting = supernet, runtime, setting
         self._options, self._rounds, self._timer = options, rounds, timer
         self._largest: RuntimeModel | None = None
-        self._reference: float | None = None
 
-    def __call__(self, architecture: Architecture) -> float:
+    def __call__(self, architecture: Architecture) -> tuple[float, float]:
+        """Seconds of the architecture, and of the largest."""
         if self._largest is None:
             self._largest = self._opened(self._supernet.space.largest())
         calls = [_call(model, self._setting) for model in (self._largest, self._opened(architecture))]
         whole, own = _timed(calls, rounds=self._rounds, seconds=float("inf"), timer=self._timer)
-        if self._reference is None:
-            self._reference = typical(whole)
-        return typical(own) / typical(whole) * self._reference
+        return typical(own), typical(whole)
 
     def _opened(self, architecture: Architecture) -> RuntimeModel:
         model = extract(self._supernet, architecture)

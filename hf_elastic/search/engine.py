@@ -133,6 +133,7 @@ def search_subnets(
         evaluated, even = _solved(exact, feasibility, space=space, include=include, progress=progress)
         return result(evaluations=evaluated, even_architecture=even)
     _check_measured(limits, goals)
+    _check_portable(goals, storage=storage, executor=executor)
     feasibility.require_some()
     fixed = _always_evaluated(space, feasibility, include, even=feasibility.even())
     encoding = TrialEncoding(space)
@@ -339,6 +340,16 @@ def _check_measured(limits: Sequence[Limit], goals: Sequence[Objective]) -> None
             raise SearchError(
                 f"within= limits {limit.name!r}, which is measured but no objective of this search; add it"
             )
+
+
+def _check_portable(goals: Sequence[Objective], *, storage: str | None, executor: Executor | None) -> None:
+    bound = [goal.name for goal in goals if not goal.portable]
+    if bound and (storage is not None or executor is not None):
+        shared_by = "executor=" if storage is None else "storage="
+        raise SearchError(
+            f"objective {shown(bound)} has a scale of its own in every process, which {shared_by} would mix; give "
+            "it one by reference=, in seconds of the largest architecture"
+        )
 
 
 @contextmanager

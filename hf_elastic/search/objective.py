@@ -145,6 +145,8 @@ class Objective:
         additive: The function as a table, when it is a sum over groups of choices; what exact search needs.
         fingerprint: What the function depends on besides the architecture (a digest of data and weights);
             a storage refuses to mix two.
+        portable: Whether values of several processes may be compared. Where not, as with seconds that are told on a
+            scale found at first use, a search in a storage or with an executor is refused.
 
     Raises:
         SearchError: The name is empty or the direction unknown.
@@ -158,6 +160,7 @@ class Objective:
     related: Callable[[], Mapping[str, Objective]] | None = field(default=None, repr=False)
     additive: AdditiveTable | None = field(default=None, repr=False, hash=False)
     fingerprint: str = ""
+    portable: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_elastic.costs import LATENCY_TOKENS, Latency
+from hf_elastic.costs import LATENCY_TOKENS, Latency, synchronise
 from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.supernet import Supernet
 
@@ -202,16 +202,12 @@ class Forward:
 
 def wall_clock(call: Callable[[], object]) -> float:
     """Seconds of one call, the GPU's part included."""
-    _synchronise()
+    device = call.model.device if isinstance(call, Forward) else None
+    synchronise(device)
     began = time.perf_counter()
     call()
-    _synchronise()
+    synchronise(device)
     return time.perf_counter() - began
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
 
 
 class Rounds:

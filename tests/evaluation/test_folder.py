@@ -230,7 +230,6 @@ def test_perplexities_of_different_tokens_are_not_compared_in_silence(tmp_path: 
 @pytest.mark.parametrize(
     ("make", "data", "options", "message"),
     [
-        (classifier, "rows", FolderOptions(metric="bleu"), "there is no metric 'bleu'; known: accuracy"),
         (classifier, None, FolderOptions(), "needs data"),
         (classifier, "rows", FolderOptions(label_column="gold"), "row 1 of .* has no 'gold'"),
         (classifier, "rows", FolderOptions(text_column="prompt"), "no text in column 'prompt'"),
@@ -250,6 +249,92 @@ def test_data_that_do_not_fit_are_refused(
     pairs_file(tmp_path / "pairs.jsonl")
     with pytest.raises(DataError, match=message):
         evaluate_folder(folder, None if data is None else tmp_path / f"{data}.jsonl", options=options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("metric", "bleu", "there is no metric 'bleu'; known: accuracy"),
+        ("metric", "evaluate:", "there is no metric 'evaluate:'"),
+        ("metric", "lm-eval:", "there is no metric 'lm-eval:'"),
+        ("metric", "", "metric='' must be a name, or left out"),
+        ("batch_size", 0, "batch_size=0 must be an integer of at least 1"),
+        ("batch_size", -4, "batch_size=-4 must be an integer of at least 1"),
+        ("batch_size", None, "batch_size=None must be an integer of at least 1"),
+        ("sequence_length", 0, "sequence_length=0 must be an integer of at least 4"),
+        ("limit", 0, "limit=0 must be an integer of at least 1"),
+        ("limit", 2.5, "limit=2.5 must be an integer of at least 1"),
+        ("num_fewshot", -1, "num_fewshot=-1 must be an integer of at least 0"),
+        ("k", 0, "k=0 must be an integer of at least 1"),
+        ("text_column", "", "text_column='' must be a name, or left out"),
+        ("key", 3, "key=3 must be a name, or left out"),
+    ],
+)
+def test_options_that_can_be_no_options_are_refused_where_they_are_made(option: str, value: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        FolderOptions(**{option: value})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+APPLIES = {  # option: an example, and the metrics that it means something for
+    "text_column": ("text", {"accuracy", "perplexity", "spearman", "evaluate:x"}),
+    "pair_column": ("text", {"accuracy", "spearman", "evaluate:x"}),
+    "label_column": ("label", {"accuracy", "spearman", "evaluate:x"}),
+    "key": ("acc", {"evaluate:x", "lm-eval:x"}),
+    "sequence_length": (8, {"accuracy", "perplexity", "spearman", "ndcg", "evaluate:x", "lm-eval:x"}),
+    "num_fewshot": (0, {"lm-eval:x"}),
+    "k": (5, {"ndcg"}),
+}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity", "spearman", "ndcg", "evaluate:x", "lm-eval:x"])
+@pytest.mark.parametrize("option", APPLIES)
+def test_an_option_that_means_nothing_to_the_metric_is_refused_before_weights_are_read(
+    metric: str, option: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 64}')  # and no weights
+    value, metrics = APPLIES[option]
+    with pytest.raises((DataError, CheckpointError)) as caught:
+        evaluate_folder(folder, tmp_path / "gone.jsonl", options=FolderOptions(metric=metric, **{option: value}))
+    told = f"{option}={value!r} is nothing to {metric!r}, leave it out; it is of "
+    assert str(caught.value).startswith(told) == (metric not in metrics)
+
+
+def test_all_folders_are_looked_at_before_the_first_is_measured(tmp_path: Path) -> None:
+    parent, data = classifier(tmp_path / "parent"), write_rows(tmp_path / "rows.jsonl", count=20)
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match="child holds no config.json"):
+        compare_folders([parent, tmp_path / "child"], data, say=told.append)
+    assert told == []
+
+
+@torch.no_grad()
+def test_sentence_encoders_read_as_many_tokens_as_asked(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    parent, data = sentence_encoder(tmp_path / "parent"), pairs_file(tmp_path / "pairs.jsonl")
+    model, tokenizer = AutoModel.from_pretrained(parent).eval(), AutoTokenizer.from_pretrained(parent)
+
+    def cut(text: str) -> Tensor:
+        states: Tensor = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=5))[0][0]  # (T, D)
+        return F.normalize(states.mean(0), dim=-1)
+
+    cosines = [
+        float(cut(a) @ cut(b)) for a, b in zip(sentences(20), sentences(20, seed=1), strict=True)
+    ]  # fmt: skip
+    wanted = spearmanr(cosines, [n % 5 for n in range(20)]).statistic
+    found = evaluate_folder(parent, data, options=FolderOptions(sequence_length=5)).values["spearman"]
+    assert found == pytest.approx(wanted, abs=1e-6) and found != evaluate_folder(parent, data).values["spearman"]
+    judged = tmp_path / "judged.jsonl"
+    queries, corpus = sentences(3, seed=2), sentences(12, seed=3)
+    rows = [(q, d, (m + n) % 3) for m, q in enumerate(queries) for n, d in enumerate(corpus)]
+    judged.write_text("\n".join(json.dumps({"query": q, "document": d, "relevance": r}) for q, d, r in rows))
+    scores = torch.stack([cut(q) for q in queries]) @ torch.stack([cut(d) for d in corpus]).t()
+    grades = [[(m + n) % 3 for n in range(12)] for m in range(3)]
+    options = FolderOptions(metric="ndcg", sequence_length=5)
+    ranked = evaluate_folder(parent, judged, options=options).values
+    assert ranked == {"ndcg@10": pytest.approx(ndcg_score(grades, scores.numpy(), k=10), abs=1e-6)}
 
 
 def test_a_folder_of_another_kind_or_none_is_refused(tmp_path: Path) -> None:

@@ -164,6 +164,30 @@ def test_which_way_is_better_is_as_the_tasks_say(supernet: Supernet, tasks: Path
     assert rolling.direction == "minimize" and rolling.name == "lm-eval word_perplexity"
 
 
+def test_which_way_is_better_is_told_of_the_task_that_is_asked_for(supernet: Supernet, tasks: Path) -> None:
+    choice = (tasks / "tiny_choice.yaml").read_text()
+    contrary = choice.replace("tiny_choice", "tiny_contrary").replace(
+        "higher_is_better: true", "higher_is_better: false"
+    )
+    (tasks / "tiny_contrary.yaml").write_text(contrary)
+    group = (tasks / "tiny_group.yaml").read_text().replace("tiny_group", "tiny_quarrel")
+    (tasks / "tiny_quarrel.yaml").write_text(group.replace("[tiny_choice]", "[tiny_choice, tiny_contrary]"))
+    tokens = decoder_tokenizer()
+    harness = Harness(["tiny_choice", "tiny_contrary"], include=tasks)
+
+    def direction(harness: Harness, key: str) -> str:
+        return lm_eval(supernet, harness, tokenizer=tokens, key=key).direction
+
+    assert direction(harness, "tiny_choice/acc") == "maximize"
+    assert direction(harness, "tiny_contrary/acc") == "minimize"
+    message = "has no direction: larger tiny_choice/acc is better, and smaller tiny_contrary/acc; name one task"
+    for asked, key in ((harness, "acc"), (Harness(["tiny_quarrel"], include=tasks), "tiny_quarrel/acc")):
+        with pytest.raises(DataError, match=f"key='{key}' {message}"):
+            direction(asked, key)
+    both = Harness(["tiny_group", "tiny_contrary"], include=tasks)
+    assert direction(both, "tiny_group/acc") == "maximize" and direction(both, "tiny_contrary/acc") == "minimize"
+
+
 def test_a_metric_alone_is_the_mean_over_the_tasks_and_groups_have_their_own(supernet: Supernet, tasks: Path) -> None:
     second = (
         (tasks / "tiny_choice.yaml")
@@ -281,6 +305,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tasks: Path) -> Non
         (["tiny_choice"], {"key": "tiny_reply/acc"}, "key='tiny_reply/acc' names none"),
         (["tiny_reply"], {"key": "exact_match"}, "tiny_reply/exact_match,first; give one"),
         (["tiny_choice"], {"limit": 0}, "limit=0 must be at least 1"),
+        (["tiny_choice"], {"key": "acc", "num_fewshot": -1}, "num_fewshot=-1 must be at least 0"),
         (["tiny_choice"], {"include": "/no/such/folder"}, "'/no/such/folder' is no folder"),
     ],
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score
 from tiny_checkpoints import bert_tokenizer, sentence_encoder, sentences
@@ -26,7 +28,8 @@ from hf_elastic import (
     search_subnets,
 )
 from hf_elastic.evaluation import ndcg, spearman
-from hf_elastic.evaluation.similarity import mean_ndcg, pair_correlation
+from hf_elastic.evaluation.measuring import running
+from hf_elastic.evaluation.similarity import encoded, mean_ndcg, pair_correlation
 from hf_elastic.objectives import parameters
 
 SPACE = ElasticConfig(intermediate_size=[16, 32, 64], num_attention_heads=[1, 4], skip=["layer"])
@@ -34,6 +37,7 @@ PAIRS = list(zip(sentences(14), sentences(14, seed=1), strict=True))
 GOLD = [float((7 * n) % 5) for n in range(len(PAIRS))]
 QUERIES = {f"q{n}": text for n, text in enumerate(sentences(5, seed=2))}
 CORPUS = {f"d{n}": text for n, text in enumerate(sentences(23, seed=3))}
+TEXTS = sentences(4, seed=4)
 RELEVANCE = {
     "q0": {"d1": 2, "d5": 1, "d7": 0}, "q1": {"d2": 1}, "q3": {f"d{n}": 1 + n % 3 for n in range(15)}, "q4": {"d22": 3},
 }  # fmt: skip
@@ -92,6 +96,44 @@ def test_a_sentence_transformer_runs_all_its_modules(tmp_path: Path) -> None:
     encoder.train()
     measure(point)
     assert encoder.training, "an evaluation left the encoder in evaluation mode"
+
+
+def test_fingerprints_tell_the_weights_and_settings_of_the_modules_around_the_model_apart(tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = str(sentence_encoder(tmp_path / "encoder"))
+
+    def made(*, seed: int = 0, **settings: Any) -> str:
+        encoder = sentence_transformers.SentenceTransformer(folder, device="cpu", **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            encoder.append(sentence_transformers.models.Dense(32, 8))
+        supernet = make_elastic(encoder[0].auto_model, SPACE)
+        return spearman(supernet, PAIRS, GOLD, encoder=encoder).fingerprint
+
+    assert made() == made()
+    prompts = {"prompts": {"short": "the "}}
+    assert (
+        len({made(), made(seed=1), made(truncate_dim=4), made(**prompts), made(**prompts, default_prompt_name="short")})
+        == 5
+    )
+
+
+def test_measuring_is_in_the_dtype_of_the_weights_also_behind_a_trainer_in_mixed_precision(tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    encoder = sentence_transformers.SentenceTransformer(str(sentence_encoder(tmp_path / "encoder")), device="cpu")
+    supernet = make_elastic(encoder[0].auto_model, SPACE)
+    vectors = measuring_embeddings(supernet, encoder)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as the Trainer does; it is one for a process
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(encoder)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not torch.equal(encoded(encoder, TEXTS, role="sentence"), vectors), "not wrapped"
+    assert torch.equal(measuring_embeddings(supernet, encoder), vectors)
+
+
+def measuring_embeddings(supernet: Supernet, encoder: Any) -> Tensor:
+    """Embeddings of texts as the objectives make them."""
+    with running(supernet, supernet.space.largest(), encoder):
+        return encoded(encoder, TEXTS, role="sentence")
 
 
 def test_prompts_of_a_sentence_transformer_are_those_of_queries_and_documents(tmp_path: Path) -> None:

@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import tiny_checkpoints
 import torch
+import transformers
 from tiny_checkpoints import options, sentences, write_rows, write_text
 from transformers import AutoTokenizer
 
 from hf_elastic import CheckpointError, CompressOptions, DataError, ElasticError, UnsupportedModelError
-from hf_elastic.pipeline.tasks import Task, TaskData, load_model, load_tokenizer, resolve_task
+from hf_elastic.pipeline.tasks import (
+    Task,
+    TaskData,
+    load_model,
+    load_tokenizer,
+    load_with_classifier,
+    resolve_task,
+)
 from hf_elastic.pipeline.texts import read_rows
 
 Find = Callable[[str], Path]
@@ -53,6 +61,35 @@ def test_a_base_model_is_an_encoder_of_sentences(checkpoint: Find, data: Find, t
     folder = copied(checkpoint("embedding"), tmp_path / "plain")
     (folder / "modules.json").unlink()
     assert resolve_task(options(folder, data("embedding"), tmp_path / "out")).name == "embedding"
+
+
+def test_no_code_of_a_checkpoint_is_asked_for_or_run(
+    checkpoint: Find, data: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word on it transformers asks at the terminal whether the code may run."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    own = {"model_type": "of_its_own", "auto_map": {"AutoConfig": "code.Config"}}
+    folder = copied(checkpoint("classification"), tmp_path / "own", **own)
+    (folder / "code.py").write_text("raise SystemExit('the code was run')")
+    with pytest.raises(CheckpointError, match="cannot load .*own"):
+        resolve_task(options(folder, data("classification"), tmp_path / "out"))
+    assert asked == []
+    given: list[object] = []
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForSequenceClassification"):
+        auto = getattr(transformers, name)
+
+        def noted(*args: Any, load: Any = auto.from_pretrained, **more: Any) -> Any:
+            given.append(more.get("trust_remote_code"))
+            return load(*args, **more)
+
+        monkeypatch.setattr(auto, "from_pretrained", noted)
+    known = options(checkpoint("classification"), data("classification"), tmp_path / "out")
+    task = resolve_task(known)
+    load_tokenizer(known)
+    load_model(task, known)
+    load_with_classifier(str(checkpoint("embedding")), ["a", "b", "c"], seed=0)
+    assert len(given) >= 4 and set(given) == {False}
 
 
 @pytest.mark.parametrize(("pooling", "found"), [("mean", "mean"), ("cls", "cls")])

@@ -10,7 +10,7 @@ import pytest
 import tiny_checkpoints
 import typer
 from recorded_runs import compress_run
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from hf_elastic import ElasticConfig, export, make_elastic
@@ -40,6 +40,16 @@ def test_try_takes_a_pair_of_sentences(app: typer.Typer, tmp_path: Path) -> None
     said = CliRunner().invoke(app, ["try", str(tmp_path / "child"), "--pair", *pair])
     assert said.exit_code == 0, said.output
     assert all(repr(text) in said.stdout for text in pair) and said.stdout.count("  cosine ") == 2
+
+
+def test_try_gives_a_classifier_two_texts_together(app: typer.Typer, tmp_path: Path) -> None:
+    parent = tiny_checkpoints.classifier(tmp_path / "parent")
+    made = AutoModelForSequenceClassification.from_pretrained(parent)
+    supernet = make_elastic(made, ElasticConfig(intermediate_size=[0.5, 1.0]))
+    export(supernet, supernet.space.smallest(), tmp_path / "child")
+    said = CliRunner().invoke(app, ["try", str(tmp_path / "child"), "--prompt", "one", "--pair", "two", "three"])
+    assert said.exit_code == 0, said.output
+    assert said.stdout.count("  parent ") == 2 and "\n'two'\n'three'\n  parent " in said.stdout
 
 
 def test_reporting_itself_needs_no_torch() -> None:

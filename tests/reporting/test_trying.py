@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_checkpoints
 import torch
 from recorded_runs import Make
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from tiny_checkpoints import LABELS
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from hf_elastic import ElasticConfig, export, make_elastic
 from hf_elastic.errors import CheckpointError, DataError
@@ -74,6 +85,82 @@ def test_masked_models_fill_the_mask(tmp_path: Path) -> None:
     assert told(text, "smaller").startswith(f"{tokenizer.decode([int(logits.argmax())]).strip()} {best:.1%}, ")
     with pytest.raises(DataError, match=r"'no hole' holds no \[MASK\]"):
         try_models(child, prompts=["no hole"])
+
+
+def ranked(chances: torch.Tensor) -> str:
+    return ", ".join(f"{LABELS[n]} {chances[n]:.1%}" for n in chances.argsort().flip(0).tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, lambda logits: ranked(logits.softmax(-1))),
+        ({"id2label": {0: "score"}, "label2id": {"score": 0}}, lambda logits: f"{logits[0]:.4f}"),
+        ({"problem_type": "regression"}, lambda logits: ", ".join(f"{number:.4f}" for number in logits)),
+        ({"problem_type": "multi_label_classification"}, lambda logits: ranked(logits.sigmoid())),
+    ],
+)
+def test_classifiers_tell_labels_or_numbers_of_a_text_and_of_two(
+    changes: dict[str, Any], shown: Callable[[torch.Tensor], str], tmp_path: Path
+) -> None:
+    parent = tiny_checkpoints.classifier(tmp_path / "parent", **changes)
+    child = exported(parent, AutoModelForSequenceClassification, tmp_path / "child")
+    pair = ("The cat sleeps.", "A young dog runs today.")
+    tokenizer, found = AutoTokenizer.from_pretrained(parent), []
+    for given in ((pair[0],), pair):
+        text = try_models(child, prompts=[given if len(given) == 2 else given[0]])
+        assert "\n".join(map(repr, given)) in text
+        for side, folder in (("parent", parent), ("smaller", child)):
+            model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+            with torch.no_grad():
+                logits = model(**tokenizer(*given, return_tensors="pt")).logits[0]
+            assert told(text, side) == shown(logits)
+        found.append(told(text, "parent"))
+    assert found[0] != found[1]
+
+
+def test_the_segments_that_bert_tells_apart_are_given(tmp_path: Path) -> None:
+    parent = tiny_checkpoints.classifier(tmp_path / "parent", id2label={0: "score"}, label2id={"score": 0})
+    plain = tiny_checkpoints.bert_tokenizer()
+    backend = plain._tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_input_names=inputs, **plain.special_tokens_map
+    ).save_pretrained(parent)
+    model = AutoModelForSequenceClassification.from_pretrained(parent).eval()
+    with torch.no_grad():
+        model.bert.embeddings.token_type_embeddings.weight[1].normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(parent)
+    child, pair = exported(parent, AutoModelForSequenceClassification, tmp_path / "child"), ("the cat", "the dog")
+    with torch.no_grad():
+        batch = AutoTokenizer.from_pretrained(parent)(*pair, return_tensors="pt")
+        assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+        wanted, blind = float(model(**batch).logits), float(model(input_ids=batch["input_ids"]).logits)
+    assert abs(wanted - blind) > 1e-3
+    assert told(try_models(child, prompts=[pair]), "parent") == f"{wanted:.4f}"
+
+
+def test_two_texts_are_for_models_that_take_two(tmp_path: Path) -> None:
+    child = exported(tiny_checkpoints.masked_model(tmp_path / "parent"), AutoModelForMaskedLM, tmp_path / "child")
+    with pytest.raises(DataError, match=r"masked-lm needs a text with a \[MASK\], got 1 prompts"):
+        try_models(child, prompts=[("the [MASK] runs", "the [MASK] sleeps")])
+
+
+def test_no_code_of_a_checkpoint_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = exported(tiny_checkpoints.sentence_encoder(tmp_path / "parent"), AutoModel, tmp_path / "child")
+    given: list[object] = []
+    load = AutoTokenizer.from_pretrained
+
+    def noted(*args: Any, **options: Any) -> Any:
+        given.append(options.get("trust_remote_code"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", noted)
+    try_models(child, prompts=["a", "b"])
+    assert given and set(given) == {False}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from recorded_runs import HOSTILE, WIDTH, compress_run, macs, row, searched, spa
 
 from hf_elastic.errors import CheckpointError, UnsupportedModelError
 from hf_elastic.reporting import write_figures, write_report
+from hf_elastic.search import Objective, search_subnets
 
 
 @pytest.fixture
@@ -57,6 +59,29 @@ def test_the_front_in_the_page_is_that_of_all_pairs(page: Page) -> None:
     assert sorted(zip(every["x"], every["y"], strict=True)) == sorted(points)
 
 
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_the_front_goes_by_the_direction_of_both_objectives(run: Path, signs: tuple[int, int]) -> None:
+    named: list[tuple[str, Any]] = [("structure", structure), ("macs", macs)]
+    ways: dict[int, Any] = {1: "minimize", -1: "maximize"}
+    goals = [Objective(name, value, direction=ways[s]) for (name, value), s in zip(named, signs, strict=True)]
+    result = search_subnets(space(), goals, evaluations=30, seed=1, progress=False)
+    result.save(run / "search.json")
+    result.save(run / "exact.json")
+    page = Page(write_report(run))
+    points = {(macs(e.architecture), structure(e.architecture)) for e in result.evaluations}
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        pairs = list(zip(one, other, reversed(signs), strict=True))
+        return one != other and all(sign * a <= sign * b for a, b, sign in pairs)
+
+    wanted = {point for point in points if not any(beats(one, point) for one in points)}
+    for figure, name in (("front", "front"), ("exact-front", "exact front")):
+        drawn = page.trace(figure, name)
+        assert set(zip(drawn["x"], drawn["y"], strict=True)) == wanted
+    words = {1: "lower", -1: "higher"}
+    assert f"Better is {words[signs[0]]} structure, and {words[signs[1]]} MACs at 128 tokens." in page.text
+
+
 def test_the_midpoint_the_limit_and_the_models_of_the_table_are_marked(page: Page, run: Path) -> None:
     middle, rows = space().midpoint(), recorded(run)["stages"]["compare"]["rows"]
     assert page.trace("front", "midpoint")["x"] == [macs(middle)]
@@ -82,6 +107,16 @@ def test_a_front_of_exact_search_is_called_exact(run: Path) -> None:
     page = Page(write_report(run))
     assert page.trace("exact-front", "exact front")["mode"] == "lines+markers"
     assert page.trace("exact-front", "chosen without training")["x"] == [sum(found.values())]
+
+
+def test_an_exact_search_without_a_second_axis_or_an_answer_has_no_chart(run: Path) -> None:
+    single = search_subnets(space(), [Objective("macs", macs, cost=True)], evaluations=4, seed=0, progress=False)
+    nothing = replace(searched(), evaluations=())
+    for result in (single, nothing):
+        result.save(run / "exact.json")
+        page = Page(write_report(run))
+        assert "exact-front" not in page.figures and "front" in page.figures
+        assert "The exact front holds" not in page.text
 
 
 def test_the_table_holds_costs_and_shares_and_qualities(page: Page, run: Path) -> None:
@@ -164,11 +199,18 @@ def test_a_folder_that_is_no_run_is_refused_and_the_run_beside_it_named(run: Pat
         {"compare": {"rows": [{"name": "parent"}, {"macs": 3}], "finished": True}},
         {"check": {"budgets": [{"met": True}]}},
         {"compare": {"rows": 5}},
+        {"tables": {"predicted": [1.0, 2.0], "measured": [1.0, float("nan")], "finished": True}},
+        {"recover": {"losses": [{"step": 1, "loss": float("inf")}]}},
+        {"search": {"seconds": 10**400}},
+        {"check": {"predicted_speedup": 2.0, "measured_speedup": 2.0, "budgets": [{"met": 1, "sentence": "\ud800"}]}},
     ],
 )
 def test_a_record_of_something_else_is_an_error_and_no_page(run: Path, damage: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="holds a record that hf_elastic did not write"):
+    with pytest.raises(
+        CheckpointError, match=r"holds a record that hf_elastic did not write \(result.json, or"
+    ) as caught:
         write_report(change(run, **damage))
+    assert "\n" not in str(caught.value)
     assert not (run / "report.html").exists()
 
 

@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from exported import mixed_folder, stock_folder
 from tiny_models import point, supernet_of, tiny
 
 import hf_elastic.runtimes.runtime_latencies as latency
-from hf_elastic import DataError, ElasticConfig, ElasticLoraConfig, UnsupportedModelError, add_lora, make_elastic
+from hf_elastic import (
+    DataError,
+    ElasticConfig,
+    ElasticLoraConfig,
+    UnsupportedModelError,
+    add_lora,
+    cost_objectives,
+    make_elastic,
+)
 from hf_elastic.runtimes import export_openvino, measure_folders, runtime_latency
 
 pytest.importorskip("openvino")
@@ -79,6 +88,52 @@ def test_an_objective_is_the_ratio_to_the_largest_times_its_first_time(monkeypat
     drift = iter([3.0] * 100)  # the machine is slower now
     assert objective(small) == pytest.approx(exported[-1])
     assert objective.name == "openvino_latency" and objective.unit == "s" and "parameters" in objective.related()  # type: ignore[misc]
+
+
+def test_threads_are_torchs_too_while_it_is_timed() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def timer(call: Callable[[], object]) -> float:
+        call()
+        seen.append(torch.get_num_threads())
+        return 1.0
+
+    measure_folders({"memory": tiny("bert", "base")}, length=8, rounds=3, threads=before + 1, timer=timer)
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
+
+
+def test_values_of_other_processes_count_only_where_the_reference_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = parameter_clock(monkeypatch)
+    speed = 1.0
+    supernet = supernet_of("bert", "base")
+    small = point(supernet, ffn0=16, ffn1=16, skip2="attention")
+
+    def timer(call: Callable[[], object]) -> float:
+        return float(call()) * speed  # type: ignore[arg-type]
+
+    def made(**changes: Any) -> Any:
+        return runtime_latency(supernet, runtime="openvino", batch_size=2, seq_len=16, timer=timer, **changes)
+
+    here, given = made(), made(reference=2.0)
+    assert given(small) == pytest.approx(2.0 * exported[-1] / exported[0])
+    assert given.portable and not here.portable  # which a storage, or another process, would mix
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(cost_objectives, "_FIRST_USES", {})
+        speed = 3.0  # a slower moment, in which another process begins
+        assert made(reference=2.0).fingerprint == given.fingerprint
+        assert made(reference=2.0)(small) == pytest.approx(given(small))
+    assert made(reference=3.0).fingerprint != given.fingerprint
+    for wrong in (0.0, float("nan"), float("inf"), "1 s"):
+        with pytest.raises(DataError, match="above 0"):
+            made(reference=wrong)
+
+
+def test_lengths_without_positions_are_refused(tmp_path: Path) -> None:
+    folder = stock_folder(tmp_path, "bert", "base")
+    export_openvino(folder, tmp_path / "graph")
+    for model in (folder, tmp_path / "graph", tiny("bert", "base")):
+        with pytest.raises(DataError, match="65 tokens are more than the bert has positions for, 64"):
+            measure_folders({"a": model}, length=65, rounds=1)
 
 
 def test_settings_that_differ_have_other_fingerprints() -> None:

@@ -21,7 +21,7 @@ from hf_elastic.parts import LayerShape
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.tables.additive import layer_table
 from hf_elastic.tables.latencies import LatencyTable, Sizes, measure_latency_table, shape_in, sizes_of
-from hf_elastic.tables.timing import Forward, Setting, measure_models, speedup, typical
+from hf_elastic.tables.timing import Forward, Setting, measure_models, speedup, typical, wall_clock
 
 FAMILIES = ("bert", "distilbert", "llama", "qwen3", "mistral", "gpt2")
 Truth = Callable[[Sequence[tuple[int, int]]], float]
@@ -415,3 +415,11 @@ def test_sizes_say_which_shape_a_layer_has() -> None:
         assert shape_in(part, sizes) == shape
         assert sizes_of(shape) == sizes
     assert shape_in(part, Sizes(0, 0)).skipped
+
+
+def test_the_clock_waits_for_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    supernet, asked = made("bert", "lm"), []
+    monkeypatch.setattr("hf_elastic.tables.timing.synchronise", asked.append)
+    wall_clock(Forward(supernet.model, Setting.of(supernet, length=8)))
+    wall_clock(lambda: None)
+    assert asked == [supernet.model.device] * 2 + [None] * 2
