@@ -20,6 +20,7 @@ from hf_elastic.files import read_json
 from hf_elastic.packed_format import stated_quantisation, stored_weights
 from hf_elastic.runtimes.graph_folder import RUNTIME_FILE
 from hf_elastic.runtimes.matrix import runs_where_folder
+from hf_elastic.runtimes.opening import gguf_file
 from hf_elastic.supernet import Supernet
 from hf_elastic.supernet_folder import SPACE_FILE
 
@@ -123,7 +124,7 @@ def describe_folder(folder: Path) -> str:
         raise CheckpointError(f"{folder} is no folder; give one that holds a checkpoint, a supernet or a run")
     if (folder / SPACE_FILE).is_file():
         return str(Supernet.from_pretrained(folder))
-    if (folder / RUNTIME_FILE).is_file():
+    if (folder / RUNTIME_FILE).is_file() or gguf_file(folder):
         return f"exported for a runtime\n{_runs_where(folder)}"
     parts = (
         ("adapter_config.json", _describe_adapter),

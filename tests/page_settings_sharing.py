@@ -20,12 +20,14 @@ from tiny_checkpoints import (
     write_rows,
     write_text,
 )
+from tokenizers import Tokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 import hf_elastic as he
@@ -85,7 +87,16 @@ def graph_page() -> Names:
 
 
 def gguf_files(folder: Path) -> None:
-    language_model(folder / "small", **GROUPS)
+    """A model whose tokenizer joins something, without which llama.cpp takes none, and a supernet of it."""
+    stated = json.loads(decoder_tokenizer().backend_tokenizer.to_str())
+    stated["model"] |= {"vocab": {**stated["model"]["vocab"], "th": 258}, "merges": [["t", "h"]]}
+    backend = Tokenizer.from_str(json.dumps(stated))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    small = language_model(folder / "small", vocab_size=259, **GROUPS)
+    model = AutoModelForCausalLM.from_pretrained(small)
+    he.make_elastic(model, he.ElasticConfig(intermediate_size=[0.5, 1.0])).save_pretrained(folder / "supernet")
+    for name in ("small", "supernet"):
+        tokenizer.save_pretrained(folder / name)
 
 
 def hub_files(folder: Path) -> None:
@@ -192,6 +203,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
             ("evaluations=60", "evaluations=3"),
             ("batch_size=16)", "batch_size=2, seconds=1)"),
             ("batch_size=16, seq_len=128", "batch_size=2, seq_len=16"),
+            ('"batch_size": 16, "seq_len": 128', '"batch_size": 2, "seq_len": 16'),
         ),
     ),
     ("docs/runtimes.md", "GGUF"): Settings(gguf_files),

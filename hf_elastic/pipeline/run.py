@@ -325,7 +325,7 @@ class CompressRun:
         scores = sort_by_importance_(supernet, self.data.calibration, method="reconstruction")
         order = scores["layers"].argsort(descending=True, stable=True).tolist()
         self.record.note("space", layer_order=order, size=str(supernet.space.size))
-        self.say(str(supernet))
+        self.say(f"{supernet}\n  runs where     {runs_where_space(supernet).in_short()} (--dry-run says why)")
         return supernet
 
     def _teacher(self, supernet: Supernet) -> Tensor | None:

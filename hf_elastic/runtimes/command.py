@@ -30,22 +30,30 @@ class Rounding(StrEnum):
 Precision = Literal["f32", "f16", "q8_0"]
 _BATCH, _MOST_TEXTS = 8, 256
 
+# Options of a runtime's form, as ``convert`` and ``export --format`` take them.
+Int8Option = Annotated[
+    Rounding | None, typer.Option(help="Integers, by the runtime's own quantisation; static reads --data.")
+]
+DataOption = Annotated[list[str] | None, typer.Option(help=".txt file to calibrate on. Repeatable.")]
+LengthOption = Annotated[int, typer.Option(help="Longest text of --data in tokens.")]
+PastOption = Annotated[
+    bool, typer.Option("--with-past", help="A decoder's KV cache goes in and comes out (ONNX, OpenVINO).")
+]
+PrecisionOption = Annotated[str, typer.Option(help="Of GGUF: f32, f16 or q8_0.")]
+VocabularyOption = Annotated[bool, typer.Option(help="Of GGUF: write the tokenizer.")]
+
 
 def convert_command(
     folder: Annotated[str, typer.Argument(help="Folder of a checkpoint: an export, or any other.")],
     *,
     format: Annotated[Format, typer.Option(help="What to write.")],
     output: Annotated[str, typer.Option(help="Folder to write.")],
-    int8: Annotated[
-        Rounding | None, typer.Option(help="Integers, by the runtime's own quantisation; static reads --data.")
-    ] = None,
-    data: Annotated[list[str] | None, typer.Option(help=".txt file to calibrate on. Repeatable.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Longest text of --data in tokens.")] = 128,
-    with_past: Annotated[
-        bool, typer.Option("--with-past", help="A decoder's KV cache goes in and comes out (ONNX, OpenVINO).")
-    ] = False,
-    precision: Annotated[str, typer.Option(help="Of GGUF: f32, f16 or q8_0.")] = "f16",
-    vocabulary: Annotated[bool, typer.Option(help="Of GGUF: write the tokenizer.")] = True,
+    int8: Int8Option = None,
+    data: DataOption = None,
+    sequence_length: LengthOption = 128,
+    with_past: PastOption = False,
+    precision: PrecisionOption = "f16",
+    vocabulary: VocabularyOption = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Write a checkpoint for ONNX Runtime, OpenVINO or llama.cpp, compared with torch before it is there."""

@@ -12,15 +12,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic.checkpoint.companions import TOKENIZER_FILES, copy_companions, parent_folder
 from hf_elastic.errors import CheckpointError, ExportError
-from hf_elastic.files import read_json, whole_folder
+from hf_elastic.files import whole_folder
 from hf_elastic.runtimes.gguf_layouts import GgufLayout, gguf_layout, rope_of
+from hf_elastic.runtimes.gguf_modules import gguf_pooling
 from hf_elastic.runtimes.gguf_tensors import tensors_of
 from hf_elastic.runtimes.gguf_vocabulary import Vocabulary, vocabulary_of
-from hf_elastic.runtimes.opening import first_line, open_model, require_package
+from hf_elastic.runtimes.opening import GGUF_FILE, first_line, open_model, require_package
 from hf_elastic.supernet_folder import save_generation_config
 
 Precision = Literal["f32", "f16", "q8_0"]
-GGUF_FILE = "model.gguf"
 _BLOCK = 32  # weights that share a scale in q8_0; a row holds whole blocks
 
 
@@ -78,7 +78,7 @@ def export_gguf(
 
     Raises:
         ExportError: the package is missing, llama.cpp has no architecture that holds the model, none that holds its
-            tokenizer, or there is no tokenizer; nothing is written.
+            tokenizer or pools tokens so, or there is no tokenizer; nothing is written.
         CheckpointError: the folder cannot be read or written.
     """
     require_package("gguf", extra="gguf")
@@ -87,17 +87,21 @@ def export_gguf(
     model = open_model(source)
     layout = gguf_layout(model.config, type(model).__name__)
     origin = str(parent or (model.config._name_or_path if isinstance(source, PreTrainedModel) else source) or "")
+    pooling = gguf_pooling(parent_folder(origin)) if layout.architecture == "bert" else None
     words = _vocabulary(model, origin, tokenizer=tokenizer) if vocabulary else Vocabulary("none")
     with whole_folder(output, overwrite=overwrite) as folder:
         model.config.save_pretrained(folder)
         save_generation_config(model, folder)
         copy_companions(origin, folder, tokenizer=tokenizer)
-        finer = _write(folder / GGUF_FILE, model, layout, words=words, precision=precision, origin=origin)
+        finer = _write(
+            folder / GGUF_FILE, model, layout, words=words, precision=precision, origin=origin, pooling=pooling
+        )  # fmt: skip
         _read_back(folder / GGUF_FILE, model, layout)
         size = (folder / GGUF_FILE).stat().st_size
     return GgufReport(
-        Path(output), layout.architecture, precision, words.model, len(layout.layers), finer, layout.notes, size
-    )
+        Path(output), layout.architecture, precision, words.model, len(layout.layers), finer,
+        (*layout.notes, *words.notes), size,
+    )  # fmt: skip
 
 
 def _vocabulary(model: PreTrainedModel, origin: str, *, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
@@ -122,6 +126,7 @@ def _write(
     words: Vocabulary,
     precision: Precision,
     origin: str,
+    pooling: str | None,
 ) -> tuple[str, ...]:
     """Writes the file; names of the matrices that are finer than asked for."""
     import gguf
@@ -132,6 +137,8 @@ def _write(
     writer.add_file_type(kinds.get(precision, gguf.LlamaFileType.MOSTLY_Q8_0))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, model, layout)
+    if pooling is not None:
+        writer.add_pooling_type(gguf.PoolingType[pooling])
     _add_vocabulary(writer, words, size=int(model.config.vocab_size))
     finer = []
     for name, tensor in tensors_of(model, layout):
@@ -172,7 +179,6 @@ def _add_sizes(writer: Any, model: PreTrainedModel, layout: GgufLayout) -> None:
     if layout.architecture == "bert":
         writer.add_causal_attention(False)
         writer.add_token_type_count(int(config.type_vocab_size))
-        writer.add_pooling_type(_pooling(config))
 
 
 def _add_rope(writer: Any, rope: Mapping[str, Any]) -> None:
@@ -182,17 +188,6 @@ def _add_rope(writer: Any, rope: Mapping[str, Any]) -> None:
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-
-
-def _pooling(config: Any) -> Any:
-    """How states become an embedding, as the sentence-transformers folder says; the mean where it says nothing."""
-    import gguf
-
-    folder = parent_folder(str(config._name_or_path or ""))
-    file = None if folder is None else folder / "1_Pooling" / "config.json"
-    stated = read_json(file) if file is not None and file.is_file() else {}
-    first = stated.get("pooling_mode_cls_token") or stated.get("pooling_mode") == "cls"
-    return gguf.PoolingType.CLS if first else gguf.PoolingType.MEAN
 
 
 def _add_vocabulary(writer: Any, words: Vocabulary, *, size: int) -> None:

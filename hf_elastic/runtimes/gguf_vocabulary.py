@@ -1,7 +1,9 @@
 """The tokenizer of a checkpoint as llama.cpp has it: tokens, their kinds, what joins them, special ids, chat template.
 
 Read from the fast tokenizer, so that no SentencePiece file is needed. llama.cpp knows how to cut text into words only
-by the names of known tokenizers; another one is refused rather than written as one that nearly cuts alike.
+by the names of known tokenizers; another one is refused rather than written as one that nearly cuts alike. So is one
+whose normalizer makes something else of text before: llama.cpp (``src/llama-vocab.cpp``) changes none for BPE of bytes,
+puts underscores for spaces for SentencePiece's BPE, and for WordPiece lower-cases, drops accents and parts Chinese.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Vocabulary:
         special: ids by llama.cpp's names: ``bos``, ``eos``, ``unknown``, ``padding``, ``seperator`` and so on.
         flags: ``add_bos_token``, ``add_eos_token``, ``add_space_prefix``.
         chat_template: Jinja text.
+        notes: where llama.cpp may give other ids.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Vocabulary:
     special: Mapping[str, int] = field(default_factory=dict)
     flags: Mapping[str, bool] = field(default_factory=dict)
     chat_template: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, *, size: int) -> Vocabulary:
@@ -90,18 +94,33 @@ def _bpe(tokenizer: PreTrainedTokenizerBase, stated: Mapping[str, Any], size: in
         raise _refused("it joins nothing, and llama.cpp loads no list of no merges")
     if any(" " in side for pair in merges for side in pair):
         raise _refused("a merge has a space in it")
+    cut, normalised = _cut(stated), [step.get("type") for step in _steps(stated, "normalizer", "normalizers")]
+    if normalised not in ([], ["NFC"]):
+        names = ", ".join(map(str, normalised))
+        raise _refused(f"it changes text before it is cut ({names}), which llama.cpp does not for BPE of bytes")
+    notes = (_NOT_COMPOSED,) if normalised else ()
     tokens, kinds = _listed(tokenizer, stated, size)
     joined = tuple(" ".join(pair) for pair in merges)
     return Vocabulary(
-        "gpt2", tokens, kinds, merges=joined, cut=_cut(stated), special=_special(tokenizer), flags=_flags(tokenizer),
-        chat_template=_template(tokenizer),
+        "gpt2", tokens, kinds, merges=joined, cut=cut, special=_special(tokenizer), flags=_flags(tokenizer),
+        chat_template=_template(tokenizer), notes=notes,
     )  # fmt: skip
+
+
+_NOT_COMPOSED = "llama.cpp does not compose accents (NFC): pass text that is composed, as nearly all is, or ids differ"
+
+
+def _steps(stated: Mapping[str, Any], name: str, several: str) -> list[Mapping[str, Any]]:
+    """What a tokenizer does one after the other, those of sequences within sequences too."""
+    step = stated.get(name) or {}
+    if several in step:
+        return [found for inner in step[several] for found in _steps({name: inner}, name, several)]
+    return [step] if step else []
 
 
 def _cut(stated: Mapping[str, Any]) -> str:
     """llama.cpp's name of how text is cut into words."""
-    before = stated.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
+    steps = _steps(stated, "pre_tokenizer", "pretokenizers")
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
         return "gpt-2"
@@ -116,30 +135,50 @@ def _sentencepiece(
     tokenizer: PreTrainedTokenizerBase, stated: Mapping[str, Any], size: int, *, merges: Sequence[Sequence[str]]
 ) -> Vocabulary:
     """SentencePiece's BPE joins what has the highest score first, transformers' what stands first among the merges."""
+    prefix = _prefixes_space(stated)
+    notes = (_LEADING_SPACE,) if prefix and stated.get("pre_tokenizer") else ()
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
     tokens, kinds = _listed(tokenizer, stated, size, bytes_too=True)
     scores = tuple(-float(ranks[t]) if t in ranks else -1e6 if len(t) > 1 else -1e5 for t in tokens)
-    flags = {**_flags(tokenizer), "add_space_prefix": _prefixes_space(stated)}
+    flags = {**_flags(tokenizer), "add_space_prefix": prefix}
     return Vocabulary(
-        "llama", tokens, kinds, scores, special=_special(tokenizer), flags=flags, chat_template=_template(tokenizer)
-    )
+        "llama", tokens, kinds, scores, special=_special(tokenizer), flags=flags, chat_template=_template(tokenizer),
+        notes=notes,
+    )  # fmt: skip
 
 
 def _prefixes_space(stated: Mapping[str, Any]) -> bool:
-    normaliser, before = stated.get("normalizer") or {}, stated.get("pre_tokenizer") or {}
-    steps = [*normaliser.get("normalizers", [normaliser]), *before.get("pretokenizers", [before])]
-    return any(
-        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
-        for step in steps
-    )
+    """Whether a text begins with an underscore; each space becomes one, and nothing else changes, as in llama.cpp.
+
+    Raises:
+        ExportError: it is not so.
+    """
+    before, cuts = _steps(stated, "normalizer", "normalizers"), _steps(stated, "pre_tokenizer", "pretokenizers")
+    if before[-1:] == [_UNDERSCORES] and before[:-1] in ([], [_PREPENDED]) and not cuts:
+        return len(before) == 2
+    if not before and [step.get("type") for step in cuts] == ["Metaspace"]:
+        (step,) = cuts
+        if step.get("replacement") == _SPACE and not step.get("split", True):
+            return bool(step.get("prepend_scheme") != "never")
+    names = ", ".join(str(step.get("type")) for step in (*before, *cuts)) or "nothing"
+    raise _refused(f"llama.cpp makes each space an underscore and changes nothing else, which {names} does not here")
+
+
+_LEADING_SPACE = "llama.cpp puts a space before every text: leave that of a text that begins with one, or ids differ"
+_SPACE = "\u2581"
+_PREPENDED: Mapping[str, Any] = {"type": "Prepend", "prepend": _SPACE}
+_UNDERSCORES: Mapping[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 
 
 def _wordpiece(tokenizer: PreTrainedTokenizerBase, stated: Mapping[str, Any], size: int) -> Vocabulary:
     """llama.cpp marks beginnings of words where transformers marks continuations."""
-    if not (stated.get("normalizer") or {}).get("lowercase"):
+    normaliser = stated.get("normalizer") or {}
+    if not normaliser.get("lowercase"):
         raise _refused("llama.cpp lower-cases text for WordPiece, and this one does not")
+    if normaliser.get("strip_accents") is False or not normaliser.get("handle_chinese_chars", True):
+        raise _refused("llama.cpp drops accents and parts Chinese characters for WordPiece, and this one does not")
     prefix = stated["model"].get("continuing_subword_prefix", "##")
     tokens, kinds = _listed(tokenizer, stated, size)
 

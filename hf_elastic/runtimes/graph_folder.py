@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic.checkpoint.companions import copy_companions
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
-from hf_elastic.errors import CheckpointError, DataError, ExportError
+from hf_elastic.errors import CheckpointError, DataError, ElasticError, ExportError
 from hf_elastic.files import read_json, whole_folder, write_json
 from hf_elastic.runtimes.graphs import (
     Arrays,
@@ -25,11 +26,12 @@ from hf_elastic.runtimes.graphs import (
     Run,
     TextGraph,
     check_graph,
+    longest_checked,
     require_equal,
     shown,
     traceable,
 )
-from hf_elastic.runtimes.opening import first_line, open_model, require_unrouted_graph
+from hf_elastic.runtimes.opening import first_line, open_model, positions_of, require_positions, require_unrouted_graph
 from hf_elastic.supernet_folder import save_generation_config, write_code
 
 RUNTIME_FILE = "runtime.json"
@@ -88,15 +90,12 @@ def export_graph(
         path = folder / writer.model_file
         path.parent.mkdir(parents=True)
         graph = _graph(taken, with_past=options.with_past)
-        _written(writer, graph, path)
-        difference, _ = check_graph(graph, writer.open(path))
+        with _in_a_line(f"{writer.runtime} holds no {type(taken).__name__} with free batch and length"):
+            writer.write(graph, path)
+        with _in_a_line(f"{writer.runtime} does not run the graph of a {type(taken).__name__}"):
+            difference, _ = check_graph(graph, writer.open(path))
         require_equal(difference, runtime=writer.runtime)
-        rounded = None
-        if options.int8 is not None:
-            feeds = [completed({n: np.asarray(t) for n, t in batch.items()}, graph.inputs) for batch in batches]
-            writer.quantize(path, int8=options.int8, feeds=feeds)
-            off, largest = check_graph(graph, writer.open(path))
-            rounded = off / max(largest, 1e-12)
+        rounded = None if options.int8 is None else _rounded(writer, graph, path, int8=options.int8, batches=batches)
         names = _write_beside(model, parent, folder, tokenizer=options.tokenizer)
         size = sum(file.stat().st_size for file in path.parent.iterdir())
         found = GraphReport(
@@ -108,21 +107,36 @@ def export_graph(
 
 
 def _graph(model: PreTrainedModel, *, with_past: bool) -> TextGraph:
-    try:
-        return TextGraph(model, with_past=with_past).eval()
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise ExportError(f"a {type(model).__name__} does not run on padded token ids: {first_line(error)}") from error
-
-
-def _written(writer: GraphWriter, graph: TextGraph, path: Path) -> None:
-    try:
-        writer.write(graph, path)
-    except ExportError:
-        raise
-    except Exception as error:  # tracers raise whatever they like
+    room, needed = positions_of(model.config), longest_checked(with_past=with_past)
+    if room is not None and room < needed:
         raise ExportError(
-            f"{writer.runtime} holds no {type(graph.model).__name__} with free batch and length: {first_line(error)}"
-        ) from error
+            f"a graph is compared with torch on up to {needed} tokens, but a {type(model).__name__} of this size has "
+            f"positions for {room}; convert a model of more (max_position_embeddings)"
+        )
+    with _in_a_line(f"a {type(model).__name__} does not run on padded token ids"):
+        return TextGraph(model, with_past=with_past).eval()
+
+
+def _rounded(writer: GraphWriter, graph: TextGraph, path: Path, *, int8: Int8, batches: Sequence[Batch]) -> float:
+    """Makes weights integers; how far outputs moved, as a share of the largest."""
+    feeds = [completed({n: np.asarray(t) for n, t in batch.items()}, graph.inputs) for batch in batches]
+    longest = max((feed["input_ids"].shape[-1] for feed in feeds), default=0)
+    require_positions(graph.model.config, longest, cure="cut the text of the calibration there (--sequence-length)")
+    with _in_a_line(f"{writer.runtime} makes no integers (int8={int8!r}) of a {type(graph.model).__name__}"):
+        writer.quantize(path, int8=int8, feeds=feeds)
+        off, largest = check_graph(graph, writer.open(path))
+    return off / max(largest, 1e-12)
+
+
+@contextmanager
+def _in_a_line(saying: str) -> Iterator[None]:
+    """Says in one line what code of others raised; tracers, runtimes and quantisers raise whatever they like."""
+    try:
+        yield
+    except ElasticError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{saying}: {first_line(error)}") from error
 
 
 def _refuse_static(*, with_past: bool) -> None:

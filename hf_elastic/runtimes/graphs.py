@@ -7,26 +7,32 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hf_elastic.errors import ExportError
+from hf_elastic.models import MODEL_TYPES
 from hf_elastic.models.elastic_layers import skipped_sublayers
+from hf_elastic.models.elastic_routing import routed_layers
 
 Int8 = Literal["dynamic", "static"]
+Padding = Literal["none", "right", "left"]
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], Arrays]
 """A runtime: arrays by name of the input to arrays by name of the output."""
 
 TOLERANCE = 1e-3
 TRACED = (2, 12)
-_CHECKED = ((1, 5), (3, 17), (2, 9))  # sequences x tokens, none of them what a graph is traced with
+_CHECKED = ((1, 5, 10), (3, 17, 5), (2, 9, 0))  # sequences, tokens, in a cache before: none as a graph is traced
 _PAST = 3  # tokens in the cache of an example
 _OUTPUTS = ("last_hidden_state", "pooler_output", "logits", "start_logits", "end_logits")
 _OF_SEQUENCES = ("pooler_output",)
@@ -130,30 +136,38 @@ class TextGraph(nn.Module):
         self.inputs += ["position_ids", *(f"past_key_values.{pair}" for pair in pairs)]
         self.outputs += [f"present.{pair}" for pair in pairs]
 
-    def example(self, batch_size: int, tokens: int, *, past: int = _PAST, seed: int = 0) -> dict[str, Tensor]:
+    def example(
+        self, batch_size: int, tokens: int, *, past: int = _PAST, padding: Padding = "right", seed: int = 0
+    ) -> dict[str, Tensor]:
         """Random inputs whose rows are padded differently, those after the first; with a cache of random states.
 
         Args:
             batch_size: sequences.
             tokens: new ones of each, padding included.
             past: tokens in the cache, where there is one.
+            padding: on which side; ``right`` also ends what a cache holds, as a prefill of padded prompts leaves it.
             seed: of the draws.
         """
+        past = past if self.with_past else 0
         generator = torch.Generator().manual_seed(seed)
         config = self.model.config
         choices = (2,) if type(self.model).__name__.endswith("MultipleChoice") else ()
         shape = (batch_size, *choices, tokens)
         ids = torch.randint(min(3, config.vocab_size - 1), config.vocab_size, shape, generator=generator)
-        mask = torch.ones(shape, dtype=torch.long)
-        for row in range(1, 1 if self.with_past else batch_size):
-            mask[row, ..., max(1, tokens - 2 * row) :] = 0
-        ids = ids.masked_fill(mask == 0, config.pad_token_id or 0)
+        mask = torch.ones(*shape[:-1], past + tokens, dtype=torch.long)
+        for row in range(1, batch_size if padding != "none" else 1):
+            count = min(2 * row, tokens - 1)
+            if padding == "left":
+                mask[row, ..., :count] = 0
+            else:
+                mask[row, ..., past + tokens - count :] = 0
+                mask[row, ..., max(past - count, min(past, 1)) : past] = 0
+        ids = ids.masked_fill(mask[..., past:] == 0, config.pad_token_id or 0)
         feed = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.inputs:
             feed["token_type_ids"] = (torch.arange(tokens) >= tokens // 2).long().expand(shape).contiguous()
         if self.with_past:
-            feed["attention_mask"] = torch.ones(batch_size, past + tokens, dtype=torch.long)
-            feed["position_ids"] = (torch.arange(tokens) + past).expand(batch_size, tokens).contiguous()
+            feed["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:].contiguous()
         for layer, (heads, size) in self.cached.items():
             for part in ("key", "value"):
                 states = torch.randn(batch_size, heads, past, size, generator=generator)
@@ -193,9 +207,28 @@ class TextGraph(nn.Module):
         return cache
 
 
+def _has_routers(model: PreTrainedModel) -> bool:
+    """Whether attention has routers, which take a mask of their own."""
+    return model.config.model_type in MODEL_TYPES and bool(routed_layers(model.config))
+
+
+def _mask_without_empty_rows(*arguments: Any, **options: Any) -> Tensor | None:
+    """What :func:`sdpa_mask` gives, ``(B, 1, T, T)``; a row that would see nothing sees everything."""
+    mask = sdpa_mask(*arguments, **options)
+    return None if mask is None else mask | ~mask.any(-1, keepdim=True)
+
+
+_SEEING = "hf_elastic_graph"  # an attention implementation for graphs alone
+AttentionInterface.register(_SEEING, sdpa_attention_forward)
+AttentionMaskInterface.register(_SEEING, _mask_without_empty_rows)
+
+
 @contextmanager
 def traceable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """A model as it can be traced: in fp32, on the CPU, with attention that is made of plain operations.
+
+    Where a token sees nothing, as padding on the left does, torch's attention gives zeros and that of OpenVINO NaN,
+    which the cache would keep. So it sees everything there: nobody reads it, and it is finite everywhere.
 
     What is not so is copied, the model itself is as before when the block ends.
     """
@@ -204,8 +237,8 @@ def traceable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     before, was_training = taken.config._attn_implementation, taken.training
     try:
         taken.eval()
-        if before not in ("eager", "sdpa"):
-            taken.set_attn_implementation("sdpa")
+        if before != "eager":
+            taken.set_attn_implementation("sdpa" if _has_routers(taken) else _SEEING)
         yield taken
     finally:
         taken.train(was_training)
@@ -227,17 +260,24 @@ def without_attention(config: Any) -> set[int]:
     return {number for number, layer in enumerate(layers) if "attention" in skipped_sublayers(layer)}
 
 
-def check_graph(graph: TextGraph, run: Run) -> tuple[float, float]:
-    """Compares a runtime with torch on random token ids with padding, in shapes that the graph was not traced with.
+def longest_checked(*, with_past: bool) -> int:
+    """Tokens of the longest sequence that :func:`check_graph` runs, those in a cache included."""
+    return max(tokens + (past if with_past else 0) for _, tokens, past in _CHECKED)
 
-    Outputs at padding are not compared: nobody reads them, and runtimes differ in what a softmax over nothing is.
+
+def check_graph(graph: TextGraph, run: Run) -> tuple[float, float]:
+    """Compares a runtime with torch on random token ids, in shapes that the graph was not traced with.
+
+    Rows are padded on neither side, on the right and on the left. Outputs at padding are not compared: nobody reads
+    them, and runtimes differ in what a softmax over nothing is. What a cache holds there must be finite, as the next
+    token weighs it by zero.
 
     Returns:
         Largest |difference|, and the largest |output|.
     """
     worst, largest = 0.0, 0.0
-    for number, (batch_size, tokens) in enumerate(_CHECKED):
-        feed = graph.example(batch_size, tokens, past=5 * number, seed=number + 1)
+    for number, ((batch_size, tokens, past), padding) in enumerate(product(_CHECKED, get_args(Padding))):
+        feed = graph.example(batch_size, tokens, past=past, padding=padding, seed=number + 1)
         with torch.inference_mode():
             wanted = dict(zip(graph.outputs, graph(*feed.values()), strict=True))
         found = run({name: tensor.numpy() for name, tensor in feed.items()})
@@ -245,18 +285,22 @@ def check_graph(graph: TextGraph, run: Run) -> tuple[float, float]:
             got = torch.from_numpy(np.asarray(found[name]))
             if got.shape != tensor.shape:
                 raise ExportError(f"the graph gives {name} of shape {tuple(got.shape)}, torch {tuple(tensor.shape)}")
-            kept = _compared(feed, name, tensor, with_past=graph.with_past)
+            if name.startswith("present.") and not got.isfinite().all():
+                raise ExportError(f"the graph gives {name} that is not finite with padding on the {padding}")
+            kept = _compared(feed["attention_mask"].bool(), name, tensor, tokens=tokens)
             worst = max(worst, float((got - tensor)[kept].abs().max()))
             largest = max(largest, float(tensor[kept].abs().max()))
     return worst, largest
 
 
-def _compared(feed: Mapping[str, Tensor], name: str, tensor: Tensor, *, with_past: bool) -> Tensor:
+def _compared(mask: Tensor, name: str, tensor: Tensor, *, tokens: int) -> Tensor:
     """Where an output is compared: everywhere, or of one that has a row for each token at the real ones."""
-    mask = feed["attention_mask"].bool()
-    if with_past or name in _OF_SEQUENCES or tensor.shape[: mask.dim()] != mask.shape:
+    if name.startswith("present."):  # (B, K, T, head_dim), tokens that were in the cache before included
+        return mask[:, None, :, None].expand(tensor.shape)
+    new = mask[..., mask.shape[-1] - tokens :]
+    if name in _OF_SEQUENCES or tensor.shape[: new.dim()] != new.shape:
         return torch.ones(tensor.shape, dtype=torch.bool)
-    return mask.reshape(*mask.shape, *(1 for _ in tensor.shape[mask.dim() :])).expand(tensor.shape)
+    return new.reshape(*new.shape, *(1 for _ in tensor.shape[new.dim() :])).expand(tensor.shape)
 
 
 def require_equal(difference: float, *, runtime: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +21,18 @@ from hf_elastic.errors import CheckpointError, ExportError
 from hf_elastic.files import read_json
 from hf_elastic.models import MODEL_TYPES
 from hf_elastic.models.elastic_layers import skipped_sublayers
+from hf_elastic.packed_format import stated_quantisation
 from hf_elastic.parts import Loadability
 from hf_elastic.runtimes.gguf_layouts import gguf_layout
+from hf_elastic.runtimes.gguf_modules import gguf_pooling
 from hf_elastic.runtimes.graph_folder import RUNTIME_FILE, read_runtime_record
-from hf_elastic.runtimes.opening import ADAPTER_FILE, open_config, routed_kinds
+from hf_elastic.runtimes.opening import ADAPTER_FILE, gguf_file, open_config, routed_kinds
+from hf_elastic.runtimes.vllm_rules import OWN_CLASSES, known_integers
 from hf_elastic.space import Architecture, Value
 from hf_elastic.supernet import Supernet
 from hf_elastic.supernet_folder import SPACE_FILE
 
-Answer = Literal["yes", "if", "no"]
+Answer = Literal["yes", "if", "no", "unknown"]
 _EMBEDDED = ("BertModel", "RobertaModel", "ElasticBertModel", "DistilBertModel")
 _TRUST = "trust_remote_code=True, or import hf_elastic first"
 
@@ -40,7 +43,7 @@ class RuntimeRow:
 
     Attributes:
         runtime: its name.
-        answer: ``if``: under the condition that ``reason`` names.
+        answer: ``if``: under the condition that ``reason`` names; ``unknown``: nothing that was read says so.
         reason: one line.
     """
 
@@ -60,7 +63,14 @@ class RunsWhere:
 
     def __str__(self) -> str:
         widest = max(len(row.runtime) for row in self.rows)
-        return "\n".join(f"  {row.runtime.ljust(widest)}  {row.answer.ljust(3)}  {row.reason}" for row in self.rows)
+        longest = max(len(row.answer) for row in self.rows)
+        return "\n".join(
+            f"  {row.runtime.ljust(widest)}  {row.answer.ljust(longest)}  {row.reason}" for row in self.rows
+        )  # fmt: skip
+
+    def in_short(self) -> str:
+        """One line: the answers, without their reasons."""
+        return ", ".join(f"{row.runtime} {row.answer}" for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -71,17 +81,23 @@ class _Form:
         config: of it.
         class_name: of the model.
         form: how transformers loads it.
-        sentences: whether sentence-transformers modules come with it.
+        folder: of it or its parent, where tokenizer and sentence-transformers modules are; ``None``: in none.
+        stock_name: of the class that holds it padded; that of the model else.
         routed: kinds that are chosen while the model runs.
-        integers: whether its weights are integers of compressed-tensors.
+        quantised: what its config says of quantised weights; empty where they are floats.
     """
 
     config: PreTrainedConfig
     class_name: str
     form: Loadability
-    sentences: bool
+    folder: Path | None
+    stock_name: str
     routed: tuple[str, ...] = ()
-    integers: bool = False
+    quantised: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sentences(self) -> bool:
+        return self.folder is not None and (self.folder / MODULES).is_file()
 
     @property
     def remote(self) -> bool:
@@ -123,11 +139,11 @@ def runs_where(supernet: Supernet, architecture: Architecture | Mapping[str, Val
     point = supernet.point(architecture)
     form = supernet.loadability(point)
     parent = parent_folder(str(supernet.base.config._name_or_path or ""))
-    sentences = parent is not None and (parent / MODULES).is_file()
     kinds = {choice.name.rsplit(".", 1)[-1] for part in supernet.router_parts for choice in part.choices}
     routed = tuple(sorted(kinds)) if any(part.routes(point) for part in supernet.router_parts) else ()
     config, name = _compact(supernet, point)
-    return RunsWhere(tuple(_rows(_Form(config, name, form, sentences, routed), padded=form == "stock-padded")))
+    made = _Form(config, name, form, parent, type(supernet.base).__name__, routed)
+    return RunsWhere(tuple(_rows(made, padded=form == "stock-padded")))
 
 
 def runs_where_space(supernet: Supernet, *, samples: int = 16, seed: int = 0) -> RunsWhere:
@@ -191,6 +207,8 @@ def runs_where_folder(folder: str | Path) -> RunsWhere:
         record = read_runtime_record(path)
         loads = f"open_runtime, or any program with {record['runtime']}"
         return RunsWhere((RuntimeRow("ONNX / OpenVINO", "yes", f"as {record['model_file']}: {loads}"),))
+    if found := gguf_file(path):
+        return RunsWhere((RuntimeRow("GGUF / llama.cpp", "yes", f"as {found}: llama.cpp, or what is built on it"),))
     if (path / SPACE_FILE).is_file():
         raise ExportError(f"{path} holds a supernet: runs_where(supernet, architecture) says it of each architecture")
     config = open_config(path)
@@ -198,9 +216,7 @@ def runs_where_folder(folder: str | Path) -> RunsWhere:
     if not name:
         raise CheckpointError(f"{path / 'config.json'} names no class in architectures")
     form: Loadability = "remote-code" if config.model_type in MODEL_TYPES else "stock"
-    integers = getattr(config, "quantization_config", None) is not None
-    sentences = (path / MODULES).is_file()
-    made = _Form(config, name, form, sentences, tuple(routed_kinds(config)), integers)
+    made = _Form(config, name, form, path, name, tuple(routed_kinds(config)), stated_quantisation(path) or {})
     return RunsWhere(tuple(_rows(made, padded=False)))
 
 
@@ -217,8 +233,9 @@ def _transformers(made: _Form, *, padded: bool) -> RuntimeRow:
     if padded:
         reason = "padded with zeros to one shape, no faster; compact with loadability='remote-code'"
         return RuntimeRow("transformers", "yes", reason)
-    if made.integers:
-        return RuntimeRow("transformers", "if", "compressed-tensors is installed")
+    if made.quantised:
+        method = made.quantised.get("quant_method") or "what its quantisation needs"
+        return RuntimeRow("transformers", "if", f"{method} is installed{f'; {_TRUST}' if made.remote else ''}")
     if made.remote:
         return RuntimeRow("transformers", "if", _TRUST)
     return RuntimeRow("transformers", "yes", "its own class, hf_elastic is not needed")
@@ -250,18 +267,24 @@ def _vllm(made: _Form, *, padded: bool) -> RuntimeRow:
         return RuntimeRow(
             "vLLM", "no", f"it chooses {', '.join(made.routed)} while it runs, from rows vLLM packs together"
         )
-    served = made.causal or made.class_name.endswith("ForSequenceClassification") or made.class_name in _EMBEDDED
+    served = made.causal or made.class_name.endswith(("ForSequenceClassification", "Model"))
     if not served:
         return RuntimeRow(
             "vLLM", "no", f"it generates, embeds and classifies sequences, which a {made.class_name} does not"
         )
+    if made.quantised and not known_integers(made.quantised):
+        stated = ", ".join(str(made.quantised[name]) for name in ("quant_method", "format") if made.quantised.get(name))
+        reason = "of weights of integers, symmetric ones of 4 or 8 bits packed by compressed-tensors are known to run"
+        return RuntimeRow("vLLM", "unknown", f"{reason}; this is {stated or 'something else'}")
+    if made.remote and not padded:
+        return _vllm_remote(made)
+    if made.stock_name.startswith("DistilBert"):
+        return RuntimeRow("vLLM", "no", "it has no DistilBERT")
+    if made.stock_name not in OWN_CLASSES:
+        return RuntimeRow("vLLM", "unknown", f"a {made.stock_name} is not among its classes that are known here")
     if padded:
         return RuntimeRow("vLLM", "yes", "as padded, no faster; for the compact form see info of its export")
-    if not made.remote:
-        if made.config.model_type == "distilbert":
-            return RuntimeRow("vLLM", "no", "it has no DistilBERT")
-        return RuntimeRow("vLLM", "yes", "its own class")
-    return _vllm_remote(made)
+    return RuntimeRow("vLLM", "yes", "its own class")
 
 
 def _vllm_remote(made: _Form) -> RuntimeRow:
@@ -283,7 +306,7 @@ def _graphs(made: _Form) -> RuntimeRow:
     if made.routed:
         kinds = ", ".join(made.routed)
         return RuntimeRow(name, "no", f"it chooses {kinds} while it runs, of sizes that depend on the data")
-    kept = "; integers become floats, --int8 rounds anew" if made.integers else ""
+    kept = "; integers become floats, --int8 rounds anew" if made.quantised else ""
     return RuntimeRow(name, "yes", f"hf-elastic convert --format onnx or openvino{kept}")
 
 
@@ -293,6 +316,8 @@ def _gguf(made: _Form) -> RuntimeRow:
         return RuntimeRow(name, "no", "llama.cpp has no routers")
     try:
         layout = gguf_layout(made.config, made.class_name)
+        if layout.architecture == "bert":
+            gguf_pooling(made.folder)
     except ExportError as error:
         return RuntimeRow(name, "no", str(error).removeprefix("no GGUF: ").splitlines()[0])
     notes = "; ".join(layout.notes)

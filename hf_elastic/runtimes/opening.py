@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_elastic.errors import CheckpointError, ExportError
+from hf_elastic.errors import CheckpointError, DataError, ExportError
 from hf_elastic.files import read_json
 from hf_elastic.layers import PartHolder
 from hf_elastic.models import MODEL_TYPES, model_class, register_auto_classes
@@ -19,6 +19,7 @@ from hf_elastic.packed_format import detach_grid, quantised_layers, unpack_
 from hf_elastic.supernet_folder import SPACE_FILE
 
 ADAPTER_FILE = "adapter_config.json"
+GGUF_FILE = "model.gguf"
 
 
 def open_model(source: str | Path | PreTrainedModel) -> PreTrainedModel:
@@ -60,6 +61,8 @@ def open_config(folder: Path) -> PreTrainedConfig:
         raise ExportError(f"{folder} holds a supernet; export one of its architectures first and convert that")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json; give the folder of a checkpoint")
+    if found := gguf_file(folder):
+        raise ExportError(f"{folder} holds {found}, a model for llama.cpp; give the checkpoint it was made from")
     stated = read_json(folder / "config.json")
     if stated.get("auto_map") and stated.get("model_type") not in MODEL_TYPES:
         raise ExportError(
@@ -70,6 +73,13 @@ def open_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is no config: {first_line(error)}") from error
+
+
+def gguf_file(folder: Path) -> str | None:
+    """Name of the GGUF file of a folder that holds a model for llama.cpp in the place of a checkpoint."""
+    if any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+        return None
+    return min((file.name for file in folder.glob("*.gguf")), default=None)
 
 
 def class_of_checkpoint(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -103,6 +113,31 @@ def require_unrouted_graph(config: PreTrainedConfig, *, form: str) -> None:
             f"the model chooses {', '.join(routed)} while it runs, by gathers whose sizes depend on the data; {form} "
             "holds none; convert the parent, or an architecture without routers"
         )
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model has positions for; ``None``: it reckons them for any number (rotary ones)."""
+    stated = getattr(config, "max_position_embeddings", None)
+    if stated is None or getattr(config, "rope_parameters", None):
+        return None
+    behind_padding = config.model_type == "roberta" or getattr(config, "positions_skip_padding", False)
+    return int(stated) - (int(config.pad_token_id or 0) + 1 if behind_padding else 0)
+
+
+def require_positions(config: PreTrainedConfig, tokens: int, *, cure: str) -> None:
+    """Checks that a model has positions for sequences of a length.
+
+    Args:
+        config: of it.
+        tokens: of the longest sequence.
+        cure: what to do else, in a few words.
+
+    Raises:
+        DataError: it has not.
+    """
+    room = positions_of(config)
+    if room is not None and tokens > room:
+        raise DataError(f"{tokens} tokens are more than the {config.model_type} has positions for, {room}; {cure}")
 
 
 def routed_kinds(config: PreTrainedConfig) -> list[str]:

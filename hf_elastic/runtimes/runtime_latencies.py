@@ -178,7 +178,8 @@ def runtime_latency(
         rounds: that are timed.
         reference: seconds that the largest architecture counts for. By default what it takes at first use in this
             process, which is another number in every other one: a search in a storage, or with an executor, then
-            refuses the objective. Give it one number everywhere, such as the value that this objective has of ``supernet.space.largest()``, measured once.
+            refuses the objective. Give it one number everywhere, such as the value that this objective has of
+            ``supernet.space.largest()``, measured once.
         timer: runs a call and returns its seconds.
 
     Raises:

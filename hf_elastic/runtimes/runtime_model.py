@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_elastic.errors import CheckpointError
+from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.runtimes.graph_folder import GraphWriter, completed, read_runtime_record
 from hf_elastic.runtimes.onnx_export import OnnxWriter
 from hf_elastic.runtimes.opening import first_line, require_package
@@ -50,9 +50,14 @@ class RuntimeModel:
             Outputs by name.
 
         Raises:
-            DataError: an input is missing.
+            DataError: an input is missing, or the runtime does not take what was given.
         """
-        return dict(self._run(completed(arrays, self.inputs)))
+        feed = completed(arrays, self.inputs)
+        try:
+            return dict(self._run(feed))
+        except Exception as error:  # runtimes have exceptions of their own
+            sizes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feed.items() if "." not in name)
+            raise DataError(f"{self.runtime} does not run the model on {sizes}: {first_line(error)}") from error
 
 
 def open_runtime(folder: str | Path, *, threads: int | None = None) -> RuntimeModel:

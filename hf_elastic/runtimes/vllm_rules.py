@@ -3,13 +3,13 @@
 vLLM itself is not run here. What its backend does was read: it makes the model by ``AutoModel``, swaps every
 ``nn.Linear`` for one of its own, sets the attention implementation to ``vllm``, and passes an attention instance per
 layer down as a keyword argument, which the attention module must hand to the function that it looks up in
-``ALL_ATTENTION_FUNCTIONS``.
+``ALL_ATTENTION_FUNCTIONS``. Of the classes that it has itself, those are named here that an export of ours may be of.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,31 @@ from hf_elastic.models import MODEL_TYPES
 from hf_elastic.runtimes.opening import first_line
 
 _PROBE = "hf_elastic_probe"
+OWN_CLASSES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel",
+    "GPT2ForSequenceClassification", "BertModel", "BertForSequenceClassification", "RobertaModel",
+    "RobertaForSequenceClassification",
+)  # fmt: skip
+"""Classes in its list of supported models, of the families that can be made elastic here."""
+_PACKED_BITS = (4, 8)
+
+
+def known_integers(stated: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's weights are integers as vLLM is known to take them.
+
+    These are weights alone, symmetric, of 4 or 8 bits, packed by compressed-tensors.
+
+    Args:
+        stated: ``quantization_config`` of its config.
+    """
+    groups = list((stated.get("config_groups") or {}).values())
+    if stated.get("quant_method") != "compressed-tensors" or not groups:
+        return False
+    weights = [group.get("weights") or {} for group in groups]
+    formats = {group.get("format") or stated.get("format") for group in groups}
+    activations = any(group.get("input_activations") or group.get("output_activations") for group in groups)
+    packed = all(w.get("type") == "int" and w.get("num_bits") in _PACKED_BITS and w.get("symmetric") for w in weights)
+    return formats == {"pack-quantized"} and packed and not activations
 
 
 def broken_vllm_rules(folder: str | Path) -> list[str]:

@@ -124,6 +124,8 @@ def test_a_speedup_and_a_memory_are_searched_for_measured_and_told(
     assert check["predicted_speedup"] > 1.02 and check["measured_speedup"] > 0
     assert check["budgets"][1]["met"] and any("speed-up predicted" in text for text in said)
     assert said.count("measuring latencies: prefill of 2x32 in float32") == 1
+    before_it_searches = said[: said.index("measuring the damage of every option, cut alone and repaired")]
+    assert any("  runs where     transformers " in text and ", vLLM " in text for text in before_it_searches)
     (given.run_folder / "latency.json").write_text("of another machine by now")
     assert silent(given).record["stages"]["check"] == check  # a finished run is told, whatever stands here
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from exported import MIXED, byte_tokenizer, mixed_folder, sentencepiece_like, stock_folder
-from tiny_checkpoints import decoder_tokenizer
+from tiny_checkpoints import decoder_tokenizer, sentence_encoder
 from tiny_models import DECODER, point, supernet_of, tiny, tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from hf_elastic import ExportError, extract
 from hf_elastic.models import config_class, model_class
-from hf_elastic.runtimes import export_gguf
+from hf_elastic.runtimes import export_gguf, runs_where_folder
 from hf_elastic.runtimes.gguf_layouts import gguf_layout
 from hf_elastic.runtimes.gguf_tensors import interleaved, rope_factors
 from hf_elastic.runtimes.gguf_vocabulary import BYTE, CONTROL, CUTS, UNUSED, vocabulary_of
@@ -228,6 +230,109 @@ def test_ways_of_cutting_text_have_llamacpps_names_or_are_refused() -> None:
         vocabulary_of(decoder_tokenizer(), size=300)
     with pytest.raises(ExportError, match="the model 10 embeddings"):
         vocabulary_of(byte_tokenizer(), size=10)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [
+        (normalizers.Lowercase(), "AB"),
+        (normalizers.NFKC(), "\uff41b"),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Replace("b", "a")]), "bb"),
+    ],
+)
+def test_bytes_that_a_normalizer_changes_are_refused(normalizer: Any, text: str) -> None:
+    plain, made = byte_tokenizer(), byte_tokenizer()
+    made.backend_tokenizer.normalizer = normalizer
+    assert made(text).input_ids != plain(text).input_ids  # llama.cpp, which changes no text, would give the plain ids
+    with pytest.raises(ExportError, match="changes text before it is cut .* vocabulary=False"):
+        vocabulary_of(made, size=300)
+
+
+def test_composing_accents_is_noted_as_what_llamacpp_leaves(tmp_path: Path) -> None:
+    plain, made = byte_tokenizer(), byte_tokenizer()
+    made.backend_tokenizer.normalizer = normalizers.NFC()  # as Qwen2's tokenizers have it
+    assert made("ab \u00e9").input_ids == plain("ab \u00e9").input_ids  # composed already
+    assert made("e\u0301").input_ids != plain("e\u0301").input_ids
+    assert vocabulary_of(plain, size=300).notes == ()
+    report = export_gguf(tiny("llama", vocab_size=300), tmp_path / "out", tokenizer=made)
+    assert any("NFC" in note for note in report.notes) and "NFC" in str(report)
+
+
+def test_sentencepiece_puts_underscores_for_spaces_and_nothing_else() -> None:
+    before, metaspace = sentencepiece_like().backend_tokenizer.normalizer, pre_tokenizers.Metaspace
+    accepted = [
+        (before, None, True),
+        (normalizers.Replace(" ", "\u2581"), None, False),
+        (None, metaspace(prepend_scheme="never", split=False), False),
+        (None, metaspace(prepend_scheme="first", split=False), True),
+    ]
+    for normalizer, cut, prefixes in accepted:
+        made = sentencepiece_like()
+        made.backend_tokenizer.normalizer, made.backend_tokenizer.pre_tokenizer = normalizer, cut
+        found = vocabulary_of(made, size=270)
+        assert found.flags["add_space_prefix"] is prefixes and bool(found.notes) is (prefixes and cut is not None)
+    refused = [
+        (normalizers.Sequence([normalizers.NFKC(), before]), None),
+        (normalizers.Replace(" ", "_"), None),
+        (before, pre_tokenizers.Digits()),
+        (None, metaspace(split=True)),
+        (None, None),
+    ]
+    for normalizer, cut in refused:
+        made = sentencepiece_like()
+        made.backend_tokenizer.normalizer, made.backend_tokenizer.pre_tokenizer = normalizer, cut
+        with pytest.raises(ExportError, match="makes each space an underscore and changes nothing else"):
+            vocabulary_of(made, size=270)
+
+
+def test_wordpiece_that_keeps_accents_is_refused() -> None:
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    for changes in ({}, {"strip_accents": False}, {"handle_chinese_chars": False}, {"lowercase": False}):
+        backend.normalizer = normalizers.BertNormalizer(**{"lowercase": True, **changes})
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+        if not changes:
+            assert vocabulary_of(made, size=8).model == "bert"
+            continue
+        with pytest.raises(ExportError, match="for WordPiece, and this one does not"):
+            vocabulary_of(made, size=8)
+
+
+POOLINGS = {
+    "mean": 1, "cls": 2, "lasttoken": 3, "max": None, "mean_sqrt_len_tokens": None, "weightedmean": None,
+    ("cls", "mean"): None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_llamacpp_pools_as_sentence_transformers_or_not_at_all(mode: Any, tmp_path: Path) -> None:
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    folder = sentence_encoder(tmp_path / "sentences")
+    modules.Pooling(32, pooling_mode=mode).save(str(folder / "1_Pooling"))
+    row = runs_where_folder(folder)["GGUF / llama.cpp"]
+    if (number := POOLINGS[mode]) is None:
+        with pytest.raises(ExportError, match="pools tokens by one of mean, cls, lasttoken, not by"):
+            export_gguf(folder, tmp_path / "out", vocabulary=False)
+        assert row.answer == "no" and "pools tokens" in row.reason and not (tmp_path / "out").exists()
+        return
+    export_gguf(folder, tmp_path / "out", vocabulary=False)
+    assert read(tmp_path / "out")[0]["bert.pooling_type"] == number and row.answer == "yes"
+
+
+def test_flags_of_older_poolings_are_read(tmp_path: Path) -> None:
+    export_gguf(sentence_encoder(tmp_path / "cls", pooling="cls"), tmp_path / "out", vocabulary=False)
+    assert read(tmp_path / "out")[0]["bert.pooling_type"] == 2
+    with pytest.raises(ExportError, match="not by max"):
+        export_gguf(sentence_encoder(tmp_path / "max", pooling="max"), tmp_path / "other", vocabulary=False)
+
+
+def test_a_dense_layer_behind_the_pooling_is_refused(tmp_path: Path) -> None:
+    folder = sentence_encoder(tmp_path / "sentences")
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    modules[2] |= {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    with pytest.raises(ExportError, match="llama.cpp has no Dense behind the states"):
+        export_gguf(folder, tmp_path / "out", vocabulary=False)
 
 
 def test_scores_of_sentencepiece_follow_the_order_of_merges(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from transformers import AutoTokenizer
 import hf_elastic.runtimes.graph_folder as graph_folder
 from hf_elastic import CheckpointError, DataError, ExportError
 from hf_elastic.runtimes import export_onnx, export_openvino, open_runtime
+from hf_elastic.runtimes.graphs import traceable
+from hf_elastic.runtimes.onnx_export import OnnxWriter
 from hf_elastic.runtimes.opening import open_model
+from hf_elastic.runtimes.openvino_export import OpenvinoWriter
 
 TOLERANCE = 1e-3
 EXPORTS: dict[str, Callable[..., Any]] = {"onnx": export_onnx, "openvino": export_openvino}
@@ -103,15 +106,65 @@ def test_decoding_with_a_cache_token_by_token_gives_the_logits_of_the_whole(
         cache = {name.replace("present", "past_key_values"): found[name] for name in found if "present" in name}
 
 
-def empty_cache(inputs: tuple[str, ...], model: Any) -> dict[str, Any]:
+def empty_cache(inputs: tuple[str, ...], model: Any, *, batch_size: int = 2) -> dict[str, Any]:
     """A cache of no token for each layer that has one."""
     found = {}
     for name in inputs:
         if name.startswith("past_key_values."):
             shape = model.config.per_layer_config[int(name.split(".")[1])]
             heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-            found[name] = np.zeros((2, heads, 0, model.config.head_dim), dtype=np.float32)
+            found[name] = np.zeros((batch_size, heads, 0, model.config.head_dim), dtype=np.float32)
     return found
+
+
+@pytest.mark.parametrize(
+    ("family", "runtime", "left"),
+    [
+        ("llama", "openvino", True),
+        *(
+            pytest.param(family, runtime, left, marks=pytest.mark.slow)
+            for runtime in EXPORTS
+            for family, left in (("llama", False), ("mistral", True), ("qwen3", True), ("gpt2", True), ("gpt2", False))
+        ),
+    ],
+)  # fmt: skip
+def test_a_padded_batch_decodes_as_each_sequence_alone(family: str, runtime: str, left: bool, tmp_path: Path) -> None:
+    folder, lengths, more = mixed_folder(tmp_path, family), (6, 3, 1), 3
+    EXPORTS[runtime](folder, tmp_path / "written", with_past=True)
+    model, decoder = open_model(folder), open_runtime(tmp_path / "written")
+    drawn = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 61, (1, length + more), generator=drawn) for length in lengths]
+    with torch.no_grad():
+        alone = [model(input_ids=row).logits[0].numpy() for row in rows]
+    ids, mask = np.zeros((3, 6), dtype=np.int64), np.zeros((3, 6), dtype=np.int64)
+    for number, length in enumerate(lengths):
+        place = slice(6 - length, None) if left else slice(0, length)
+        ids[number, place], mask[number, place] = rows[number][0, :length], 1
+    found = decoder(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clip(0),
+        **empty_cache(decoder.inputs, model, batch_size=3),
+    )  # fmt: skip
+    assert all(np.isfinite(states).all() for states in found.values())
+    for number, length in enumerate(lengths):
+        assert np.abs(found["logits"][number, mask[number] == 1] - alone[number][:length]).max() <= TOLERANCE
+    for step in range(more):
+        mask = np.concatenate([mask, np.ones((3, 1), dtype=np.int64)], axis=1)
+        new = [[int(row[0, length + step])] for row, length in zip(rows, lengths, strict=True)]
+        found = decoder(
+            input_ids=np.array(new), attention_mask=mask, position_ids=mask.cumsum(-1)[:, -1:] - 1,
+            **{name.replace("present", "past_key_values"): found[name] for name in found if "present" in name},
+        )  # fmt: skip
+        for number, length in enumerate(lengths):
+            assert np.abs(found["logits"][number, 0] - alone[number][length + step]).max() <= TOLERANCE
+
+
+def test_the_attention_of_graphs_is_not_left_in_a_model_or_its_config(tmp_path: Path) -> None:
+    model = tiny("bert", "base")
+    with traceable(model) as taken:
+        assert taken is model and model.config._attn_implementation == "hf_elastic_graph"
+    assert model.config._attn_implementation == "sdpa"
+    export_openvino(model, tmp_path / "written")
+    assert "hf_elastic_graph" not in (tmp_path / "written" / "config.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -196,3 +249,39 @@ def test_static_integers_need_batches(tmp_path: Path) -> None:
         export_openvino(folder, tmp_path / "written", int8="static")
     with pytest.raises(ExportError, match="int8='tiny' is not one of"):
         export_openvino(folder, tmp_path / "written", int8="tiny")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("runtime", "writer"), [("onnx", OnnxWriter), ("openvino", OpenvinoWriter)])
+def test_what_a_quantiser_raises_is_one_line(
+    runtime: str, writer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such operation\n  in a file of theirs, line 7")
+
+    monkeypatch.setattr(writer, "quantize", quantize)
+    folder = stock_folder(tmp_path, "bert", "base")
+    with pytest.raises(ExportError, match=r"makes no integers \(int8='dynamic'\) of a BertModel: no such operation$"):
+        EXPORTS[runtime](folder, tmp_path / "written", int8="dynamic")
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_model_of_few_positions_is_refused_before_it_is_run(tmp_path: Path) -> None:
+    short = tiny("bert", "base", max_position_embeddings=16)
+    with pytest.raises(ExportError, match="on up to 17 tokens, but a BertModel of this size has positions for 16"):
+        export_openvino(short, tmp_path / "written")
+    cached = tiny("gpt2", "lm", n_positions=20)
+    with pytest.raises(ExportError, match="on up to 22 tokens, but a GPT2LMHeadModel of this size has"):
+        export_openvino(cached, tmp_path / "written", with_past=True)
+
+
+def test_text_that_is_too_long_to_calibrate_on_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    long = {"input_ids": torch.full((1, 65), 5), "attention_mask": torch.ones(1, 65, dtype=torch.long)}
+    with pytest.raises(DataError, match="65 tokens are more than the bert has positions for, 64; cut the text"):
+        export_openvino(tiny("bert", "base"), tmp_path / "written", int8="static", calibration=[long])
+
+
+def test_what_a_runtime_raises_of_its_inputs_is_one_line(tmp_path: Path) -> None:
+    export_onnx(tiny("bert", "base"), tmp_path / "written")
+    with pytest.raises(DataError, match=r"onnx does not run the model on input_ids \(1, 65\), attention_mask"):
+        open_runtime(tmp_path / "written")(input_ids=np.full((1, 65), 5))

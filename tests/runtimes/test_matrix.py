@@ -12,7 +12,7 @@ from exported import MIXED, mixed_folder, sentence_folder, stock_folder
 from routed_checkpoints import routed, routing_of
 from tiny_models import point, supernet_of, tiny, tokenizer
 
-from hf_elastic import ElasticConfig, ExportError, add_routing, export, make_elastic
+from hf_elastic import ElasticConfig, ExportError, add_routing, export, make_elastic, quantize_, save_quantized
 from hf_elastic.runtimes import export_gguf, runs_where, runs_where_folder, runs_where_space
 
 RUNTIMES = ("transformers", "PEFT", "sentence-transformers", "vLLM", "ONNX / OpenVINO", "GGUF / llama.cpp")
@@ -128,6 +128,78 @@ def test_adapters_are_peft_s_and_vllm_reads_one_rank(
     (tmp_path / "adapter_config.json").write_text(json.dumps({**ADAPTER, **changes}), encoding="utf-8")
     found = answers(runs_where_folder(tmp_path))
     assert found["PEFT"] == peft and found["vLLM"] == vllm and found["GGUF / llama.cpp"] == "if"
+
+
+def test_a_folder_with_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    export_gguf(stock_folder(tmp_path, "llama"), tmp_path / "out", vocabulary=False)
+    (row,) = runs_where_folder(tmp_path / "out").rows
+    assert (row.runtime, row.answer) == ("GGUF / llama.cpp", "yes") and row.reason.startswith("as model.gguf")
+    with pytest.raises(ExportError, match="give the checkpoint it was made from"):
+        export_gguf(tmp_path / "out", tmp_path / "again", vocabulary=False)
+
+
+def said_of(folder: Path, architecture: str, **config: Any) -> Any:
+    """What vLLM's row says of a folder with a config alone."""
+    config = {"architectures": [architecture], **config}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return runs_where_folder(folder)["vLLM"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "answer"),
+    [
+        ("qwen2", "Qwen2ForCausalLM", "yes"),
+        ("roberta", "RobertaModel", "yes"),
+        ("distilbert", "DistilBertForSequenceClassification", "no"),
+        ("llama", "LlamaForQuestionAnswering", "no"),
+        ("ctrl", "CTRLLMHeadModel", "unknown"),
+        ("llama", "LlamaModel", "unknown"),
+        ("xlnet", "XLNetForSequenceClassification", "unknown"),
+    ],
+)
+def test_vllm_says_yes_for_classes_that_are_known_alone(
+    model_type: str, architecture: str, answer: str, tmp_path: Path
+) -> None:
+    assert said_of(tmp_path, architecture, model_type=model_type).answer == answer
+
+
+INTEGERS = {"type": "int", "num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}
+PACKED = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": INTEGERS, "input_activations": None}},
+}  # fmt: skip
+
+
+def grouped(**changes: Any) -> dict[str, Any]:
+    return {**PACKED, "config_groups": {"group_0": {**PACKED["config_groups"]["group_0"], **changes}}}
+
+
+@pytest.mark.parametrize(
+    ("stated", "answer"),
+    [
+        (PACKED, "yes"),
+        (grouped(weights={**INTEGERS, "num_bits": 8}), "yes"),
+        (grouped(weights={**INTEGERS, "num_bits": 3}), "unknown"),
+        (grouped(weights={**INTEGERS, "symmetric": False}), "unknown"),
+        (grouped(weights={**INTEGERS, "type": "float"}), "unknown"),
+        (grouped(input_activations=INTEGERS), "unknown"),
+        ({**PACKED, "format": "int-quantized"}, "unknown"),
+        ({**PACKED, "config_groups": {}}, "unknown"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "unknown"),
+    ],
+)
+def test_vllm_says_yes_for_integers_that_are_known_alone(stated: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    found = said_of(tmp_path, "LlamaForCausalLM", model_type="llama", quantization_config=stated)
+    assert found.answer == answer and (answer == "yes" or stated["quant_method"] in found.reason)
+
+
+@pytest.mark.parametrize(("symmetric", "answer"), [(True, "yes"), (False, "unknown")])
+def test_what_save_quantized_writes_is_judged_by_its_format(symmetric: bool, answer: str, tmp_path: Path) -> None:
+    model = tiny("llama", hidden_size=32, intermediate_size=64)
+    quantize_(model, method="rtn", bits=4, group_size=32, symmetric=symmetric)
+    save_quantized(model, tmp_path / "out", tokenizer=tokenizer())
+    assert runs_where_folder(tmp_path / "out")["vLLM"].answer == answer
 
 
 def test_a_supernet_is_asked_by_architecture(tmp_path: Path) -> None:
