@@ -49,11 +49,14 @@ def add_lora(
     Raises:
         SpaceError: a target or a pattern matches no module.
         CompressionError: ``sparse=True`` on a base without zeros, or a ``float_base`` that does not fit.
-        UnsupportedModelError: a targeted module has no rank to choose, or the model has adapters already. The model is
-            left as it was.
+        UnsupportedModelError: a targeted module has no rank to choose, the model has adapters already, or is none. The
+            model is left as it was.
     """
     if not isinstance(config, ElasticLoraConfig):
         raise SpaceError(f"config is a {type(config).__name__}, expected ElasticLoraConfig(ranks=[...], ...)")
+    if not isinstance(model, nn.Module):
+        cure = "its .model" if isinstance(model, Supernet) else "what from_pretrained returned"
+        raise UnsupportedModelError(f"model is a {type(model).__name__}, expected a model; pass {cure}")
     if isinstance(model, PeftModel):
         raise UnsupportedModelError("the model has adapters already; use its add_adapter, then Supernet(model)")
     if isinstance(model, PreTrainedModel):

@@ -152,8 +152,8 @@ def save_quantized(
 ) -> ExportReport:
     """Writes a model that :func:`hf_elastic.quantize_` made in the format of compressed-tensors.
 
-    Stock ``from_pretrained`` loads it exactly where compressed-tensors is installed (and vLLM serves it). Symmetric
-    integers are packed; asymmetric ones are stored as 8 bits each, as stock transformers does not load packed
+    Stock ``from_pretrained`` loads it exactly where compressed-tensors is installed. Symmetric integers, which vLLM
+    serves, are packed; asymmetric ones are stored as 8 bits each, as stock transformers does not load packed
     zero-points. (``model.save_pretrained`` would write floats, and so does stock transformers of a packed checkpoint
     that it has loaded.)
 

@@ -109,9 +109,9 @@ def extract_shapes(
         for part, shape in zip(supernet.layer_parts, shapes, strict=True):
             stack.enter_context(shaped(part, shape))
         cut = _Cut.active(supernet, shapes, weights or supernet.base.state_dict())
+        state = cut.views()
     first = supernet.layer_parts[0]
     natural = shapes_loadability(tuple(shapes), supernet.family, hidden_size=first.hidden_size, parent=first.full)
-    state = cut.views()
     if natural != "stock":
         return _static_model(supernet, cut, state)
     config = _stock_config(supernet, cut, cut.kept[0][1])

@@ -52,6 +52,7 @@ from hf_elastic.pipeline.elm_table import (
     written_as,
 )
 from hf_elastic.pipeline.kept import LATENCY_FILE, TRAINED
+from hf_elastic.runtimes.matrix import runs_where_space
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.block_latencies import BlockLatencyTable
@@ -200,6 +201,7 @@ class ElmRun:
         if not self.record.finished("supernet"):
             supernet = fresh or self._draft()
             self.say(describe_plan(self.plan, supernet, options=self.options, texts=self.texts))
+            self.say(f"runs where: {runs_where_space(supernet).in_short()}")
             with self.record.stage("supernet"):
                 self._train_supernet(supernet, checkpoints)
                 supernet.save_pretrained(target, overwrite=True)

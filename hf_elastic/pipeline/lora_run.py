@@ -42,6 +42,7 @@ from hf_elastic.pipeline.tasks import (
 from hf_elastic.pipeline.texts import read_rows
 from hf_elastic.pipeline.training import arguments_of, device_of, noted_losses, random_batches, step_seconds
 from hf_elastic.report import adapter_table
+from hf_elastic.runtimes.matrix import runs_where_space
 from hf_elastic.search import search_subnets
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -248,6 +249,7 @@ class LoraRun:
         supernet = add_lora(self._base(), config, seed=self.options.seed).to(device_of(self.options))
         limits = feasibility(supernet, dict(self.options.within or {}))
         self.say(f"{supernet!r}: {'ranks, and the frozen base' if self.elastic_base else 'ranks'}")
+        self.say(f"runs where: {runs_where_space(supernet).in_short()}")
         rule: SamplingRule = RandomSubnet(self.options.seed)
         if self.elastic_base:
             rule = AmongSubnets(near_limit(supernet, limits, seed=self.options.seed), self.options.seed)

@@ -613,3 +613,9 @@ def test_a_handle_made_while_adapters_are_merged_knows_its_base() -> None:
     supernet.model.merge_adapter()
     assert Supernet(supernet.model).space == supernet.space
     supernet.model.unmerge_adapter()
+
+
+def test_a_handle_is_told_from_the_model_that_is_meant() -> None:
+    supernet = elastic("llama")
+    with pytest.raises(UnsupportedModelError, match=r"model is a Supernet, expected a model; pass its \.model"):
+        add_lora(supernet, ElasticLoraConfig(ranks=[2, 4], target_modules=["q_proj"]))  # type: ignore[arg-type]

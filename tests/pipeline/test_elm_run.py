@@ -119,6 +119,7 @@ def test_blocks_grow_to_the_budget_and_the_record_says_how(kind: str, finished: 
         assert "plotly.min.js" in page and "https://cdn" not in page
     assert (result.folder / "plotly.min.js").stat().st_size > 10**6
     assert any(line.startswith("grown ") for line in said)
+    assert any(line.startswith("runs where: transformers ") for line in said)
 
 
 @pytest.mark.parametrize("kind", KINDS)

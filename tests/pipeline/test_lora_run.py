@@ -102,7 +102,9 @@ def test_with_a_space_the_merged_smaller_model_is_written(
     chosen = given(
         checkpoint, data, tmp_path / "out", kind, minutes=1.0, within={"macs": 0.85}, space=WIDTHS, sequence_length=16
     )
-    result = silent(chosen)
+    said: list[str] = []
+    result = compress(chosen, say=said.append)
+    assert any(line.startswith("runs where: transformers yes") for line in said)
     rows = {row["name"]: row for row in result.rows}
     assert rows["found"]["macs"] <= 0.85 * rows["largest"]["macs"]
     loaded = lora_run.load_model(LoraRun(chosen).task, chosen, folder=tmp_path / "out")

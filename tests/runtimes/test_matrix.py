@@ -12,7 +12,17 @@ from exported import MIXED, mixed_folder, sentence_folder, stock_folder
 from routed_checkpoints import routed, routing_of
 from tiny_models import point, supernet_of, tiny, tokenizer
 
-from hf_elastic import ElasticConfig, ExportError, add_routing, export, make_elastic, quantize_, save_quantized
+from hf_elastic import (
+    ElasticConfig,
+    ElasticLoraConfig,
+    ExportError,
+    add_lora,
+    add_routing,
+    export,
+    make_elastic,
+    quantize_,
+    save_quantized,
+)
 from hf_elastic.runtimes import export_gguf, runs_where, runs_where_folder, runs_where_space
 
 RUNTIMES = ("transformers", "PEFT", "sentence-transformers", "vLLM", "ONNX / OpenVINO", "GGUF / llama.cpp")
@@ -36,6 +46,20 @@ def test_what_is_said_before_is_what_the_folder_says(family: str, tmp_path: Path
         assert [before[runtime] for runtime in converted] == [after[runtime] for runtime in converted]
         if supernet.loadability(at) != "stock-padded":
             assert answers(before) == answers(after)
+
+
+def test_adapters_on_layers_that_are_cut_are_taken_to_be_merged() -> None:
+    for family, target in (("bert", "query"), ("llama", "q_proj"), ("gpt2", "c_attn")):
+        kind = "base" if family == "bert" else "lm"
+        supernet = supernet_of(family, kind)
+        adapted = add_lora(supernet_of(family, kind).model, ElasticLoraConfig(r=4, ranks=[2, 4], target_modules=[target]))
+        before = adapted.base.state_dict().keys()
+        for changes in ({}, MIXED):
+            wanted = runs_where(supernet, point(supernet, **changes))
+            at = {**adapted.space.largest(), **dict(point(supernet, **changes))}
+            assert runs_where(adapted, at).rows == wanted.rows
+        assert len(runs_where_space(adapted).rows) == len(RUNTIMES)
+        assert adapted.base.state_dict().keys() == before
 
 
 def test_a_stock_llama_runs_everywhere_but_as_a_sentence_encoder() -> None:
