@@ -616,6 +616,6 @@ def test_a_handle_made_while_adapters_are_merged_knows_its_base() -> None:
 
 
 def test_a_handle_is_told_from_the_model_that_is_meant() -> None:
-    supernet = elastic("llama")
+    supernet = make_elastic(tiny("llama"), ElasticConfig(intermediate_size=[0.5]))
     with pytest.raises(UnsupportedModelError, match=r"model is a Supernet, expected a model; pass its \.model"):
         add_lora(supernet, ElasticLoraConfig(ranks=[2, 4], target_modules=["q_proj"]))  # type: ignore[arg-type]

@@ -52,7 +52,8 @@ def test_adapters_on_layers_that_are_cut_are_taken_to_be_merged() -> None:
     for family, target in (("bert", "query"), ("llama", "q_proj"), ("gpt2", "c_attn")):
         kind = "base" if family == "bert" else "lm"
         supernet = supernet_of(family, kind)
-        adapted = add_lora(supernet_of(family, kind).model, ElasticLoraConfig(r=4, ranks=[2, 4], target_modules=[target]))
+        config = ElasticLoraConfig(r=4, ranks=[2, 4], target_modules=[target])
+        adapted = add_lora(supernet_of(family, kind).model, config)
         before = adapted.base.state_dict().keys()
         for changes in ({}, MIXED):
             wanted = runs_where(supernet, point(supernet, **changes))
