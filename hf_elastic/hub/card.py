@@ -20,10 +20,11 @@ from hf_elastic.hub.methods import Method, method_of
 from hf_elastic.hub.names import without_folders
 from hf_elastic.hub.parents import Parent, named_parent, parent_of
 from hf_elastic.hub.readme import MARKER
-from hf_elastic.hub.runs import Run, run_of
+from hf_elastic.hub.runs import run_of, shown_data
 from hf_elastic.hub.snippets import snippet_of
 from hf_elastic.hub.spaces import space_size
 from hf_elastic.report import legend
+from hf_elastic.reporting.reading import Run
 
 FIGURE_ENDINGS = (".png", ".svg")
 _LOADS: Mapping[str, str] = {
@@ -106,7 +107,7 @@ def _made_card(artefact: Artefact, about: About, *, repo_id: str | None) -> Card
     picture = None if about.figure is None else figure_name(about.figure)
     record, mismatch = run_of(artefact, about.run)
     method = method_of(artefact, None if record is None else record.options)
-    stated = (record.base if record is not None else None) or artefact.stated_base
+    stated = (record.options.get("model") if record is not None else None) or artefact.stated_base
     taught = method.tag == "elm" and not stated
     parent = _parent(artefact, about, stated=stated, taught=taught)
     title = (repo_id or artefact.folder.resolve().name).rpartition("/")[2]
@@ -162,7 +163,7 @@ def _facts(artefact: Artefact, method: Method, *, parent: Parent, run: Run | Non
     """The list at the top."""
     record, lines = artefact.architecture, []
     if method.tag == "elm" and run is not None and run.options.get("teacher"):
-        lines.append(f"**Teacher:** {code(without_folders(run.options['teacher'], beside=run.file))}")
+        lines.append(f"**Teacher:** {code(without_folders(run.options['teacher'], beside=run.folder))}")
     elif (base := parent.name or parent.ancestor) is not None:
         lines.append(f"**Base model:** [{base}](https://huggingface.co/{base})")
     paper = f", [arXiv:{method.arxiv}](https://arxiv.org/abs/{method.arxiv})" if method.arxiv else ""
@@ -195,7 +196,7 @@ def _facts(artefact: Artefact, method: Method, *, parent: Parent, run: Run | Non
 def _space(artefact: Artefact, run: Run | None) -> str | None:
     if artefact.kind == "supernet":
         return count(space_size(artefact))
-    found = str(run.stages.get("space", {}).get("size", "")) if run is not None else ""
+    found = str(run.stage("space").get("size", "")) if run is not None else ""
     return count(int(found)) if found.isdigit() else None
 
 
@@ -227,10 +228,10 @@ def _numbers(run: Run | None) -> list[str]:
     if run is None or not run.rows:
         return []
     stage = run.stages["compare"]
-    told = [line for line in (*run.stages.get("check", {}).get("lines", ()), *stage.get("lines", ())) if line]
-    below = [*legend(run.qualities, stage["setting"]).split("\n")] if "setting" in stage else []
+    told = [line for line in (*run.stage("check").get("lines", ()), *stage.get("lines", ())) if line]
+    below = [*legend(run.quality, stage["setting"]).split("\n")] if "setting" in stage else []
     said = "\n".join(f"- {prose(line)}" for line in [*below, *told])
-    return ["\n\n".join(part for part in ("## Measured", measured_table(run.rows, run.qualities), said) if part)]
+    return ["\n\n".join(part for part in ("## Measured", measured_table(run.rows, run.quality), said) if part)]
 
 
 def measured_table(rows: Sequence[Mapping[str, Any]], qualities: Sequence[str]) -> str:
@@ -258,8 +259,8 @@ def _origin(artefact: Artefact, run: Run | None) -> list[str]:
     told = [f"{prose(name)} {prose(number)}" for name, number in recorded.get("versions", {}).items()]
     lines = [", ".join([f"Made with hf-elastic {version('hf-elastic')}", *told])]
     if run is not None:
-        if run.data:
-            lines.append(f"Data: {', '.join(code(name) for name in run.data)}")
+        if data := shown_data(run):
+            lines.append(f"Data: {', '.join(code(name) for name in data)}")
         shown = {key: label for key, label in _SHOWN.items() if not (key == "recipe" and run.options.get("lora"))}
         lines += [f"{label}: {prose(run.options[key])}" for key, label in shown.items() if key in run.options]
     return ["## How it was made\n\n" + "\n".join(f"- {line}" for line in lines)]

@@ -176,7 +176,7 @@ def check_safetensors(file: Path, *, only: str | None = None) -> None:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length) if length < file.stat().st_size else b"")
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{file} is truncated or no safetensors file; write it again") from error
     if (size := file.stat().st_size) != 8 + length + end:
         raise CheckpointError(f"{file} is truncated: it has {size} bytes of {8 + length + end}; write it again")

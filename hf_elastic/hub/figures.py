@@ -7,11 +7,11 @@ from pathlib import Path
 from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.errors import ElasticError
 from hf_elastic.hub.artefacts import Artefact, written_by_us
-from hf_elastic.hub.runs import Run, run_of
+from hf_elastic.hub.runs import run_of
 from hf_elastic.reporting.charts import Picture
 from hf_elastic.reporting.content import Section
 from hf_elastic.reporting.front_sections import trade_off
-from hf_elastic.reporting.reading import open_run
+from hf_elastic.reporting.reading import Run, open_run
 from hf_elastic.reporting.static_figures import draw
 
 FIGURE = "pareto_front"
@@ -54,7 +54,7 @@ def _front(record: Run) -> Picture | None:
 
 def _folder_of(record: Run) -> Path:
     """The folder of a run: beside what was exported with a copy of its record, else where the record is."""
-    here = record.file.parent.resolve()
+    here = record.folder.resolve()
     beside = here.with_name(f"{here.name}.run")
     same = (beside / RESULT_FILE).is_file() and read_record(beside / RESULT_FILE)["options"] == record.options
     return beside if same else here

@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from hf_elastic.hub.artefacts import CAUSAL_TYPES, Artefact
 from hf_elastic.hub.methods import Method
 from hf_elastic.hub.parents import Parent
-from hf_elastic.hub.runs import Run
+from hf_elastic.hub.runs import found_row, hub_datasets, shown_data
+from hf_elastic.reporting.reading import Run
 
 _PIPELINES: Mapping[str, str] = {
     "ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForMaskedLM": "fill-mask",
@@ -49,7 +50,7 @@ def card_data(
         library_name=library_of(artefact),
         pipeline_tag=pipeline_of(artefact),
         tags=_tags(artefact, method),
-        datasets=list(run.datasets) or None if run is not None else None,
+        datasets=list(hub_datasets(run)) or None if run is not None else None,
         metrics=[result.metric_type for result in measured if result.metric_type in _KNOWN_METRICS] or None,
         eval_results=measured or None,
         model_name=title if measured else None,
@@ -106,21 +107,22 @@ def _tags(artefact: Artefact, method: Method) -> list[str]:
 
 def _measured(artefact: Artefact, run: Run | None) -> list[EvalResult]:
     """Qualities of what was exported, on the data that the run held out."""
-    row = run.found if run is not None and artefact.kind != "supernet" else None
+    row = found_row(run) if run is not None and artefact.kind != "supernet" else None
     task = pipeline_of(artefact)
     if run is None or row is None or task is None:
         return []
-    data = run.datasets[0] if run.datasets else ", ".join(run.data) or "text"
+    named = hub_datasets(run)
+    data = named[0] if named else ", ".join(shown_data(run)) or "text"
     return [
         EvalResult(
             task_type=task,
-            dataset_type=run.datasets[0] if run.datasets else "held-out",
+            dataset_type=named[0] if named else "held-out",
             dataset_name=f"held out of {data}",
             metric_type=name,
             metric_value=float(row[name]),
             metric_name=name,
         )
-        for name in _numbers(row, run.qualities)
+        for name in _numbers(row, run.quality)
         if name != "accuracy" or task in _LABELLED  # of a classifier beside the model
     ]
 

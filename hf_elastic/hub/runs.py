@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,88 +11,39 @@ from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.errors import CheckpointError
 from hf_elastic.hub.artefacts import Artefact
 from hf_elastic.hub.names import dataset_name
+from hf_elastic.reporting.reading import Row, Run
 
-_ABOUT = {
-    "name", "architecture", "loadability", "over_limit", "blocks", "widths", "heads", "parameters", "total_parameters",
-    "macs", "latency", "adapter_parameters",
-}  # fmt: skip
 _FOUND = ("found", "after retraining", "after head fusion", "found, inherited weights")
 
 
-@dataclass(frozen=True)
-class Run:
-    """The record of a run.
+def found_row(run: Run) -> Row | None:
+    """The row of what was exported."""
+    named = {row["name"]: row for row in run.rows}
+    known = next((named[name] for name in _FOUND if name in named), None)
+    return known or (run.rows[1] if len(run.rows) == 2 else None)  # a size of a family has a name of its own
 
-    Attributes:
-        file: the ``result.json``.
-        record: its contents.
-    """
 
-    file: Path
-    record: Mapping[str, Any]
+def data_sources(run: Run) -> tuple[str, ...]:
+    """Data, as it was named."""
+    return tuple(map(str, run.options.get("data") or ()))
 
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """What the run was asked for."""
-        found: Mapping[str, Any] = self.record["options"]
-        return found
 
-    @property
-    def stages(self) -> Mapping[str, Mapping[str, Any]]:
-        """What each stage recorded."""
-        found: Mapping[str, Mapping[str, Any]] = self.record["stages"]
-        return found
+def hub_datasets(run: Run) -> tuple[str, ...]:
+    """Data sets on the Hub among the data."""
+    return tuple(dict.fromkeys(name for source in data_sources(run) if (name := dataset_name(source))))
 
-    @property
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        """Rows of the comparison, the model it began with first."""
-        return [row for row in self.stages.get("compare", {}).get("rows") or () if row.get("name")]
 
-    @property
-    def found(self) -> Mapping[str, Any] | None:
-        """The row of what was exported."""
-        named = {row["name"]: row for row in self.rows}
-        known = next((named[name] for name in _FOUND if name in named), None)
-        return known or (self.rows[1] if len(self.rows) == 2 else None)  # a size of a family has a name of its own
+def shown_data(run: Run) -> tuple[str, ...]:
+    """Data for a reader: data sets by their names, files without the folders of this machine."""
+    return tuple(source if dataset_name(source) else re.split(r"[/\\]", source)[-1] for source in data_sources(run))
 
-    @property
-    def qualities(self) -> tuple[str, ...]:
-        """Names of what was measured, in the order of the record."""
-        names = {
-            name: None
-            for row in self.rows
-            for name, value in row.items()
-            if name not in _ABOUT and isinstance(value, int | float)
-        }
-        return tuple(names)
 
-    @property
-    def base(self) -> str | None:
-        """Folder or name of the model that weights were taken from; a teacher gives none."""
-        return self.options.get("model")
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Data, as it was named."""
-        return tuple(map(str, self.options.get("data") or ()))
-
-    @property
-    def datasets(self) -> tuple[str, ...]:
-        """Data sets on the Hub among them."""
-        return tuple(dict.fromkeys(name for source in self.sources if (name := dataset_name(source))))
-
-    @property
-    def data(self) -> tuple[str, ...]:
-        """Data for a reader: data sets by their names, files without the folders of this machine."""
-        return tuple(source if dataset_name(source) else re.split(r"[/\\]", source)[-1] for source in self.sources)
-
-    @property
-    def architecture(self) -> Mapping[str, Any] | None:
-        """What was found, where the record says it."""
-        row = self.found
-        if row is not None and isinstance(row.get("architecture"), dict):
-            return dict(row["architecture"])
-        return self.stages.get("search", {}).get("architecture")
+def _architecture(run: Run) -> Mapping[str, Any] | None:
+    """What was found, where the record says it."""
+    row = found_row(run)
+    if row is not None and isinstance(row.get("architecture"), dict):
+        return dict(row["architecture"])
+    return run.stage("search").get("architecture")
 
 
 def run_of(artefact: Artefact, run: str | Path | None) -> tuple[Run | None, str | None]:
@@ -108,8 +58,8 @@ def run_of(artefact: Artefact, run: str | Path | None) -> tuple[Run | None, str 
     place = _record_file(artefact.folder, run)
     if place is None:
         return None, None
-    found = Run(place, read_record(place))
-    theirs, ours = found.architecture, artefact.architecture.get("architecture")
+    found = Run(place.parent, read_record(place))
+    theirs, ours = _architecture(found), artefact.architecture.get("architecture")
     if artefact.kind == "supernet" or theirs is None or (ours is not None and dict(theirs) == dict(ours)):
         return found, None
     if run is not None and ours is not None:

@@ -83,7 +83,7 @@ class Run:
     @property
     def rows(self) -> Sequence[Row]:
         """Rows of the comparison table; none before it was made."""
-        found: Sequence[Row] = self.stage("compare").get("rows", ())
+        found: Sequence[Row] = self.stage("compare").get("rows") or ()
         return found
 
     @property
@@ -97,8 +97,8 @@ class Run:
     @property
     def quality(self) -> tuple[str, ...]:
         """Names of the measured qualities in the table, those that only some rows have among them."""
-        names = dict.fromkeys(name for row in self.rows for name, value in row.items() if name not in _NO_QUALITY)
-        return tuple(names)
+        numbers = (name for row in self.rows for name, value in row.items() if isinstance(value, int | float))
+        return tuple(dict.fromkeys(name for name in numbers if name not in _NO_QUALITY))
 
     @cached_property
     def found(self) -> Mapping[str, Any] | None:
