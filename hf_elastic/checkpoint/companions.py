@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from hf_elastic.errors import CheckpointError
+from hf_elastic.files import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
@@ -23,6 +24,12 @@ SENTENCE_TRANSFORMERS_FILES = (
     "sentence_distilbert_config.json",
 )  # fmt: skip
 MODULES = "modules.json"
+# Of older config files the flags, of newer ones ``pooling_mode``: one name, or several whose vectors are joined.
+_FLAGS = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}  # fmt: skip
 
 
 def copy_companions(
@@ -54,6 +61,38 @@ def copy_companions(
         _copy_modules(parent, folder)
     written = {p for p in folder.rglob("*") if p.is_file()} - before
     return tuple(sorted(str(p.relative_to(folder)) for p in written))
+
+
+def sentence_modules(folder: Path) -> list[tuple[str, str]]:
+    """Kind and folder of each sentence-transformers module of a checkpoint, in order; empty where it has none.
+
+    Raises:
+        CheckpointError: ``modules.json`` is broken.
+    """
+    path = folder / MODULES
+    if not path.is_file():
+        return []
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        return [(str(module["type"]).rsplit(".", 1)[-1], str(module["path"])) for module in stated]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no list of sentence-transformers modules: {error!r}") from error
+
+
+def pooling_modes(folder: Path) -> tuple[str, ...]:
+    """How a sentence encoder makes one vector of its tokens: ``mean``, ``cls``, ``lasttoken``, ``max`` and so on.
+
+    Several where their vectors are joined; the mean where there are no modules, as in sentence-transformers.
+
+    Raises:
+        CheckpointError: a file of the folder is broken.
+    """
+    place = next((path for kind, path in sentence_modules(folder) if kind == "Pooling"), None)
+    if place is None:
+        return ("mean",)
+    config = read_json(folder / place / "config.json")
+    stated = config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)] or "mean"
+    return (stated,) if isinstance(stated, str) else tuple(map(str, stated))
 
 
 def parent_folder(source: str | Path) -> Path | None:

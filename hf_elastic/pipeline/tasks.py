@@ -24,11 +24,10 @@ from transformers import (
 )
 
 from hf_elastic import objectives
-from hf_elastic.checkpoint.companions import TOKENIZER_FILES, parent_folder
+from hf_elastic.checkpoint.companions import TOKENIZER_FILES, parent_folder, pooling_modes
 from hf_elastic.distillation import Pooling
 from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
 from hf_elastic.families import FAMILIES
-from hf_elastic.files import read_json
 from hf_elastic.layers import seeded
 from hf_elastic.pipeline.options import CompressOptions, TaskName
 from hf_elastic.pipeline.texts import Row, shuffled, split_sentences
@@ -230,23 +229,13 @@ def _task_of(config: PreTrainedConfig, model: str) -> str:
 def _pooling(model: str) -> Pooling:
     """How the checkpoint pools tokens, as its sentence-transformers modules say; ``mean`` where there are none."""
     folder = parent_folder(model)
-    path = folder / "1_Pooling" / "config.json" if folder is not None else Path()
-    if not path.is_file():
-        return "mean"
-    modes = read_json(path)
-    stated = {str(modes["pooling_mode"])} if isinstance(modes.get("pooling_mode"), str) else set()
-    stated |= {name.removeprefix("pooling_mode_") for name, on in modes.items() if on is True}
-    known: dict[str, Pooling] = {
-        "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
-    }  # fmt: skip
-    found = {known.get(name) for name in stated & {*known, *_OTHER_POOLINGS}} or {"mean"}
-    pooling = found.pop()
-    if found or pooling is None:
-        raise UnsupportedModelError(f"{path} pools tokens by {sorted(stated)}; supported is one of {', '.join(known)}")
-    return pooling
-
-
-_OTHER_POOLINGS = ("max", "max_tokens", "mean_sqrt_len_tokens", "weightedmean", "weightedmean_tokens")
+    known: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+    modes = ("mean",) if folder is None else pooling_modes(folder)
+    if len(modes) != 1 or modes[0] not in known:
+        raise UnsupportedModelError(
+            f"{folder} pools tokens by {', '.join(modes)}; supported is one of {', '.join(known)}"
+        )
+    return known[modes[0]]
 
 
 def _split(examples: list[Any], options: CompressOptions, *, what: str) -> tuple[list[Any], list[Any]]:
@@ -393,7 +382,7 @@ def load_model(
     source = str(folder or options.model)
     try:
         loaded: Any = task.auto_class.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load {source!r} for task={task.name!r}: {one_line(error)}") from error
@@ -427,8 +416,9 @@ def load_with_classifier(model: str, labels: Sequence[str], *, seed: int) -> tup
     with seeded(seed):
         try:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, num_labels=len(labels),
-                label2id=numbers, id2label={number: name for name, number in numbers.items()},
+                model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True,
+                num_labels=len(labels), label2id=numbers,
+                id2label={number: name for name, number in numbers.items()},
             )  # fmt: skip
         except Exception as error:  # transformers raises whatever its parts raise
             raise CheckpointError(f"cannot load {model!r}: {one_line(error)}") from error

@@ -191,9 +191,7 @@ def test_a_checkpoint_that_is_sparse_already_stays_so(
         assert all(torch.equal(theirs[name].weight, module.weight) for name, module in own.items())
 
 
-def test_adapters_that_saw_the_float_weights_are_merged_with_them(
-    checkpoint: Find, data: Find, tmp_path: Path
-) -> None:
+def test_adapters_that_saw_the_float_weights_are_merged_with_them(checkpoint: Find, data: Find, tmp_path: Path) -> None:
     source, packed = str(checkpoint("causal-lm")), str(tmp_path / "packed")
     run("quantize", source, "--data", str(data("causal-lm")), "--output", packed, "--group-size", "8")
     config = ElasticLoraConfig(r=4, target_modules="all-linear", quantization_aware=True, task_type="CAUSAL_LM")

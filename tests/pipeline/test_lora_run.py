@@ -135,9 +135,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_end(
     result = silent(chosen)
     assert result.rows == whole.rows and result.architecture == whole.architecture
     task = LoraRun(chosen).task
-    ours, theirs = (
-        lora_run.load_model(task, chosen, folder=tmp_path / name).state_dict() for name in ("out", "whole")
-    )
+    ours, theirs = (lora_run.load_model(task, chosen, folder=tmp_path / name).state_dict() for name in ("out", "whole"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 

@@ -112,6 +112,10 @@ def test_another_pooling_is_refused(checkpoint: Find, tmp_path: Path, data: Find
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True for mode in modes}))
     with pytest.raises(UnsupportedModelError, match="pools tokens by"):
         resolve_task(options(folder, data("embedding"), tmp_path / "out"))
+    joined = {"pooling_mode": [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes]}  # newer files
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(joined))
+    with pytest.raises(UnsupportedModelError, match="pools tokens by"):
+        resolve_task(options(folder, data("embedding"), tmp_path / "out"))
 
 
 @pytest.mark.parametrize("kind", ["embedding", "masked-lm", "causal-lm", "classification", "decoder-classification"])
