@@ -33,6 +33,7 @@ from hf_elastic.commands.arguments import (
 )
 from hf_elastic.commands.compression import merge_command, quantize_command, sparsify_command
 from hf_elastic.commands.elm import elm_command
+from hf_elastic.commands.strict import StrictCommand
 from hf_elastic.declaration import Loadability
 from hf_elastic.errors import ElasticError, ExportError
 from hf_elastic.evaluation.command import evaluate_command
@@ -72,7 +73,7 @@ app = typer.Typer(
 )
 
 
-@app.command("compress")
+@app.command("compress", cls=StrictCommand)
 def compress_command(
     model: Model,
     *,
@@ -156,10 +157,10 @@ def compress_command(
             run.run()
 
 
-app.command("elm")(elm_command)
+app.command("elm", cls=StrictCommand)(elm_command)
 
 
-@app.command("family")
+@app.command("family", cls=StrictCommand)
 def family_command(
     run: Annotated[str, typer.Argument(help="Run folder that compress made (OUTPUT.run), of any recipe.")],
     *,
@@ -173,7 +174,7 @@ def family_command(
         export_family(run, speedup, output=output, phase=phase, say=typer.echo)
 
 
-@app.command("info")
+@app.command("info", cls=StrictCommand)
 def info_command(
     folder: Annotated[str, typer.Argument(help="A checkpoint, an export, a supernet or a run.")],
 ) -> None:
@@ -181,7 +182,7 @@ def info_command(
     typer.echo(describe_folder(Path(folder)))
 
 
-@app.command("search")
+@app.command("search", cls=StrictCommand)
 def search_command(
     run: Annotated[str, typer.Argument(help="Run folder that compress made (OUTPUT.run).")],
     *,
@@ -194,7 +195,7 @@ def search_command(
     typer.echo(search_run(Path(run), within=parse_limits(within), evaluations=evaluations, seed=seed))
 
 
-@app.command("export")
+@app.command("export", cls=StrictCommand)
 def export_command(
     supernet: Annotated[
         str, typer.Argument(help="Folder of a supernet, or run folder (its trained supernet is taken).")
@@ -251,12 +252,12 @@ def export_command(
         )  # fmt: skip
 
 
-app.command("sparsify")(sparsify_command)
-app.command("quantize")(quantize_command)
-app.command("merge")(merge_command)
+app.command("sparsify", cls=StrictCommand)(sparsify_command)
+app.command("quantize", cls=StrictCommand)(quantize_command)
+app.command("merge", cls=StrictCommand)(merge_command)
 
 
-@app.command("reproduce")
+@app.command("reproduce", cls=StrictCommand)
 def reproduce_command(
     name: Annotated[str, typer.Argument(help="Of a published result: lonas-bert or elm.")],
     *,
@@ -274,7 +275,7 @@ def reproduce_command(
         typer.echo(reproduce(name, output=output, scale=scale, data=data, say=typer.echo, **settings))
 
 
-@app.command("score")
+@app.command("score", cls=StrictCommand)
 def score_command(
     source: Annotated[
         str, typer.Argument(help="Benchmark file: FlexiBERT, LiteTransformerSearch or CSV; or folder of a checkpoint.")
@@ -297,12 +298,12 @@ def score_command(
     typer.echo(str(score_source(source, options, json_file=json_file)))
 
 
-app.command("report")(report_command)
-app.command("try")(try_command)
-app.command("evaluate")(evaluate_command)
-app.command("convert")(convert_command)
-app.command("push")(push_command)
-app.command("worker")(worker_command)
+app.command("report", cls=StrictCommand)(report_command)
+app.command("try", cls=StrictCommand)(try_command)
+app.command("evaluate", cls=StrictCommand)(evaluate_command)
+app.command("convert", cls=StrictCommand)(convert_command)
+app.command("push", cls=StrictCommand)(push_command)
+app.command("worker", cls=StrictCommand)(worker_command)
 
 
 def main() -> None:

@@ -49,13 +49,15 @@ class Settings:
         files: writes checkpoints and data into the folder in which the section runs.
         names: variables that the page takes for granted, made before its first block of Python.
         replaced: text of the section and what stands in its place; all of it has to be there.
-        added: words behind a command of ``hf-elastic``, by its name; the last one of two equal options counts.
+        added: options of a command of ``hf-elastic``, by its name; they stand in place of equal ones of the page.
+        needs: modules without which the section is not run.
     """
 
     files: Callable[[Path], object] = lambda folder: None
     names: Callable[[], Names] = dict
     replaced: tuple[tuple[str, str], ...] = ()
     added: Mapping[str, tuple[str, ...]] | None = None
+    needs: tuple[str, ...] = ()
 
 
 def token_rows(*, count: int = 32, length: int = LENGTH, seed: int = 0) -> list[dict[str, Any]]:

@@ -222,6 +222,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
             ("lm_eval(supernet, harness, tokenizer=", "lm_eval(decoders, harness, tokenizer=decoder_"),
             ('("arc_easy/acc_norm", "piqa/acc")', '("tiny_choice/acc_norm", "tiny_likelihood/perplexity")'),
         ),
+        needs=("lm_eval",),
     ),
     ("docs/evaluation.md", "From the command line"): Settings(
         evaluation_commands,
@@ -229,6 +230,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
             ("--sequence-length 512", "--sequence-length 24"),
             ("lm-eval:arc_easy", "lm-eval:tiny_choice --data tasks"),
         ),
+        needs=("lm_eval",),
     ),
     ("docs/hub.md", ""): Settings(hub_files, hub_page, replaced=(("me/", "tester/"),)),
 }

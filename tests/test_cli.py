@@ -22,9 +22,10 @@ from tiny_checkpoints import (
     write_rows,
     write_text,
 )  # fmt: skip
+from typer.main import get_command
 
 from hf_elastic import SearchResult, SpaceError
-from hf_elastic.cli import main, parse_limits
+from hf_elastic.cli import app, main, parse_limits
 
 FAST = [
     "--recipe", "best", "--minutes", "0", "--evaluations", "6", "--sequence-length", "24", "--batch-size", "8",
@@ -310,9 +311,9 @@ BAD: dict[str, tuple[dict[str, Given], str]] = {
     "output without a name": ({"--output": "/"}, "names no folder"),
     "output on a read-only system": ({"--output": "/proc/small"}, "cannot write"),
     "too long sequences": ({"--sequence-length": "65"}, "at most 64"),
-    "too few evaluations": ({"--evaluations": "2"}, "evaluations=2"),
-    "negative time": ({"--minutes": "-1"}, "minutes=-1"),
-    "negative seed": ({"--seed": "-1"}, "seed=-1"),
+    "too few evaluations": ({"--evaluations": "2"}, "--evaluations 2"),
+    "negative time": ({"--minutes": "-1"}, "--minutes -1"),
+    "negative seed": ({"--seed": "-1"}, "--seed -1"),
     "no GPU": ({"--device": "cuda"}, "no GPU"),
 }
 
@@ -377,7 +378,22 @@ def test_other_options_for_a_run_that_exists_are_refused_in_one_line(
     command: Command, place: Place, finished: Path
 ) -> None:
     arguments = ["compress", place.encoder, "--data", place.text, "--output", finished, *FAST]
-    assert is_one_line(command(*arguments, "--within", "parameters=0.6"), "within={'parameters': 0.7}")
+    assert is_one_line(command(*arguments, "--within", "parameters=0.6"), "--within {'parameters': 0.7}")
+
+
+def test_an_option_of_one_value_is_given_once_and_others_again_and_again(command: Command, place: Place) -> None:
+    twice = command("evaluate", place.encoder, "--metric", "spearman", "--metric", "perplexity")
+    assert is_one_line(twice, "--metric is given 2 times; it takes one value")
+    limits = ["--within", "parameters=0.6", "--within", "macs=0.6", "--data", place.text, "--data", place.text]
+    assert command("compress", place.encoder, *limits, "--output", "never", "--dry-run").code == 0
+
+
+def test_errors_speak_of_options_but_leave_calls_as_they_are() -> None:
+    words = get_command(app).commands["convert"]._in_words_of_options  # type: ignore[attr-defined]
+    assert words("pass overwrite=True, or int8='static'") == "pass --overwrite, or --int8 'static'"
+    assert words("vocabulary=False writes ids alone") == "--no-vocabulary writes ids alone"
+    assert words("merge it by export(model, overwrite=True)") == "merge it by export(model, overwrite=True)"
+    assert words("an output folder (format= names it)") == "an output folder (--format names it)"
 
 
 def test_an_interrupted_run_says_how_it_goes_on(

@@ -170,8 +170,17 @@ class Reader:
     def _run_commands(self, piece: Snippet, settings: Settings) -> None:
         for name, *words in command_lines(piece):
             if name == "hf-elastic":
-                ended = self.command(*words, *(settings.added or {}).get(words[0], ()))
+                ended = self.command(*with_options(words, (settings.added or {}).get(words[0], ())))
                 assert ended.code == 0, f"{piece}: hf-elastic {' '.join(words)}: {ended.err[-2000:]}"
+
+
+def with_options(words: list[str], added: tuple[str, ...]) -> list[str]:
+    """A command line with options in place of equal ones, each of which takes a value and is given once."""
+    kept = list(words)
+    for name in (word for word in added if word.startswith("--") and word in words):
+        place = kept.index(name)
+        del kept[place : place + 2]
+    return [*kept, *added]
 
 
 def hub(folder: Path) -> AbstractContextManager[Any]:
@@ -194,6 +203,8 @@ RUN = sorted({piece.page for piece in all_snippets() if piece.language in RUNNAB
 def test_the_page_runs_as_it_is_printed(
     page: str, quick: None, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in {name for (of, _), settings in SETTINGS.items() if of == page for name in settings.needs}:
+        pytest.importorskip(module)
     reader = Reader(tmp_path, command, monkeypatch.chdir)
     with hub(tmp_path / "hub") if page in ON_THE_HUB else nullcontext():
         for piece in pieces_that_run(page):

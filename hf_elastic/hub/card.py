@@ -261,9 +261,18 @@ def _origin(artefact: Artefact, run: Run | None) -> list[str]:
     if run is not None:
         if data := shown_data(run):
             lines.append(f"Data: {', '.join(code(name) for name in data)}")
-        shown = {key: label for key, label in _SHOWN.items() if not (key == "recipe" and run.options.get("lora"))}
-        lines += [f"{label}: {prose(run.options[key])}" for key, label in shown.items() if key in run.options]
+        shown = {key: label for key, label in _SHOWN.items() if key in run.options and _applied(key, run)}
+        lines += [f"{label}: {prose(run.options[key])}" for key, label in shown.items()]
     return ["## How it was made\n\n" + "\n".join(f"- {line}" for line in lines)]
+
+
+def _applied(option: str, run: Run) -> bool:
+    """Whether a run had a use for an option that may be there by default."""
+    if option == "recipe":
+        return not run.options.get("lora")
+    if option == "evaluations":
+        return "evaluations" in run.stage("search")
+    return not (option == "task" and run.options["task"] == "auto")
 
 
 _SHOWN: Mapping[str, str] = {

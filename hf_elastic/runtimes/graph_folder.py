@@ -119,7 +119,9 @@ def _graph(model: PreTrainedModel, *, with_past: bool) -> TextGraph:
 
 def _rounded(writer: GraphWriter, graph: TextGraph, path: Path, *, int8: Int8, batches: Sequence[Batch]) -> float:
     """Makes weights integers; how far outputs moved, as a share of the largest."""
-    feeds = [completed({n: np.asarray(t) for n, t in batch.items()}, graph.inputs) for batch in batches]
+    feeds = [
+        completed({n: np.asarray(t) for n, t in batch.items() if n in graph.inputs}, graph.inputs) for batch in batches
+    ]
     longest = max((feed["input_ids"].shape[-1] for feed in feeds), default=0)
     require_positions(graph.model.config, longest, cure="cut the text of the calibration there (--sequence-length)")
     with _in_a_line(f"{writer.runtime} makes no integers (int8={int8!r}) of a {type(graph.model).__name__}"):
@@ -148,8 +150,10 @@ def _refuse_static(*, with_past: bool) -> None:
 def completed(feed: Arrays, inputs: Sequence[str]) -> dict[str, np.ndarray]:
     """A feed of exactly these inputs; a mask that is not given is all ones, token types are zeros.
 
+    Token types are passed over where the graph has none, as tokenizers give them to any model.
+
     Raises:
-        DataError: another input is missing.
+        DataError: another input is missing, or is none of the graph.
     """
     if "input_ids" not in feed:
         raise DataError(f"a batch has no input_ids, only {', '.join(sorted(feed)) or 'nothing'}")
@@ -157,6 +161,8 @@ def completed(feed: Arrays, inputs: Sequence[str]) -> dict[str, np.ndarray]:
     known = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids), **feed}
     if missing := [name for name in inputs if name not in known]:
         raise DataError(f"the graph takes {shown(inputs)}; missing: {shown(missing)}")
+    if unknown := sorted(feed.keys() - {*inputs, "token_type_ids"}):
+        raise DataError(f"the graph takes {shown(inputs)}, not {shown(unknown)}")
     return {name: np.asarray(known[name]) for name in inputs}
 
 

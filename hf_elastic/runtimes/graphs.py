@@ -105,6 +105,8 @@ class TextGraph(nn.Module):
         super().__init__()
         self.model = model
         self.with_past = with_past
+        if with_past and not model.can_generate():
+            raise ExportError(f"a {type(model).__name__} does not generate, so it has no KV cache; leave with_past")
         accepted = inspect.signature(model.forward).parameters
         types = getattr(model.config, "type_vocab_size", None) or 0
         self.inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if types > 1 else [])]
@@ -123,9 +125,7 @@ class TextGraph(nn.Module):
 
     def _add_cache(self, cache: Any) -> None:
         if cache is None or "logits" not in self.outputs:
-            raise ExportError(
-                f"a {type(self.model).__name__} does not generate, so it has no KV cache; leave with_past"
-            )
+            raise ExportError(f"a {type(self.model).__name__} gives no KV cache; leave with_past")
         self._depth = len(cache.layers)
         shapes = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
         lacking = without_attention(self.model.config)

@@ -30,7 +30,7 @@ POINTS: dict[str, tuple[str, str, int]] = {
     "training": ("hf_elastic.training.trainer", "ElasticTrainer.training_step", 9),
     "checkpoint half-written": ("hf_elastic.training.trainer", "ElasticTrainer._save_optimizer_and_scheduler", 1),
     "supernet half-written": ("hf_elastic.supernet_folder", "write_json", 1),
-    "search": ("hf_elastic.search.loop", "SearchLoop._measure", 3),
+    "search": ("hf_elastic.search.loop", "SearchLoop._step", 3),
     "search over": ("hf_elastic.search.results", "SearchResult.save", 1),
     "fusing": ("hf_elastic.pipeline.elm_run", "save_static", 1),
     "retraining": ("hf_elastic.training.trainer", "ElasticTrainer.training_step", 9),

@@ -285,3 +285,13 @@ def test_what_a_runtime_raises_of_its_inputs_is_one_line(tmp_path: Path) -> None
     export_onnx(tiny("bert", "base"), tmp_path / "written")
     with pytest.raises(DataError, match=r"onnx does not run the model on input_ids \(1, 65\), attention_mask"):
         open_runtime(tmp_path / "written")(input_ids=np.full((1, 65), 5))
+
+
+def test_a_cache_is_of_decoders_alone_and_unknown_inputs_are_not_passed_over(tmp_path: Path) -> None:
+    encoder = tiny("bert", "base")
+    with pytest.raises(ExportError, match="a BertModel does not generate, so it has no KV cache; leave with_past"):
+        export_openvino(encoder, tmp_path / "cached", with_past=True)
+    export_openvino(encoder, tmp_path / "graph")
+    run, ids = open_runtime(tmp_path / "graph"), np.full((1, 4), 5)
+    with pytest.raises(DataError, match="not atention_mask"):
+        run(input_ids=ids, atention_mask=np.ones_like(ids))
