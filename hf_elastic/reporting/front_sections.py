@@ -255,14 +255,25 @@ def _models_chart(run: Run, quality: str, cost: str) -> Chart | None:
 
 
 def _tried_series(run: Run, quality: str, cost: str) -> list[Series]:
-    """Answers of exact search that were repaired and measured, where their costs are recorded."""
-    tried = run.stage("repair").get("tried", ())
+    """Answers of exact search that were repaired on a part of the text and measured, where their costs are recorded.
+
+    Not the one that was chosen: repaired on all of the text, it has a row of its own.
+    """
+    repair = run.stage("repair")
+    tried = [one for one in repair.get("tried", ()) if one.get("architecture") != repair.get("architecture")]
     known = [one for one in tried if one.get(quality) is not None and one.get(cost) is not None]
     if not known:
         return []
-    notes = [f"exact answer, repaired: {in_words(layers_of_architecture(o['architecture'], run.sizes))}" for o in known]
+    words = [in_words(layers_of_architecture(one["architecture"], run.sizes)) for one in known]
+    notes = [f"exact answer, repaired on a part of the text: {word}" for word in words]
     return [
-        Series("exact answers, repaired", [o[cost] for o in known], [o[quality] for o in known], "exact", notes=notes)
+        Series(
+            "exact answers, repaired on a part of the text",
+            [o[cost] for o in known],
+            [o[quality] for o in known],
+            "exact",
+            notes=notes,
+        )
     ]
 
 

@@ -199,7 +199,7 @@ def test_adapters_that_saw_the_float_weights_are_merged_with_them(checkpoint: Fi
     supernet = add_lora(AutoModelForCausalLM.from_pretrained(packed), config, seed=0, float_base=before)
     supernet.model.save_pretrained(tmp_path / "adapter")
     given = ["merge", str(tmp_path / "adapter"), "--base", packed, "--output", str(tmp_path / "merged")]
-    with pytest.raises(CheckpointError, match="was trained with float_base="):
+    with pytest.raises(CheckpointError, match="was trained with --float-base;"):
         run(*given)
     run(*given, "--float-base", source)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

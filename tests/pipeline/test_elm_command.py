@@ -121,8 +121,12 @@ def test_a_run_prints_its_table_and_the_same_command_shows_it_again(
 def test_an_error_is_one_line(
     command: Command, checkpoint: Find, data: Find, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
+    usual = list(FAST)
+    if arguments[0] in usual and arguments[0] != "--within":  # an option of one value is given once
+        place = usual.index(arguments[0])
+        del usual[place : place + 2]
     ended = command(
-        "elm", checkpoint("masked-lm"), "--data", data("masked-lm"), "--output", tmp_path / "small", *FAST, *arguments
+        "elm", checkpoint("masked-lm"), "--data", data("masked-lm"), "--output", tmp_path / "small", *usual, *arguments
     )  # fmt: skip
     assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ from pages import Page
 from recorded_runs import HOSTILE, WIDTH, compress_run, macs, row, searched, space, structure, write
 
 from hf_elastic.errors import CheckpointError, UnsupportedModelError
-from hf_elastic.reporting import write_figures, write_report
+from hf_elastic.reporting import front_sections, write_figures, write_report
+from hf_elastic.reporting.reading import open_run
 from hf_elastic.search import Objective, search_subnets
 
 
@@ -107,6 +108,15 @@ def test_a_front_of_exact_search_is_called_exact(run: Path) -> None:
     page = Page(write_report(run))
     assert page.trace("exact-front", "exact front")["mode"] == "lines+markers"
     assert page.trace("exact-front", "chosen without training")["x"] == [sum(found.values())]
+
+
+def test_the_answer_of_an_exact_search_is_not_drawn_again_as_one_that_was_tried(run: Path) -> None:
+    found = recorded(run)["stages"]["search"]["architecture"]
+    other = dict.fromkeys(found, min(found.values()))
+    tried = [{"architecture": one, "macs": 5, "structure": 0.5} for one in (found, other)]
+    change(run, repair={"architecture": found, "tried": tried, "finished": True})
+    (series,) = front_sections._tried_series(open_run(run), "structure", "macs")
+    assert len(series.x) == 1 and series.name == "exact answers, repaired on a part of the text"
 
 
 def test_an_exact_search_without_a_second_axis_or_an_answer_has_no_chart(run: Path) -> None:

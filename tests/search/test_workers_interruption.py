@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from hf_elastic.search.claims import ClaimTable
 from hf_elastic.search.interruption import PREEMPTED, Interruption
 from hf_elastic.space import Architecture
 from tests.workers.searching import problem
+
+
+@pytest.fixture(autouse=True)
+def _interrupted_as_usual() -> Iterator[None]:
+    """SIGINT as Python handles it: a shell lets what it runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def searching(function: Any, **options: Any) -> Any:
