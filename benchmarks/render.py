@@ -428,7 +428,7 @@ MINILM = {
     "minilm-balanced": "all-MiniLM-L6-v2, recipe `balanced`",
     "minilm-balanced-equal": "all-MiniLM-L6-v2, recipe `balanced` in the time that `best` took",
 }
-ELSEWHERE = {"crossovers", "workers"}  # on pages of their own: docs/when-not.md, docs/scale.md
+ELSEWHERE = {"crossovers", "workers", "faults", "fuzz"}  # on other pages: when-not.md, scale.md, reliability.md
 SECTIONS = {
     "minilm-recover": minilm_recover, "stories-fast": stories_fast,
     "stories260K": stories, "babyllama105": stories, "exact-front": exact_front,

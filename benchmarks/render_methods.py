@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import render_crossovers
+import render_faults
+import render_fuzz
 from render import RESULTS, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +241,7 @@ def written(found: Found) -> dict[str, str]:
         "README.md": {"methods": methods(found, docs="docs/", root="")},
         "docs/methods.md": {"methods": methods(found)},
         "docs/when-not.md": render_crossovers.parts(found),
+        "docs/reliability.md": {**render_faults.parts(found), **render_fuzz.parts(found)},
     }
     pages = {}
     for page, contents in parts.items():

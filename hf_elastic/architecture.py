@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 from hf_elastic.errors import ArchitectureError, ElasticError
@@ -145,6 +146,11 @@ def shown(values: Iterable[object]) -> str:
 def type_name(value: object) -> str:
     """Return the name of the type of ``value``."""
     return type(value).__name__
+
+
+def is_finite(value: object) -> bool:
+    """Say whether ``value`` is a number that a float holds: no boolean, and no integer that is too large for one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _clipped(text: str, limit: int) -> str:

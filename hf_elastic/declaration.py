@@ -63,8 +63,10 @@ class ElasticConfig:
         """Inverse of :meth:`to_dict` (JSON turns layer numbers into strings; they are turned back).
 
         Raises:
-            SpaceError: a key is not a field, or a layer number is none.
+            SpaceError: it is no mapping, a key is not a field, or a layer number is none.
         """
+        if not isinstance(data, Mapping):
+            raise SpaceError(f"an ElasticConfig is made from a dict of its fields, got {type(data).__name__}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise SpaceError(f"unknown ElasticConfig fields {unknown}; known: {', '.join(sorted(known))}")

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_elastic.errors import CheckpointError
+from hf_elastic.files import given_path
 
 _READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py")
 """What may be read of a repository: no pickles."""
@@ -31,7 +32,7 @@ def checkpoint_folder(source: str | Path, *, revision: str | None = None, token:
     Raises:
         CheckpointError: the repository is not there, cannot be read, or names files outside of itself.
     """
-    folder = Path(source).expanduser()
+    folder = given_path(source)
     if folder.is_dir() or isinstance(source, Path) or not _may_be_a_name(source):
         if revision is not None:
             raise CheckpointError(f"revision={revision!r} is for a name on the Hub, {source} is a folder; leave it out")

@@ -14,14 +14,33 @@
     └── CheckpointError     (OSError)       a folder or file that cannot be read or written
         └── ExportError                     an architecture that cannot be written in the form asked for
 
-Messages are one line: what was wrong, what was got, what is allowed or what to do.
+Messages are one line: what was wrong, what was got, what is allowed or what to do. Names and texts out of files of
+others stand in them, so that breaks, terminal codes and endless names are taken out where a message is made.
 """
 
 from __future__ import annotations
 
+import re
+
+_LONGEST = 2000  # characters of a message; of a longer one the middle is left out
+_BREAK = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
 
 class ElasticError(Exception):
     """Root of all errors raised on purpose by hf_elastic."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(_one_line(each) if isinstance(each, str) else each for each in arguments))
+
+
+def _one_line(message: str) -> str:
+    """A message as one line that any terminal shows as it is: what cannot be printed is escaped."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    if message.isprintable():
+        return message
+    line = _BREAK.sub(" ", message.strip())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 class SpaceError(ElasticError, ValueError):

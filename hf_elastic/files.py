@@ -1,4 +1,8 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all.
+
+What is written aside is locked by its process for as long as that lives. Of what a killed process left, nothing is
+locked, so whoever writes the same file or folder next removes it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +22,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_elastic.errors import CheckpointError
+from hf_elastic.errors import CheckpointError, ElasticError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows, where nothing is removed that may be in use
+    fcntl = None  # type: ignore[assignment]
+
+_ASIDE, _REPLACED = ".partial", ".replaced"  # end the names of what is being written, and of what makes room for it
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -28,23 +40,43 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        _remove_abandoned(path)
+        aside, lock = _locked_aside(path, folder=False)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     try:
-        os.chmod(aside, 0o644)  # mkstemp makes it private
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        os.chmod(aside, 0o644)  # it was made private
+        with open(aside, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=2, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
+    finally:
+        lock.release()
+
+
+def given_path(name: str | os.PathLike[str], *, error: type[ElasticError] = CheckpointError) -> Path:
+    """A path as a user gives it, ``~`` read as a home; there need be nothing.
+
+    Raises:
+        ElasticError: of the class ``error``; no file can have that name.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
+    except (OSError, ValueError, RuntimeError) as problem:  # RuntimeError: no home for ~
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{os.fspath(name)[:200]!r} can be no file here ({reason}); check the path") from problem
+    return path
 
 
 def require_writable(path: Path) -> None:
@@ -132,7 +164,7 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """
     final, made = _prepared(target, overwrite=overwrite)
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        aside, lock = _locked_aside(final, folder=True)
     except OSError as error:
         _remove_empty(made)
         raise CheckpointError(f"cannot write to {final.parent}: {error.strerror or error}") from error
@@ -147,7 +179,47 @@ def whole_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
         _remove_empty(made)
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder inside another, from where each file is moved into it, whole, when the block ends well.
+
+    For what libraries would write into its place.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    place = folder / "files"
+    try:
+        _remove_abandoned(place)
+        aside, lock = _locked_aside(place, folder=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        yield aside
+        for path in sorted(aside.iterdir()):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise error if isinstance(error, CheckpointError) else _cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder if it is there; whoever looks, also after a kill, sees all of it or nothing."""
+    if not folder.is_dir():
+        return
+    with suppress(OSError):  # then it stays, as whole as it was
+        aside, lock = _locked_aside(folder, folder=True)
+        try:
+            os.replace(folder, aside / folder.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            lock.release()
 
 
 def remove_half_written(target: Path) -> None:
@@ -161,6 +233,7 @@ def _prepared(target: str | Path, *, overwrite: bool) -> tuple[Path, list[Path]]
     made: list[Path] = []
     try:
         final = Path(target).expanduser().resolve()  # behind a link: the folder is replaced, the link stays
+        _remove_abandoned(final)
         if final.exists() and not final.is_dir():
             raise CheckpointError(f"{final} is a file, expected a folder to write to")
         if final.is_dir() and any(final.iterdir()) and not overwrite:
@@ -173,6 +246,69 @@ def _prepared(target: str | Path, *, overwrite: bool) -> tuple[Path, list[Path]]
         _remove_empty(made)
         raise CheckpointError(f"cannot write to {target}: {getattr(error, 'strerror', None) or error}") from error
     return final, made
+
+
+class _Lock:
+    """A lock on a file or folder until it is released or the process ends; nothing where there are no such locks.
+
+    Args:
+        path: what to lock.
+        wait: whether to wait for another process that has it.
+
+    Attributes:
+        held: whether it is locked.
+    """
+
+    def __init__(self, path: Path, *, wait: bool) -> None:
+        self.held, self._handle = False, -1
+        if fcntl is None:
+            return
+        with suppress(OSError):  # in use, gone, of another user, or on a file system without locks
+            self._handle = os.open(path, os.O_RDONLY)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self.held = True
+
+    def release(self) -> None:
+        """Gives it free."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self.held, self._handle = False, -1
+
+
+def _locked_aside(final: Path, *, folder: bool, end: str = _ASIDE) -> tuple[Path, _Lock]:
+    """Makes an empty file or folder beside another, which nobody takes for abandoned."""
+    while True:
+        name = f".{final.name}."
+        if folder:
+            aside = Path(tempfile.mkdtemp(prefix=name, suffix=end, dir=final.parent))
+        else:
+            handle, made = tempfile.mkstemp(prefix=name, suffix=end, dir=final.parent)
+            os.close(handle)
+            aside = Path(made)
+        lock = _Lock(aside, wait=True)
+        if aside.exists():  # or else it was taken for abandoned before it was locked
+            return aside, lock
+        lock.release()
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Removes what killed processes left beside a file or folder that they were writing; gives back what they replaced.
+
+    Only what is named as this module names it, and locked by nobody.
+    """
+    ours = re.compile(rf"\.{re.escape(final.name)}\.\w{{8}}({re.escape(_ASIDE)}|{re.escape(_REPLACED)})")
+    entries: list[str] = []
+    with suppress(OSError):  # no folder, or none that this user may list
+        entries = os.listdir(final.parent)
+    for aside in [final.parent / name for name in entries if ours.fullmatch(name)]:
+        lock = _Lock(aside, wait=False)
+        if not lock.held:
+            continue
+        with suppress(OSError):
+            if (aside / "old").exists() and aside.suffix == _REPLACED and not final.exists():
+                os.replace(aside / "old", final)
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        lock.release()
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -191,15 +327,17 @@ def _swap(aside: Path, final: Path) -> None:
     if not final.is_dir():
         os.replace(aside, final)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+    old, lock = _locked_aside(final, folder=True, end=_REPLACED)
     try:
-        os.replace(final, old / "replaced")
+        os.replace(final, old / "old")
         os.replace(aside, final)
     except BaseException:
-        if (old / "replaced").exists():
-            os.replace(old / "replaced", final)
+        if (old / "old").exists():
+            os.replace(old / "old", final)
         old.rmdir()
         raise
+    finally:
+        lock.release()
     shutil.rmtree(old, ignore_errors=True)
 
 

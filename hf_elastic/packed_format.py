@@ -89,7 +89,7 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: the checkpoint quantises activations too.
-        CheckpointError: scales of a layer are not positive or do not fit its weight.
+        CheckpointError: integers or scales of a layer are not what its config says.
     """
     layers = quantised_layers(model)
     if not layers:
@@ -108,9 +108,12 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
     if quantizer is None and not packed:
         return model  # as quantize_ left it; a forward on its layers is not compressed-tensors' own
     if packed:
-        compressor = ModelCompressor(quantization_config=QuantizationConfig.from_pretrained(model))
-        with torch.no_grad():
-            compressor.decompress_model(model)
+        try:
+            compressor = ModelCompressor(quantization_config=QuantizationConfig.from_pretrained(model))
+            with torch.no_grad():
+                compressor.decompress_model(model)
+        except Exception as error:  # compressed-tensors raises whatever its parts raise
+            raise CheckpointError(f"the checkpoint's integers cannot be unpacked: {error}; copy it again") from error
     # It leaves caches in place of the dicts of parameters, in which a replaced parameter would overwrite the weight.
     remove_dispatch(model, onload_tensors=True)
     for module in model.modules():

@@ -16,7 +16,7 @@ from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.costs import LATENCY_TOKENS, count
 from hf_elastic.errors import CheckpointError, ElasticError
 from hf_elastic.families import FAMILIES
-from hf_elastic.files import read_json
+from hf_elastic.files import given_path, read_json
 from hf_elastic.packed_format import stated_quantisation, stored_weights
 from hf_elastic.runtimes.graph_folder import RUNTIME_FILE
 from hf_elastic.runtimes.matrix import runs_where_folder
@@ -120,6 +120,7 @@ def describe_folder(folder: Path) -> str:
     Raises:
         CheckpointError: it is none of these, or a file in it is broken.
     """
+    folder = given_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; give one that holds a checkpoint, a supernet or a run")
     if (folder / SPACE_FILE).is_file():

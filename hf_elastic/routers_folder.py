@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_elastic.errors import CheckpointError, UnsupportedModelError
 from hf_elastic.families import family_of, layers_of
-from hf_elastic.files import file_digest, read_json, whole_folder, write_json
+from hf_elastic.files import file_digest, given_path, read_json, whole_folder, write_json
 from hf_elastic.fingerprints import weights_fingerprint
 from hf_elastic.layers import PartHolder
 from hf_elastic.models.elastic_routed import LAYOUTS
@@ -130,7 +130,7 @@ def read_routers(directory: str | Path) -> SavedRouters:
     Raises:
         CheckpointError: a file is missing, truncated or foreign.
     """
-    folder = Path(directory)
+    folder = given_path(directory)
     file = folder / ROUTERS_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no routers, it has no {ROUTERS_FILE}; write them with save_routers")
@@ -139,6 +139,8 @@ def read_routers(directory: str | Path) -> SavedRouters:
         raise CheckpointError(f"{file} has format {record.get('format')!r}, this version reads {FORMAT}")
     if bad := [name for name, kind in _KINDS.items() if not isinstance(record.get(name), kind)]:
         raise CheckpointError(f"{file} says nothing usable about {', '.join(bad)}; copy the folder again")
+    if not all(isinstance(entry, str) for entry in record["fingerprints"].values()):
+        raise CheckpointError(f"{file} holds no usable fingerprints of its base; copy the folder again")
     if file_digest(folder / WEIGHTS_FILE) != record["weights"]:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} is truncated or is not the file that {ROUTERS_FILE} was written with; copy the "

@@ -15,6 +15,7 @@ from hf_elastic.errors import CheckpointError
 from hf_elastic.families import Family
 from hf_elastic.files import file_digest, read_json, write_json
 from hf_elastic.models import MODEL_TYPES, STATIC_CLASSES, model_class, source_files
+from hf_elastic.stored_sizes import require_filled
 
 SPACE_FILE = "search_space.json"
 FORMAT = 1
@@ -140,10 +141,13 @@ def _static_classes() -> dict[str, type[PreTrainedModel]]:
 
 
 def load_model(folder: Path, model_class: type[PreTrainedModel], kwargs: dict[str, Any]) -> PreTrainedModel:
-    options = {"dtype": "auto", **kwargs, "output_loading_info": True}
+    options = {"dtype": "auto", **kwargs, "output_loading_info": True, "use_safetensors": True}
     try:
+        require_filled(folder, model_class)
         loaded: Any = model_class.from_pretrained(folder, **options)
         model, report = loaded
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever its parts raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"cannot load {folder} as {model_class.__name__}: {lines[0]}") from error

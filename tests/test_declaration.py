@@ -178,8 +178,10 @@ def test_a_config_cannot_change_under_a_supernet() -> None:
         ({"width": [1]}, r"unknown ElasticConfig fields \['width'\]; known: intermediate_size"),
         ({"intermediate_size": {"first": [1]}}, r"intermediate_size names the layers \['first'\], expected numbers"),
         ({"loadability": "all"}, "loadability='all'"),
+        (None, "made from a dict of its fields, got NoneType"),
+        ([1], "made from a dict of its fields, got list"),
     ],
 )
-def test_a_foreign_dict_is_no_config(data: dict[str, Any], message: str) -> None:
+def test_a_foreign_dict_is_no_config(data: Any, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         ElasticConfig.from_dict(data)

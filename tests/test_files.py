@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -18,8 +19,18 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import disk_full_at
 
-from hf_elastic import CheckpointError, SpaceError
-from hf_elastic.files import file_digest, only_worker, read_json, remove_half_written, whole_folder, write_json
+from hf_elastic import CheckpointError, DataError, SpaceError
+from hf_elastic.files import (
+    file_digest,
+    given_path,
+    only_worker,
+    read_json,
+    remove_folder,
+    remove_half_written,
+    whole_files,
+    whole_folder,
+    write_json,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,6 +112,107 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write to "), only_worker(tmp_path / "file" / "run"):
         pass
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hf_elastic import files
+target, at = Path(sys.argv[1]), sys.argv[2]
+class Killed(dict):
+    def items(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+replace, calls = os.replace, []
+def killing(source, to):
+    calls.append(to)
+    if at == f"rename {len(calls)}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, to)
+os.replace = killing
+if at == "json":
+    files.write_json(target, {"old": 1, "new": Killed(a=1)})
+with files.whole_folder(target, overwrite=True) as folder:
+    (folder / "half").write_text("")
+    if at == "wait":
+        print("writing", flush=True)
+        sys.stdin.read()
+    if at == "block":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("at", ["block", "rename 1", "rename 2", "json"])
+def test_what_a_killed_process_left_is_removed_by_whoever_writes_next_and_what_it_replaced_is_back(
+    at: str, tmp_path: Path
+) -> None:
+    target, other = tmp_path / "out", tmp_path / ".out.of-users.partial"
+    other.mkdir()
+    if at != "json":
+        target.mkdir()
+        (target / "old").write_text("precious")
+    command = [sys.executable, "-c", KILLED, str(target), at]
+    killed = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(os.listdir(tmp_path)) == {"block": 3, "rename 1": 4, "rename 2": 3, "json": 2}[at]
+    assert target.exists() == (at not in ("rename 2", "json"))
+    if at == "json":
+        write_json(target, {"new": 1})
+        assert read_json(target) == {"new": 1}
+    else:
+        with pytest.raises(SpaceError), whole_folder(target, overwrite=True):
+            raise SpaceError("no")
+        assert contents(tmp_path) == {"out/old": b"precious"}
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "out"])
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), "wait"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdin is not None
+        assert writer.stdout.readline() == "writing\n"
+        with whole_folder(tmp_path / "out") as aside:
+            fill(aside)
+        writer.stdin.close()
+    assert writer.returncode == 0
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["half"]
+
+
+def test_files_of_others_are_moved_in_whole_and_none_where_one_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with whole_files(tmp_path) as aside:
+        (aside / "a.json").write_text("new")
+        (aside / "b.js").write_text("x")
+        assert (tmp_path / "a.json").read_text() == "old"
+    assert contents(tmp_path) == {"a.json": b"new", "b.js": b"x"} and len(os.listdir(tmp_path)) == 2
+    before = contents(tmp_path)
+    for size in (0, 100):
+        with (
+            pytest.raises(CheckpointError, match="cannot write .*File too large") as caught,
+            disk_full_at(size),
+            whole_files(tmp_path) as aside,
+        ):
+            (aside / "a.json").write_text("newer" * 10 if size else "")
+            (aside / "b.js").write_text("x" * 1000)
+        assert "\n" not in str(caught.value) and contents(tmp_path) == before and len(os.listdir(tmp_path)) == 2
+    with pytest.raises(CheckpointError, match="cannot write"), whole_files(tmp_path / "a.json"):
+        pass
+
+
+def test_a_folder_is_removed_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fill(folder)
+    seen: list[dict[str, bytes]] = []
+    unlink = os.unlink
+
+    def watched(path: Any, **kwargs: Any) -> None:
+        seen.append(contents(folder))
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", watched)
+    remove_folder(folder)
+    assert seen == [{}, {}] and os.listdir(tmp_path) == []
+    remove_folder(folder)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -347,3 +459,25 @@ def test_a_digest_of_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_json_written_is_plain_json(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"n": 1})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a\0b", "embedded null byte"), ("x" * 300, "File name too long"),
+        ("\ud800", "surrogates not allowed"), ("~nobody-of-that-name/x", "home"),
+    ],
+)  # fmt: skip
+def test_a_name_that_no_file_can_have_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        given_path(name)
+    assert "can be no file here" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    with pytest.raises(DataError, match="can be no file here"):
+        given_path(name, error=DataError)
+
+
+def test_a_name_that_a_file_may_have_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("x")
+    assert given_path("~/file") == tmp_path / "file" and given_path(tmp_path / "missing") == tmp_path / "missing"
+    assert given_path(tmp_path / "file" / "below") == tmp_path / "file" / "below"

@@ -28,7 +28,7 @@ LAYERS = (
     {"search"},
     {
         "layers", "quantgrid", "packed_format", "distillation", "least_squares", "models",
-        "head_similarity", "head_merging",
+        "head_similarity", "head_merging", "stored_sizes",
     },
     {
         "families", "parts", "activation", "supernet", "declaration", "conversion", "importance", "costs", "streams",

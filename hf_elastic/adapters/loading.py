@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_elastic.adapters.configuration import ElasticLoraConfig
 from hf_elastic.adapters.lora_part import LoraPart, lora_parts
-from hf_elastic.adapters.recognition import FLOAT_BASE, check_base, described_base
+from hf_elastic.adapters.recognition import FLOAT_BASE, check_base, check_description, described_base
 from hf_elastic.downloads import checkpoint_folder
 from hf_elastic.errors import CheckpointError, CompressionError, ElasticError, SpaceError, UnsupportedModelError
 from hf_elastic.layers import PartHolder, seeded
@@ -205,11 +205,9 @@ def load_adapter(
     base: Any = model if existing is None else existing.get_base_model()
     if isinstance(base, PreTrainedModel):
         unpack_(base)
-    try:
-        weights = load_peft_weights(str(directory), device="cpu")
-    except Exception as error:  # peft and safetensors raise whatever their parts raise
-        raise CheckpointError(f"cannot read the adapter in {directory}: {' '.join(str(error).split())}") from error
+    weights = _read_weights(directory)
     _check_shapes(base, weights, where=str(directory))
+    _check_ranks(config, weights, where=str(directory))
     if FLOAT_BASE in (config.trained_on or {}) and float_base is None:
         raise CheckpointError(f"the adapter in {directory} was trained with float_base=; pass that model again")
     if float_base is not None and FLOAT_BASE not in (config.trained_on or {}):
@@ -218,9 +216,10 @@ def load_adapter(
         check_base(config.trained_on, _adaptable(base), layers=_elastic_layers(base), model=base)
     with _left_as_it_was(base):
         try:
-            adapted = PeftModel(model, config, adapter_name) if existing is None else existing
-            if existing is not None:
-                existing.add_adapter(adapter_name, config)
+            with _said_by_peft(str(directory)):
+                adapted = PeftModel(model, config, adapter_name) if existing is None else existing
+                if existing is not None:
+                    existing.add_adapter(adapter_name, config)
             _fill(adapted, weights, adapter_name=adapter_name, where=str(directory))
             supernet = Supernet(adapted)
             if float_base is not None:
@@ -234,11 +233,34 @@ def load_adapter(
     return supernet
 
 
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    if not (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise CheckpointError(
+            f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}; save it by save_pretrained, as pickles are not read"
+        )
+    try:
+        weights: dict[str, Tensor] = load_peft_weights(str(directory), device="cpu")
+    except Exception as error:  # peft and safetensors raise whatever their parts raise
+        raise CheckpointError(f"cannot read the adapter in {directory}: {' '.join(str(error).split())}") from error
+    return weights
+
+
+@contextmanager
+def _said_by_peft(where: str) -> Iterator[None]:
+    """Says in one line what peft stumbles over in a configuration, whose fields it does not check."""
+    try:
+        yield
+    except ElasticError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"peft makes no adapter of the configuration in {where}: {error!r}") from error
+
+
 def _fill(adapted: PeftModel, weights: dict[str, Tensor], *, adapter_name: str, where: str) -> None:
     """Copies saved weights into an adapter; all of it must be there, and fit."""
     try:
         report: Any = set_peft_model_state_dict(adapted, weights, adapter_name=adapter_name)
-    except RuntimeError as error:
+    except (RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the adapter in {where} does not fit the model: {reason[:300]}") from error
     own = (f".lora_A.{adapter_name}.", f".lora_B.{adapter_name}.", f".modules_to_save.{adapter_name}.")
@@ -250,9 +272,11 @@ def _fill(adapted: PeftModel, weights: dict[str, Tensor], *, adapter_name: str, 
 def _read_config(directory: str) -> ElasticLoraConfig:
     try:
         config = ElasticLoraConfig.from_pretrained(directory)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # peft looks for nothing, and raises whatever its parts raise
         raise CheckpointError(f"cannot read an adapter in {directory}: {' '.join(str(error).split())}") from error
     in_weight = config.sparse or config.quantization_aware
+    if config.trained_on is not None:
+        check_description(config.trained_on, kept=config, where=directory)
     if config.trained_on is None and config.ranks is None and not in_weight:
         raise CheckpointError(
             f"the adapter in {directory} has one rank; load it with PeftModel.from_pretrained (compress --lora "
@@ -281,6 +305,16 @@ def _check_shapes(base: nn.Module, weights: dict[str, Tensor], *, where: str) ->
                     f"the adapter in {where} was trained on another base: {path} has {found} {size}, the adapter "
                     f"{tensor.shape[axis]}"
                 )
+
+
+def _check_ranks(config: ElasticLoraConfig, weights: dict[str, Tensor], *, where: str) -> None:
+    """Refuses ranks that no weights are of, before memory is taken for them."""
+    stored = max((tensor.shape[0] for name, tensor in weights.items() if name.endswith(".lora_A.weight")), default=0)
+    stated = [config.r, *(config.rank_pattern or {}).values()]
+    if wrong := [rank for rank in stated if type(rank) is not int or not 1 <= rank <= stored]:
+        raise CheckpointError(
+            f"the adapter in {where} states rank {wrong[0]!r}, its weights are of ranks up to {stored}; copy it again"
+        )
 
 
 def _adaptable(base: nn.Module) -> dict[str, nn.Module]:

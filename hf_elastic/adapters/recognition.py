@@ -23,6 +23,7 @@ _MODULES, _ENTRIES = 8, 16
 _INTEGERS = 4096  # of each layer that are digested
 _NEW_ZEROS = 0.001
 FLOAT_BASE = "float_base"  # what is noted of the weights that the base was rounded from
+_LARGEST = 1e38  # entry of a weight in any precision
 _TOLERANCE = 0.01  # rounding a weight to bf16 moves it by at most .004
 
 
@@ -139,7 +140,8 @@ def check_base(
     Raises:
         CheckpointError: it is another base, or another space of it.
     """
-    if lost := sorted(known["weights"].keys() - bases.keys()):
+    weighted = {name for name, module in bases.items() if "weight" in dict(module.named_parameters(recurse=False))}
+    if lost := sorted(known["weights"].keys() - weighted):
         raise CheckpointError(f"the adapters were trained on another base: it had a module {lost[0]}")
     samples = {name: bases[name].get_parameter("weight") for name in known["weights"]}
     tables = {} if model is None else {name: module.weight for name, module in _embeddings(model).items()}
@@ -156,6 +158,30 @@ def check_base(
             "the adapters were trained in another space of their base; make the base elastic with the ElasticConfig "
             "that they were trained with, before they are put onto it"
         )
+
+
+def check_description(known: Any, *, kept: Kept, where: str) -> None:
+    """Checks the form of what :func:`described_base` wrote, once it is read from a file.
+
+    Raises:
+        CheckpointError: it is not what was written.
+    """
+    sound = (
+        isinstance(known, Mapping)
+        and all(_are_samples(known.get(name, {})) for name in ("weights", "embeddings", FLOAT_BASE))
+        and {"weights", "space"} <= known.keys()
+        and all(isinstance(known.get(name), str | None) for name in ("space", "dtype", "integers"))
+        and (type(known.get("zeros")) is int or not kept.sparse)
+    )
+    if not sound:
+        raise CheckpointError(f"the adapter in {where} says nothing usable about its base (trained_on); copy it again")
+
+
+def _are_samples(entries: Any) -> bool:
+    return isinstance(entries, Mapping) and all(
+        isinstance(values, list) and all(type(v) in (int, float) and abs(v) < _LARGEST for v in values)
+        for values in entries.values()
+    )
 
 
 def _check_what_is_kept(known: Mapping[str, Any], bases: Mapping[str, nn.Module], kept: Kept) -> None:

@@ -44,6 +44,7 @@ class SubnetStatistics(TrainerCallback):
         self._energy: dict[str, Tensor] = {}  # by adapter and module: sums of squares of each component of A x
         self._tokens: dict[str, Tensor] = {}  # and of how many tokens
         self._hooks = ExitStack()
+        self._written: int | None = None  # the step whose checkpoint has them
 
     def __enter__(self) -> SubnetStatistics:
         self._hooks.close()
@@ -66,6 +67,7 @@ class SubnetStatistics(TrainerCallback):
         Raises:
             TrainingError: the run resumes from a checkpoint without statistics.
         """
+        self._written = None
         if state.global_step > 0:
             file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATISTICS_FILE
             if not file.is_file():
@@ -77,10 +79,25 @@ class SubnetStatistics(TrainerCallback):
             self._drawn, self._losses, self._energy, self._tokens = [], [], {}, {}
         self.__enter__()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ends recording where a run that was over when it was resumed does a step all the same."""
+        if state.global_step >= state.max_steps:
+            self._hooks.close()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the statistics into the checkpoint, before what makes it whole."""
+        if control.should_save:
+            self.on_save(args, state, control)
+
+    on_epoch_end = on_step_end
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the statistics into the checkpoint."""
-        if state.is_world_process_zero:
+        """Writes them, unless they are written: another callback may have asked for the checkpoint last."""
+        if state.is_world_process_zero and self._written != state.global_step:
             self.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATISTICS_FILE)
+            self._written = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -37,6 +37,7 @@ from hf_elastic.families import FAMILIES
 from hf_elastic.layers import evaluating
 from hf_elastic.pipeline.texts import Row, read_rows
 from hf_elastic.report import aligned
+from hf_elastic.stored_sizes import require_counts, require_filled
 
 METRICS = ("accuracy", "perplexity", "spearman", "ndcg", "evaluate:METRIC", "lm-eval:TASK")
 
@@ -222,6 +223,7 @@ def _usual_metric(folder: Path) -> str:
 
 
 def _config(folder: Path) -> Any:
+    require_counts(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
@@ -236,8 +238,11 @@ def _loaded(folder: Path, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokeniz
             f"{folder} is an encoder ({config.model_type}), which sees the words it would have to predict; this metric "
             "needs a decoder"
         )
-    loading: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    loading: dict[str, Any] = {
+        "dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False, "use_safetensors": True,
+    }  # fmt: skip
     try:
+        require_filled(folder, kind)
         model, report = kind.from_pretrained(folder, **loading)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise

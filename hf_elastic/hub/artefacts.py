@@ -12,8 +12,10 @@ from hf_elastic.checkpoint.companions import MODULES
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE
 from hf_elastic.errors import CheckpointError, ElasticError
-from hf_elastic.files import read_json
+from hf_elastic.files import given_path, read_json
 from hf_elastic.routers_folder import ROUTERS_FILE
+from hf_elastic.runtimes.graph_folder import RUNTIME_FILE
+from hf_elastic.runtimes.opening import gguf_file
 from hf_elastic.supernet_folder import SPACE_FILE
 
 Kind = Literal["model", "supernet", "adapter", "routers"]
@@ -99,11 +101,16 @@ def recognise(folder: str | Path) -> Artefact:
     """Reads the records of a folder.
 
     Raises:
-        CheckpointError: it is no artefact (a run, a family, nothing of ours), or a record in it is broken.
+        CheckpointError: it is no artefact (a run, a family, what is for a runtime, nothing of ours), or a record in it
+            is broken.
     """
-    place = Path(folder).expanduser()
+    place = given_path(folder)
     if not place.is_dir():
         raise CheckpointError(f"{place} is no folder; give one that holds a model, a supernet, adapters or routers")
+    if (place / RUNTIME_FILE).is_file() or gguf_file(place):
+        raise CheckpointError(
+            f"{place} was converted for a runtime, which has no card of ours; `hf upload` takes such a folder"
+        )
     names = {
         name: (place / name).is_file()
         for name in (SPACE_FILE, ROUTERS_FILE, ADAPTER_CONFIG, CONFIG_FILE, ARCHITECTURE_FILE)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_elastic.hub.artefacts import Artefact
 from hf_elastic.hub.markdown import code, table
+from hf_elastic.models.elastic_layers import MOST_LAYERS
 
 _IN_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _ROUTED: Mapping[str, str] = {
@@ -58,6 +59,8 @@ def _of_config(config: Mapping[str, Any]) -> str | None:
     count = config.get("num_hidden_layers") or config.get("n_layer")
     if not (isinstance(width, int) and isinstance(heads, int) and isinstance(count, int)):
         return None
+    if count > MOST_LAYERS:
+        raise ValueError(f"its config has {count} layers, more than any model has, {MOST_LAYERS}")
     groups = config.get("num_key_value_heads") or heads
     shape = {"intermediate_size": width, "num_attention_heads": heads, "num_key_value_heads": groups}
     return _runs([_shape(shape)] * count, ["attention", "FFN"])

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from .elastic_layers import PerLayerShapes, skipped_sublayers
+from .elastic_layers import PerLayerShapes, check_depth, skipped_sublayers
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -55,6 +55,7 @@ class ElasticLlamaConfig(PerLayerShapes, LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
+        check_depth(self.num_hidden_layers)
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[self.sliding_window is not None]] * self.num_hidden_layers
         super().__post_init__(**kwargs)

@@ -15,6 +15,18 @@ else:
     Base = object
 
 SUBLAYERS = ("attention", "mlp")
+MOST_LAYERS = 1024
+"""More layers than any model has: what a broken config asks for would take hours to make."""
+
+
+def check_depth(count: Any) -> None:
+    """Checks the number of layers, before something is made for each of them.
+
+    Raises:
+        ValueError: it is none, or more than :data:`MOST_LAYERS`.
+    """
+    if type(count) is not int or not 0 <= count <= MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={str(count)[:40]} must be a number of layers, at most {MOST_LAYERS}")
 
 
 class PerLayerShapes(Base):
@@ -35,9 +47,12 @@ class PerLayerShapes(Base):
     routing: dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_depth(self.num_hidden_layers)
         self.routing = with_text_numbers(self.routing)
         shapes = kwargs.get("per_layer_config")
         if shapes is not None:
+            if not isinstance(shapes, dict) or not all(isinstance(layer, dict) for layer in shapes.values()):
+                raise ValueError("per_layer_config must be a dict from numbers of layers to dicts of what differs")
             names = self.per_layer_names
             kwargs["per_layer_config"] = {
                 number: {names.get(name, name): value for name, value in layer.items()}

@@ -118,7 +118,7 @@ class ElmOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher", _name_of(self.teacher, option="teacher"))
-        if self.size not in ELM_SIZES:
+        if not isinstance(self.size, str) or self.size not in ELM_SIZES:
             raise SpaceError(f"size={self.size!r} is not one of {', '.join(ELM_SIZES)}")
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:

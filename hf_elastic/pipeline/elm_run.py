@@ -18,7 +18,15 @@ from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord, read_record
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import LOCK_FILE, only_worker, remove_half_written, whole_folder, write_json
+from hf_elastic.files import (
+    LOCK_FILE,
+    only_worker,
+    remove_folder,
+    remove_half_written,
+    whole_files,
+    whole_folder,
+    write_json,
+)
 from hf_elastic.pipeline.comparison import finite
 from hf_elastic.pipeline.elm_data import ElmTexts, LabelledRows, read_labelled, read_texts
 from hf_elastic.pipeline.elm_options import ElmOptions
@@ -205,8 +213,9 @@ class ElmRun:
             with self.record.stage("supernet"):
                 self._train_supernet(supernet, checkpoints)
                 supernet.save_pretrained(target, overwrite=True)
-                self._tokenizer.save_pretrained(target)  # so that `hf-elastic export` of it finds one
-        shutil.rmtree(checkpoints, ignore_errors=True)
+                with whole_files(target) as aside:
+                    self._tokenizer.save_pretrained(aside)  # so that `hf-elastic export` of it finds one
+        remove_folder(checkpoints)
         return Supernet.from_pretrained(target).to(self.setting.device)
 
     def _train_supernet(self, supernet: Supernet, checkpoints: Path) -> None:
@@ -218,7 +227,7 @@ class ElmRun:
         numbers: dict[str, Any] = {"steps": self.plan.steps, "losses": losses, "budget": self.plan.budget}
         for growth in callbacks:
             history = growth.history
-            history.figure().write_html(self.folder / "growth.html", include_plotlyjs="directory")
+            self._draw(history.figure(), "growth.html")
             last = history.entries[-1]
             numbers |= {"growth": history.to_dict(), "mean_parameters": last.parameters_after}
             self.say(growth_line(supernet, history))
@@ -246,7 +255,7 @@ class ElmRun:
                 model, report = fused_path(self.setting, supernet, found)
                 save_static(model, self.folder / FUSED_FOLDER)
                 if report is not None:
-                    report.figure().write_html(self.folder / "cka.html", include_plotlyjs="directory")
+                    self._draw(report.figure(), "cka.html")
                     self.record.note("fusion", **fusion_numbers(report))
         if report_text := self.record.numbers("fusion").get("report"):
             self.say(report_text)
@@ -263,8 +272,12 @@ class ElmRun:
                     losses = train(single, rule, self.setting, folder=checkpoints, steps=self.plan.retrain_steps)
                 save_static(single.model, self.folder / RETRAINED_FOLDER)
                 self.record.note("retrain", steps=self.plan.retrain_steps, losses=losses)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_folder(checkpoints)
         return load_single(self.setting, self.folder / RETRAINED_FOLDER)
+
+    def _draw(self, figure: Any, name: str) -> None:
+        with whole_files(self.folder) as aside:
+            figure.write_html(aside / name, include_plotlyjs="directory")
 
     def _fine_tuned(self) -> None:
         if self.labelled is None:
@@ -278,7 +291,7 @@ class ElmRun:
                 )  # fmt: skip
                 self._write(make_elastic(model), self.folder / CLASSIFIER)
                 self.record.note("finetune", **numbers)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_folder(checkpoints)
 
     def _compared(self, supernet: Supernet, found: Architecture, single: Supernet) -> None:
         if self.record.finished("compare"):
@@ -323,7 +336,7 @@ class ElmRun:
                 shutil.copytree(aside, folder, dirs_exist_ok=True)
                 if self.labelled is not None:
                     shutil.copytree(self.folder / CLASSIFIER, folder / CLASSIFIER)
-            shutil.rmtree(aside)
+            remove_folder(aside)
             kept = {name: value for name, value in asdict(report).items() if name != "directory"}
             snippet = report.snippet.replace(json.dumps(str(aside)), json.dumps(str(output)))
             self.record.note("export", **{**kept, "files": list(report.files), "snippet": snippet})

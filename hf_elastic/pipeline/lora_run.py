@@ -22,7 +22,7 @@ from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.compression import quantize_, sparsify_
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError, DataError, SpaceError, TrainingError
-from hf_elastic.files import only_worker, remove_half_written, whole_folder, write_json
+from hf_elastic.files import only_worker, remove_folder, remove_half_written, whole_folder, write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.packed_format import quantised_layers, unpack_, write_weights
 from hf_elastic.pipeline.comparison import recorded
@@ -398,7 +398,7 @@ def _resumable(folder: Path) -> str | None:
     """The newest whole checkpoint that has its statistics: a run may be killed before they are written."""
     found = last_complete_checkpoint(folder)
     while found is not None and not (Path(found) / STATISTICS_FILE).is_file():
-        shutil.rmtree(found)
+        remove_folder(Path(found))
         found = last_complete_checkpoint(folder)
     return found
 

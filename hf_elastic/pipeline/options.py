@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
+from hf_elastic.architecture import is_finite
 from hf_elastic.declaration import ElasticConfig, Loadability
 from hf_elastic.errors import (
     CheckpointError,
@@ -111,6 +111,8 @@ class CompressOptions:
                 f"data={self.data!r} is no tuple of names; pass text files, .jsonl or .csv files, or data sets"
             )
         object.__setattr__(self, "data", tuple(_name_of(name, option="data") for name in self.data))
+        if not isinstance(self.space, ElasticConfig | None):
+            raise SpaceError(f"space is a {type(self.space).__name__}, expected ElasticConfig(intermediate_size=[...])")
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
                 raise _ERRORS[name](f"{name}={value!r} is not one of {', '.join(allowed)}")
@@ -241,7 +243,7 @@ def _name_of(value: object, *, option: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_finite(value)
 
 
 _MOST_WIDTHS = 48

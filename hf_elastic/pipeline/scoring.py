@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hf_elastic.errors import DataError
-from hf_elastic.files import write_json
+from hf_elastic.files import given_path, write_json
 from hf_elastic.pipeline.progress import progress_bar
 from hf_elastic.proxies import (
     BASELINES,
@@ -348,6 +348,7 @@ def score_source(
             an option is of benchmarks only, or the file cannot be written.
     """
     found: Ranking | CheckpointScores
+    given_path(source, error=DataError)
     if Path(source).is_file() or Path(source).suffix in (".jsonl", ".json", ".csv"):
         given = {"setting": options.setting, "truth": options.truth, "smaller_is_better": options.smaller_is_better}
         benchmark = read_benchmark(source, **given)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,6 @@ def front_row(text: str) -> Architecture:
     """
     path, _, number = text.rpartition("#")
     front = ordered_front(SearchResult.load(path))
-    if not number.isdigit() or not 1 <= int(number) <= len(front):
+    if not re.fullmatch(r"[0-9]{1,9}", number) or not 1 <= int(number) <= len(front):
         raise ArchitectureError(f"{text!r} names row {number!r}; {path} has rows 1 to {len(front)}")
     return front[int(number) - 1].architecture

@@ -32,6 +32,7 @@ from hf_elastic.layers import seeded
 from hf_elastic.pipeline.options import CompressOptions, TaskName
 from hf_elastic.pipeline.texts import Row, shuffled, split_sentences
 from hf_elastic.search import Objective
+from hf_elastic.stored_sizes import require_counts, require_filled
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.targets import Target
 
@@ -145,6 +146,8 @@ def read_config(model: str) -> PreTrainedConfig:
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
         raise CheckpointError(f"{model} does not exist; pass the folder of a checkpoint, or its name on the Hub")
     try:
+        if Path(model).is_dir():
+            require_counts(Path(model))
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(
@@ -381,6 +384,8 @@ def load_model(
     """
     source = str(folder or options.model)
     try:
+        if Path(source).is_dir():
+            require_filled(Path(source), task.auto_class)
         loaded: Any = task.auto_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
         )
@@ -415,6 +420,8 @@ def load_with_classifier(model: str, labels: Sequence[str], *, seed: int) -> tup
     numbers = {name: number for number, name in enumerate(labels)}
     with seeded(seed):
         try:
+            if Path(model).is_dir():
+                require_filled(Path(model), AutoModelForSequenceClassification)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True,
                 num_labels=len(labels), label2id=numbers,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_elastic.errors import DataError
+from hf_elastic.files import given_path
 
 Row = dict[str, Any]
 
@@ -39,7 +40,7 @@ def read_rows(sources: Sequence[str], *, text_column: str) -> list[Row]:
 
 
 def _read(source: str, text_column: str) -> Iterable[Row]:
-    path = Path(source).expanduser()
+    path = given_path(source, error=DataError)
     if not path.exists():
         if path.suffix in _ENDINGS:
             raise DataError(f"there is no file {source}; check the path")

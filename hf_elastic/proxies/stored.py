@@ -17,6 +17,7 @@ from hf_elastic.errors import CheckpointError, UnsupportedModelError
 from hf_elastic.families import Family
 from hf_elastic.proxies.roles import FLOATS
 from hf_elastic.proxies.zerolm_table import Floats, Projection, ZeroLMTable, projections_of, slice_energies, table_of
+from hf_elastic.stored_sizes import require_counts
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HUB: dict[str, Any] = {}  # the cache of huggingface_hub, as it finds it
@@ -62,9 +63,13 @@ def skeleton(source: str | Path) -> PreTrainedModel:
         CheckpointError: there is no config that transformers knows.
     """
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True, **_HUB)
+        if Path(source).is_dir():
+            require_counts(Path(source))
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False, **_HUB)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModel.from_config(config)
+            model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever its parts raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"no checkpoint can be read from {source}: {reason}") from error

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from hf_elastic.models.elastic_layers import MOST_LAYERS
+
 # A size goes by other names in the configs of some families.
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers"),
@@ -50,7 +52,18 @@ class ModelSizes:
         layers, width, heads = (found[name] for name in ("layers", "width", "heads"))
         if not (isinstance(layers, int) and isinstance(width, int) and isinstance(heads, int)):
             return None
-        return cls(layers, width, heads, found["groups"] or heads, tuple(order or range(layers)))
+        return cls(_few_enough(layers), width, heads, found["groups"] or heads, tuple(order or range(layers)))
+
+
+def _few_enough(layers: int) -> int:
+    """A number of layers that can be drawn.
+
+    Raises:
+        ValueError: no model has so many.
+    """
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{layers} layers are more than any model has, {MOST_LAYERS}")
+    return layers
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ def layers_of_architecture(
     for name, value in architecture.items():
         if match := _OF_LAYER.fullmatch(name):
             own.setdefault(int(match[1]), {})[match[2]] = value
-    count = sizes.layers if sizes else max(own, default=-1) + 1
+    count = sizes.layers if sizes else _few_enough(max(own, default=-1) + 1)
     return tuple(_layer(index, own.get(index, {}), architecture, sizes=sizes) for index in range(count))
 
 

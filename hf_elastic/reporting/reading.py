@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_elastic.errors import CheckpointError, SearchError
-from hf_elastic.files import read_json
+from hf_elastic.files import given_path, read_json
 from hf_elastic.reporting.pictures import ModelSizes
 from hf_elastic.search import SearchResult
 
@@ -200,7 +200,7 @@ def open_run(folder: str | Path) -> Run:
     Raises:
         CheckpointError: it holds no ``result.json``, or a broken one.
     """
-    path = Path(folder).expanduser()
+    path = given_path(folder)
     path = path if path.name not in ("", "..") else path.resolve()
     if not (path / RESULT_FILE).is_file():
         beside = path.with_name(f"{path.name}.run")

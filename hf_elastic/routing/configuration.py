@@ -133,8 +133,10 @@ class RoutingConfig:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            SpaceError: a key is not a field.
+            SpaceError: it is no mapping, or a key is not a field.
         """
+        if not isinstance(data, Mapping):
+            raise SpaceError(f"a RoutingConfig is made from a dict of its fields, got {type(data).__name__}")
         known = {entry.name for entry in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise SpaceError(f"unknown RoutingConfig fields {unknown}; known: {', '.join(sorted(known))}")

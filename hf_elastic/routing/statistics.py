@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_elastic import costs
 from hf_elastic.errors import DataError
+from hf_elastic.files import whole_files
 from hf_elastic.layers import evaluating
 from hf_elastic.models.elastic_routed_cache import Gathered
 from hf_elastic.models.elastic_routers import KINDS, PERCENT, TOKENS, Observation
@@ -154,7 +155,8 @@ class RoutingStatistics:
 
     def plot(self, path: str | Path) -> Path:
         """Writes :meth:`figure` as a page, with the script of plotly beside it, and returns its path."""
-        self.figure().write_html(path, include_plotlyjs="directory")
+        with whole_files(Path(path).parent) as aside:
+            self.figure().write_html(aside / Path(path).name, include_plotlyjs="directory")
         return Path(path)
 
 

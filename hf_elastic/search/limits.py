@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_elastic.architecture import shown
+from hf_elastic.architecture import is_finite, shown
 from hf_elastic.errors import InfeasibleError, SearchError
 from hf_elastic.search.objective import Direction, Objective
 from hf_elastic.space import Architecture, SearchSpace
@@ -81,7 +81,7 @@ def checked_bound(name: str, value: object) -> float:
     Raises:
         SearchError: It is no finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not is_finite(value):
         raise SearchError(f"within={{{name!r}: ...}} takes a finite number, got {shown([value])}")
     return float(value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_elastic.architecture import MAX_JSON_CHARACTERS, read_json_object, shown
+from hf_elastic.architecture import MAX_JSON_CHARACTERS, is_finite, read_json_object, shown
 from hf_elastic.errors import CheckpointError, ElasticError, InfeasibleError, SearchError
-from hf_elastic.files import write_json
+from hf_elastic.files import given_path, write_json
 from hf_elastic.search.front import nondominated
 from hf_elastic.search.limits import Limit, resolve_limits
 from hf_elastic.search.objective import DIRECTIONS, Objective
@@ -237,9 +236,10 @@ class SearchResult:
             SearchError: It holds no search result.
         """
         try:
-            if Path(path).stat().st_size > MAX_JSON_CHARACTERS:
+            file = given_path(path)
+            if file.stat().st_size > MAX_JSON_CHARACTERS:
                 raise CheckpointError(f"search result {path} is larger than {MAX_JSON_CHARACTERS} bytes")
-            text = Path(path).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"search result {path} is no text file") from error
         except CheckpointError:
@@ -295,13 +295,13 @@ def _joined(limits: Iterable[Limit]) -> str:
 def _from_data(data: Mapping[str, Any]) -> SearchResult:
     space = SearchSpace.from_json(json.dumps(data["space"]))
     names = [_typed(name, str) for name in data["names"]]
-    goals = tuple(Goal(**goal) for goal in data["objectives"])
-    limits = tuple(Limit(**limit) for limit in data["limits"])
+    goals = tuple(_stated(Goal, goal) for goal in data["objectives"])
+    limits = tuple(_stated(Limit, limit) for limit in data["limits"])
     directions = {*(goal.direction for goal in goals), *(limit.direction for limit in limits)}
     if not directions <= set(DIRECTIONS):
         raise ValueError("a direction is neither minimize nor maximize")
-    if not {goal.name for goal in goals} <= set(names):
-        raise ValueError("an objective has no values")
+    if not {entry.name for entry in (*goals, *limits)} <= set(names):
+        raise ValueError("an objective or a limit has no values")
     return SearchResult(
         space=space,
         objectives=goals,
@@ -327,6 +327,16 @@ def _from_data(data: Mapping[str, Any]) -> SearchResult:
     )
 
 
+def _stated(kind: type[Any], entry: Any) -> Any:
+    """An objective or a limit whose fields are what they should be."""
+    found = kind(**entry)
+    for value, wanted in ((found.name, str), (found.unit, str), (found.cost, bool)):
+        _typed(value, wanted)
+    if isinstance(found, Limit):
+        _number(found.bound)
+    return found
+
+
 def _typed(value: Any, kind: type[Any]) -> Any:
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
@@ -335,6 +345,6 @@ def _typed(value: Any, kind: type[Any]) -> Any:
 
 def _number(value: Any) -> Any:
     """Return a finite number as it is: an integer limit means something else than a fraction."""
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if not is_finite(value):
         raise TypeError(f"expected a finite number, got {shown([value])}")
     return value

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -353,7 +354,20 @@ def _open_database(url: str) -> RDBStorage:
     if parsed.drivername == _POSTGRES:
         given = {name: value for name, value in _LIBPQ.items() if name not in parsed.query}
         arguments["connect_args"] = given
-    return RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=arguments)
+    storage = RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=arguments)
+    _add_indexes(storage.engine)
+    return storage
+
+
+def _add_indexes(engine: Engine) -> None:
+    """Make the indexes that Optuna would have made, had its process not been killed behind their table.
+
+    SQLite commits each of these statements by itself, and Optuna never looks at a table again that is there. Without
+    the index of their names there would soon be two studies of one name, which nobody could open.
+    """
+    for table in BaseModel.metadata.sorted_tables:
+        for index in table.indexes:
+            index.create(engine, checkfirst=True)
 
 
 def _is_outage(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_elastic.architecture import is_finite
 from hf_elastic.blocks import BlockPart, BlockShape
 from hf_elastic.checkpoint.block_extraction import path_config
 from hf_elastic.checkpoint.extraction import build_model, extract
@@ -226,7 +227,8 @@ class BlockLatencyTable:
             and len(set(self.shapes)) == len(self.shapes)
             and set(places) == set(range(len(self.shapes)))
             and type(self.finished) is bool
-            and type(self.spent) is float
+            and is_finite(self.spent)
+            and self.setting.sound
             and isinstance(self.model, str)
             and (bool(self.rounds) or not self.finished)
         )

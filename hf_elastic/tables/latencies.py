@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_elastic.architecture import is_finite
 from hf_elastic.checkpoint.extraction import extract_shapes
 from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.files import read_json, write_json
@@ -253,7 +254,8 @@ class LatencyTable:
             and any(variant.kind < 0 for variant in self.variants)
             and all(Variant(kind, *sizes) in self.variants for kind, sizes in enumerate(self.whole))
             and type(self.finished) is bool
-            and type(self.spent) is float
+            and is_finite(self.spent)
+            and self.setting.sound
             and isinstance(self.model, str)
             and (bool(self.rounds) or not self.finished)
         )

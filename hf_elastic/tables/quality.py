@@ -18,6 +18,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from hf_elastic.architecture import is_finite
 from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.files import read_json, write_json
 from hf_elastic.fingerprints import fingerprint
@@ -105,7 +106,7 @@ class QualityTable:
 
 
 def _is_row(entries: Any) -> bool:
-    return isinstance(entries, dict) and all(type(v) in (int, float) and math.isfinite(v) for v in entries.values())
+    return isinstance(entries, dict) and all(map(is_finite, entries.values()))
 
 
 def _interpolated(entries: Mapping[str, float], sublayer: str, size: int) -> float:

@@ -89,6 +89,13 @@ class Setting:
         kind = str(supernet.model.dtype if dtype is None else dtype).removeprefix("torch.")
         return cls(batch_size, tokens, phase, kind, *_processor(where), _software())
 
+    @property
+    def sound(self) -> bool:
+        """Whether its fields are what they should be, once it is read from a file."""
+        words = (self.phase, self.dtype, self.device, self.software)
+        numbers = (self.batch_size, self.length, self.threads)
+        return all(isinstance(word, str) for word in words) and all(type(number) is int for number in numbers)
+
     def difference(self, other: Setting) -> str:
         """Says in words where another setting differs; empty when it does not."""
         pairs = [(name, value, getattr(other, name)) for name, value in asdict(self).items()]

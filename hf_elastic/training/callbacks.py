@@ -14,6 +14,7 @@ from transformers.training_args import ParallelMode
 from hf_elastic.errors import ActivationError, TrainingError
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.decay import ActiveSliceStep
+from hf_elastic.training.overrun import Overrun
 from hf_elastic.training.periods import ReleasedCallback, announce, check_restored
 from hf_elastic.training.sampling import SamplingRule
 
@@ -61,6 +62,7 @@ class SubnetSamplingCallback(ReleasedCallback):
         self.rule = rule
         self.per = checked_period(per)
         self._slices = ActiveSliceStep(supernet, freeze_inactive=freeze_inactive)
+        self._overrun = Overrun()
         self._active = ExitStack()
         self._micro_step = 0
 
@@ -78,6 +80,7 @@ class SubnetSamplingCallback(ReleasedCallback):
             TrainingError: The run would break a promise.
         """
         self.release()
+        self._overrun = Overrun()
         announce(self, state, samples=True)
         check_run(self.supernet, args, model=kwargs["model"])
         self._slices.start(kwargs["optimizer"])
@@ -112,7 +115,8 @@ class SubnetSamplingCallback(ReleasedCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Apply weight decay to the active slices."""
-        self._slices.before_step(kwargs["optimizer"])
+        if not self._overrun.before_step(state, kwargs["optimizer"]):
+            self._slices.before_step(kwargs["optimizer"])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,6 +127,13 @@ class SubnetSamplingCallback(ReleasedCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make the largest subnet active again, before anything is evaluated or saved."""
         self._active.close()
+        self._overrun.after_step(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let nothing be saved or evaluated of a step behind the last one."""
+        self._overrun.after_step(state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

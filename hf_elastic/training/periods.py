@@ -79,8 +79,8 @@ def whole_epochs(every: Every, state: TrainerState) -> int:
 
 
 def ends_with_step(every: Every, state: TrainerState) -> bool:
-    """Return whether a period of steps is over with the step that just ended."""
-    return every != "epoch" and state.global_step % int(every) == 0
+    """Return whether a period of steps is over with the step that just ended, unless that is one too many."""
+    return every != "epoch" and state.global_step % int(every) == 0 and state.global_step <= state.max_steps
 
 
 def ends_with_epoch(every: Every, state: TrainerState, control: TrainerControl) -> bool:

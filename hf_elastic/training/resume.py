@@ -9,22 +9,28 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_elastic.errors import CheckpointError
 from hf_elastic.files import read_json, write_json
 from hf_elastic.supernet import Supernet
 from hf_elastic.training.fit_layers import FIT_FILE
+from hf_elastic.training.overrun import Overrun
 
 MARKER = "elastic_complete.json"
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
 _NO_WEIGHTS = ("training_args.bin", FIT_FILE)  # of the model
+_ASIDE = ".tmp*"  # what safetensors is writing, before it has its name
+_TORCH_WRITES = ("inline_container", "iostream", "PytorchStreamWriter")  # in what torch.save says on a full disk
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, in bytes
 
 
@@ -33,13 +39,35 @@ class CompleteCheckpointCallback(TrainerCallback):
 
     The marker lists the files with their sizes. :func:`last_complete_checkpoint` also knows checkpoints
     without one, by reading their files' headers; the marker adds that no file is missing or shorter than it
-    was. ``ElasticTrainer`` has this callback built in; add it to a stock Trainer.
+    was. A run that was over when it was resumed does not move a weight. ``ElasticTrainer`` has this callback built in;
+    add it to a stock Trainer.
     """
 
+    def __init__(self) -> None:
+        self._overrun = Overrun()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark the whole checkpoint that the run goes on from, had the marker not been written yet."""
+        self._overrun = Overrun()
+        folder = _folder(args, state)
+        if state.is_world_process_zero and not (folder / MARKER).is_file() and incompleteness(folder) is None:
+            _mark(folder, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let nothing move in a step behind the last one."""
+        self._overrun.before_step(state, kwargs["optimizer"])
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove the marker of an earlier run from the folder that is about to be written again."""
+        """Remove from a folder that is about to be written again the marker, and what a killed run was writing."""
+        self._overrun.after_step(state, control)
         if control.should_save and state.is_world_process_zero:
             (_folder(args, state) / MARKER).unlink(missing_ok=True)
+            for aside in _folder(args, state).glob(_ASIDE):
+                aside.unlink()
 
     on_epoch_end = on_step_end
 
@@ -47,11 +75,33 @@ class CompleteCheckpointCallback(TrainerCallback):
         """Mark the checkpoint that was just written."""
         if args.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every rank writes a file of random states
-        folder = _folder(args, state)
-        if state.is_world_process_zero and folder.is_dir():
-            sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
-            sizes.pop(MARKER, None)
-            write_json(folder / MARKER, {"format": 1, "step": state.global_step, "files": sizes})
+        if state.is_world_process_zero and _folder(args, state).is_dir():
+            _mark(_folder(args, state), state)
+
+
+@contextmanager
+def checkpoint_errors(checkpoint: Path | None = None) -> Iterator[None]:
+    """Raise in one line what keeps the block from writing.
+
+    Args:
+        checkpoint: What it writes; by default what the error names.
+
+    Raises:
+        CheckpointError: A full disk, a folder that may not be written.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        what = checkpoint or getattr(error, "filename", None)
+        if what is None or (isinstance(error, RuntimeError) and not any(word in reason for word in _TORCH_WRITES)):
+            raise
+        raise CheckpointError(
+            f"cannot write {what}: {reason}; free space or give another output_dir, then resume: earlier "
+            "checkpoints are whole"
+        ) from error
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -157,6 +207,12 @@ def is_whole_safetensors(file: Path) -> bool:
 
 def _shards(index: Path) -> set[str]:
     return set(read_json(index)["weight_map"].values())
+
+
+def _mark(folder: Path, state: TrainerState) -> None:
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    sizes = {file.name: file.stat().st_size for file in files if file.name != MARKER}
+    write_json(folder / MARKER, {"format": 1, "step": state.global_step, "files": sizes})
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

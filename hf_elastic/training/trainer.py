@@ -26,6 +26,7 @@ from hf_elastic.training.resume import (
     CompleteCheckpointCallback,
     checked_blocks,
     checked_checkpoint,
+    checkpoint_errors,
     last_complete_checkpoint,
 )
 from hf_elastic.training.router_files import load_beside, save_beside
@@ -157,7 +158,8 @@ class ElasticTrainerMixin(_Below):
         teaches = None if self.distillation is None else Teacher(self.distillation, supernet)
         if not args:
             kwargs.setdefault("model", supernet.model)
-        super().__init__(*args, **kwargs)
+        with checkpoint_errors():
+            super().__init__(*args, **kwargs)
         if teaches is not None:
             teaches.prepare(self.args.device)
         self._elastic_teaching = teaches
@@ -201,12 +203,13 @@ class ElasticTrainerMixin(_Below):
         return self.accelerator.clip_grad_norm_(both, self.args.max_grad_norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:  # before what the Trainer writes last
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_beside(self.supernet, folder)
-            if self.fit_layers is not None:
-                self.fit_layers.save_to(folder)
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with checkpoint_errors(folder):
+            if self.args.should_save:  # before what the Trainer writes last
+                save_beside(self.supernet, folder)
+                if self.fit_layers is not None:
+                    self.fit_layers.save_to(folder)
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checked_blocks(resume_from_checkpoint, self.supernet)
@@ -220,6 +223,13 @@ class ElasticTrainerMixin(_Below):
             )
         # That of sentence-transformers takes no model.
         super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        """Begin behind the last epoch where a run was over when it was resumed: the loop asks behind a step only."""
+        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
 
     def _load_best_model(self) -> None:
         if self.fit_layers is not None:

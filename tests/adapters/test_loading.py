@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 from hf_elastic import (
     CheckpointError,
     ElasticConfig,
+    ElasticError,
     ElasticLoraConfig,
     SpaceError,
     Supernet,
@@ -144,3 +147,58 @@ def test_what_a_user_might_try_is_answered(tmp_path: Path) -> None:
     supernet = elastic(tiny("llama"))
     extract_adapter(supernet, supernet.space.smallest()).save_pretrained(tmp_path / "plain")
     assert "adapter of rank 2" in describe_folder(tmp_path / "plain")
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ranks": ["x"], "r": None}, "cannot read an adapter"),
+        ({"eva_config": 3}, "cannot read an adapter"),
+        ({"trained_on": 5}, r"nothing usable about its base \(trained_on\)"),
+        ({"trained_on": {"weights": {"a": "b"}, "space": None}}, "nothing usable about its base"),
+        ({"trained_on": {"weights": {"a": [float("nan")]}, "space": None}}, "nothing usable about its base"),
+        ({"trained_on": {"weights": {}, "space": None}, "sparse": True}, "nothing usable about its base"),
+        ({"trained_on": {"weights": {"model.norm.x": [1.0]}, "space": None}}, "it had a module model.norm.x"),
+        ({"trained_on": {"weights": {"model.layers": [1.0]}, "space": None}}, "it had a module model.layers"),
+        ({"r": 10**9}, "states rank 1000000000, its weights are of ranks up to 8"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "states rank 1000000000, its weights are of ranks up to 8"),
+        ({"lora_alpha": "x"}, "cannot be adapted"),
+        ({"lora_dropout": []}, "cannot be adapted"),
+        ({"layers_to_transform": [0], "layers_pattern": 3}, "peft makes no adapter of the configuration"),
+    ],
+)
+def test_a_configuration_of_other_fields_is_refused_and_the_model_stays(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    saved(tmp_path / "adapter")
+    model = tiny("llama")
+    before = state_of(model)
+    with pytest.raises(ElasticError, match=message):
+        load_adapter(model, changed(tmp_path / "adapter", **fields))
+    assert state_of(model) == before
+
+
+def test_tensors_of_other_adapters_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    save_file({**load_file(file), name: torch.zeros(2, 2)}, file, metadata={"format": "pt"})
+    changed(tmp_path / "adapter", trainable_token_indices=[1])
+    with pytest.raises(CheckpointError):
+        load_adapter(tiny("llama"), tmp_path / "adapter")
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter" / "adapter_model.bin")
+    weights.unlink()
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was read"))
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors; .* pickles are not read"):
+        load_adapter(tiny("llama"), tmp_path / "adapter")

@@ -13,7 +13,7 @@ from lora_models import SETTINGS, randomise
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_elastic import (
     DataError,
@@ -319,6 +319,33 @@ def test_statistics_survive_a_resume_and_their_absence_is_said(tmp_path: Path) -
     (tmp_path / "a" / "checkpoint-6" / "subnet_statistics.json").unlink()
     with pytest.raises(TrainingError, match="statistics.json is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_statistics_are_in_a_checkpoint_before_what_makes_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    there: list[bool] = []
+    save = TrainerState.save_to_json
+
+    def watched(self: TrainerState, path: str) -> None:
+        there.append(Path(path).with_name("subnet_statistics.json").is_file())
+        save(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", watched)
+    recorded(supernet_of(), tmp_path, save_strategy=strategy, save_steps=6)
+    assert there and all(there)
+
+
+def test_statistics_record_nothing_of_a_run_that_was_over_when_it_was_resumed(tmp_path: Path) -> None:
+    whole = recorded(supernet_of(), tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    supernet = supernet_of()
+    statistics = SubnetStatistics(supernet)
+    sampling = SubnetSamplingCallback(supernet, RandomSubnet(seed=5), per="micro_batch")
+    args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    trainer = Trainer(model=supernet.model, args=args, train_dataset=rows(), callbacks=[sampling, statistics])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert statistics.steps == whole.steps and trainer.state.global_step == 3
 
 
 def test_nothing_recorded_is_said() -> None:

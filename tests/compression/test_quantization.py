@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_elastic import (
+    CheckpointError,
     CompressionError,
     ElasticConfig,
     ElasticLoraConfig,
@@ -391,3 +392,17 @@ def test_gptq_is_better_than_rounding_on_a_real_model(data_dir: Path) -> None:
         with torch.no_grad():
             found[method] = float((model(ids).logits - wanted).square().mean())
     assert found["gptq"] < 0.8 * found["rtn"]
+
+
+@pytest.mark.parametrize("change", [{"group_size": 7}, {"num_bits": 3}, {"num_bits": 64}, {"group_size": -3}])
+def test_integers_that_are_not_what_the_config_says_are_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny("llama")
+    quantize_(model, group_size=16, method="rtn")
+    save_quantized(model, tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for module in quantised_layers(loaded).values():
+        scheme = vars(module)["quantization_scheme"]
+        scheme.weights = scheme.weights.model_copy(update=change)
+    with pytest.raises(CheckpointError) as caught:
+        unpack_(loaded)
+    assert len(str(caught.value).splitlines()) == 1

@@ -118,6 +118,11 @@ def _cut(name: str, size: int = -20) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
+def _headed(header: Any) -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return len(text).to_bytes(8, "little") + text + b"0000"
+
+
 HALVES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "is not whole: model.safetensors is missing"),
     "truncated weights": (_cut("model.safetensors"), "model.safetensors is truncated: it has"),
@@ -126,6 +131,14 @@ HALVES: dict[str, tuple[Callable[[Path], object], str]] = {
     "longer weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"x"),
         "model.safetensors is truncated: it has",
+    ),
+    "a header without ends": (
+        lambda f: (f / "model.safetensors").write_bytes(_headed({"a": {"data_offsets": [0]}})),
+        "is truncated or no safetensors file",
+    ),
+    "a header nested too deeply": (
+        lambda f: (f / "model.safetensors").write_bytes(_headed("[" * 10**5 + "]" * 10**5) + b"x"),
+        "is truncated or no safetensors file",
     ),
     "a broken config": (_cut("config.json"), "config.json is no JSON file"),
     "a broken record": (_cut("architecture.json"), "architecture.json is no JSON file"),
@@ -208,10 +221,16 @@ def test_folders_that_are_no_artefacts_are_told_apart(small: Path, tmp_path: Pat
         folder.mkdir(parents=True)
     (run / "result.json").write_text("{}")
     (family / "1.3x" / "architecture.json").write_text("{}")
+    for name, file in (("graph", "runtime.json"), ("llama-cpp", "model.gguf")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        (tmp_path / name / "config.json").write_text("{}")
     cases: dict[Any, str] = {
         run: f"is the folder of a run, which is not shared; push what it exported, {tmp_path / 'small'}",
         family: "is a family of 1.3x; push each of them",
         nothing: "holds no config.json, search_space.json",
+        tmp_path / "graph": "was converted for a runtime, which has no card of ours; `hf upload`",
+        tmp_path / "llama-cpp": "was converted for a runtime",
         tmp_path / "gone": "is no folder",
         small / "config.json": "is no folder",
     }

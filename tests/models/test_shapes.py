@@ -224,6 +224,11 @@ def test_an_impossible_layer_is_refused(model_type: str, per_layer: dict[int, di
         ("elastic_gpt2", {"add_cross_attention": True}, "has no cross-attention"),
         ("elastic_llama", {"layer_types": ["sliding_attention"] * 4}, "needs a sliding_window"),
         ("elastic_llama", {"layer_types": ["linear_attention"] * 4}, "linear_attention"),
+        ("elastic_llama", {"num_hidden_layers": 10**12}, "must be a number of layers, at most 1024"),
+        ("elastic_gpt2", {"n_layer": 10**9}, "must be a number of layers, at most 1024"),
+        ("elastic_bert", {"num_hidden_layers": -1}, "must be a number of layers, at most 1024"),
+        ("elastic_bert", {"per_layer_config": [[]]}, "must be a dict from numbers of layers to dicts"),
+        ("elastic_gpt2", {"per_layer_config": {"0": None}}, "must be a dict from numbers of layers to dicts"),
     ],
 )
 def test_a_config_that_no_static_model_holds_is_refused(model_type: str, changes: dict[str, Any], message: str) -> None:

@@ -74,6 +74,7 @@ def test_numbers_of_steps_follow_from_epochs(checkpoint: Find, data: Find, tmp_p
 Change = tuple[dict[str, Any], str]
 BAD: list[Change] = [
     ({"size": "huge"}, "size='huge' is not one of small, tiny, micro"),
+    ({"size": ["micro"]}, r"size=\['micro'\] is not one of small, tiny, micro"),
     ({"task": "vision"}, "task='vision' is not one of"),
     ({"task": "causal-lm"}, "does not fit a bert model"),
     ({"distill": "logits"}, "distill='logits' is not one of relational, mse, none"),

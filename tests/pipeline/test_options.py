@@ -142,3 +142,9 @@ def test_the_default_space_of_a_model_of_one_layer_skips_nothing() -> None:
 
 def test_options_are_compared_by_value() -> None:
     assert made() == replace(made(), minutes=8.0) != replace(made(), minutes=7.0)
+
+
+@pytest.mark.parametrize("space", [{"skip": ["layer"]}, "skip", 3])
+def test_a_space_that_is_none_is_refused(space: Any) -> None:
+    with pytest.raises(SpaceError, match=f"^space is a {type(space).__name__}, expected ElasticConfig"):
+        made(space=space)

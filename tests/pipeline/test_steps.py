@@ -110,7 +110,7 @@ def test_a_row_of_the_table_names_its_architecture(run: Path) -> None:
     assert set(found) == {evaluation.architecture for evaluation in result.front}
     best = result.best(result.objectives[0].name)
     assert result.of(found[0]).values[result.objectives[0].name] == best.values[result.objectives[0].name]
-    for text in (f"{kept}#0", f"{kept}#99", f"{kept}#x"):
+    for text in (f"{kept}#0", f"{kept}#99", f"{kept}#x", f"{kept}#{'9' * 5000}", f"{kept}#\u00b2", f"{kept}#\u0663"):
         with pytest.raises(ArchitectureError, match="rows 1 to"):
             front_row(text)
 

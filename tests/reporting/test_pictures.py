@@ -69,3 +69,11 @@ def test_an_export_tells_its_layers() -> None:
     pictures = layers_of_export([entry, gone])
     assert [(p.width, p.heads, p.groups, p.skipped) for p in pictures] == [(0, 4, 2, False), (0, 0, 0, True)]
     assert in_words(pictures) == "1 of 2 layers, FFN -, heads 4, KV heads 2"
+
+
+def test_more_layers_than_any_model_has_are_not_drawn() -> None:
+    config = {"num_hidden_layers": 10**10, "intermediate_size": 8, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="10000000000 layers are more than any model has"):
+        ModelSizes.from_config(config)
+    with pytest.raises(ValueError, match="layers are more than any model has"):
+        layers_of_architecture({"layers.999999999999.intermediate_size": 8})

@@ -174,6 +174,8 @@ def test_a_config_survives_json(drawn: dict[str, Any]) -> None:
 def test_a_field_that_we_do_not_know_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"^unknown RoutingConfig fields \['tokens'\]; known: attention_tokens, every"):
         RoutingConfig.from_dict({"heads": [1], "tokens": [0.5]})
+    with pytest.raises(SpaceError, match="made from a dict of its fields, got float"):
+        RoutingConfig.from_dict(1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

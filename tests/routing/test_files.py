@@ -266,6 +266,10 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no record": (lambda folder: (folder / ROUTERS_FILE).unlink(), "holds no routers, it has no routers.json"),
     "a later format": (lambda folder: edited(folder, format=2), "has format 2, this version reads 1"),
     "no fingerprints": (lambda folder: edited(folder, fingerprints=None), "says nothing usable about fingerprints"),
+    "fingerprints that are none": (
+        lambda folder: edited(folder, fingerprints={"as it is": [1]}),
+        "holds no usable fingerprints of its base",
+    ),
     "another field": (lambda folder: edited(folder, routing={"novel": 1}), "has no usable RoutingConfig.*novel"),
     "another config": (
         lambda folder: edited(folder, routing=routing_of("bert", router="mlp").to_dict()),

@@ -138,6 +138,11 @@ def test_texts_that_are_no_result_are_refused_in_one_line():
         {"evaluations": {}},
         {"failures": [None]},
         {"references": None},
+        {"references": {"loss": 10**400}},
+        {"limits": [{"name": "loss", "bound": float("nan")}]},
+        {"limits": [{"name": "novel", "bound": 1.0}]},
+        {"limits": [{"name": "loss", "bound": 1.0, "cost": "yes"}]},
+        {"objectives": [{"name": "loss", "direction": "minimize", "unit": 3, "cost": False}]},
     ],
 )
 def test_json_that_is_no_result_is_refused(change):

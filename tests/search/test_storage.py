@@ -82,6 +82,28 @@ def test_a_search_killed_twice_and_restarted_ends_bit_equal(tmp_path, algorithm)
     assert len(digests) == len(set(digests)) == 25
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE UNIQUE INDEX",
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in ("CREATE INDEX", "INSERT INTO version_info", "INSERT INTO st")
+        ),
+    ],
+)
+def test_a_search_killed_while_it_makes_its_tables_goes_on_and_may_be_continued(tmp_path, statement):
+    process = start(tmp_path, evaluations=8, die_before=statement)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    space, objectives = widths_problem(layers=5)
+    options = {"within": {"parameters": 0.7}, "seed": 3, "progress": False}
+    first = search_subnets(space, objectives, evaluations=8, storage=url_of(tmp_path / "s.db"), **options)
+    assert first.to_json() == reference("nsga2", 8).to_json()
+    more = search_subnets(space, objectives, evaluations=12, storage=url_of(tmp_path / "s.db"), **options)
+    assert more.evaluations[:8] == first.evaluations and len(more.evaluations) == 12
+
+
 def test_four_processes_share_the_work_and_evaluate_nothing_twice(tmp_path):
     outputs = [tmp_path / f"output{i}" for i in range(4)]
     processes = [start(tmp_path, evaluations=40, seconds=0.02, output=str(output)) for output in outputs]

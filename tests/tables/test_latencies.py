@@ -423,3 +423,23 @@ def test_the_clock_waits_for_the_device_of_the_model(monkeypatch: pytest.MonkeyP
     wall_clock(Forward(supernet.model, Setting.of(supernet, length=8)))
     wall_clock(lambda: None)
     assert asked == [supernet.model.device] * 2 + [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", "x"), ("length", float("nan")), ("threads", None), ("dtype", 3), ("device", [])]
+)
+def test_a_file_whose_setting_is_none_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    measured(made(), path=tmp_path / "table.json")
+    data = json.loads((tmp_path / "table.json").read_text())
+    data["setting"][name] = value
+    (tmp_path / "table.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="holds no latency table"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+def test_a_file_whose_spent_seconds_are_no_number_is_refused(tmp_path: Path) -> None:
+    measured(made(), path=tmp_path / "table.json")
+    data = json.loads((tmp_path / "table.json").read_text())
+    (tmp_path / "table.json").write_text(json.dumps({**data, "spent": float("nan")}))
+    with pytest.raises(CheckpointError, match="holds no latency table"):
+        LatencyTable.load(tmp_path / "table.json")

@@ -365,3 +365,13 @@ def test_additivity_tells_rank_correlation_and_ratio() -> None:
         assert "a weak guide" in str(Additivity((1.0, 2.0, 3.0), order))
     with pytest.raises(DataError, match="at least 3"):
         additivity(supernet, table, points[:2], calibration=data, validation=held, measure="hidden")
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "1" + "0" * 400, "true", "null", '"1"', "[1]"])
+def test_a_damage_that_is_no_number_is_refused(value: str, tmp_path: Path) -> None:
+    QualityTable("hidden", "abc", ({WHOLE: 0.5},)).save(tmp_path / "table.json")
+    text = (tmp_path / "table.json").read_text()
+    assert QualityTable.load(tmp_path / "table.json").damages == ({WHOLE: 0.5},)
+    (tmp_path / "table.json").write_text(text.replace("0.5", value))
+    with pytest.raises(CheckpointError, match="holds no quality table"):
+        QualityTable.load(tmp_path / "table.json")

@@ -10,11 +10,12 @@ import pytest
 from grown_run import callbacks, candidates, padded
 from test_head_fusion import TWICE, blocks, fusion_of, rows_for, run, sampling_of
 from tiny_training import settings
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_elastic import Supernet, make_elastic
 from hf_elastic.errors import CheckpointError, TrainingError
 from hf_elastic.training import ElasticTrainer, PCAGrowthCallback, RandomSubnet
+from hf_elastic.training.periods import ends_with_step
 
 Resume = Callable[..., Supernet]
 
@@ -106,3 +107,10 @@ def test_other_candidates_are_one_line(grown: Path) -> None:
         with pytest.raises(CheckpointError, match=f"bottleneck-kv, this supernet of {words} resume with") as raised:
             resumed(supernet, grown, rows=padded(), elastic=True)
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_a_step_behind_the_last_one_ends_no_period() -> None:
+    state = TrainerState(global_step=12, max_steps=11)
+    assert not ends_with_step(6, state)
+    state.max_steps = 12
+    assert ends_with_step(6, state) and not ends_with_step("epoch", state)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from killed_run import elastic_trainer
 from safetensors.torch import save_file
+from tiny_models import disk_full_at
 from tiny_training import bert_supernet, same, sentences, settings, weights
 from transformers import Trainer, TrainingArguments
 
@@ -99,6 +100,60 @@ def test_the_stock_trainer_with_callbacks_resumes_bit_equal(
             final = train(last_complete_checkpoint(tmp_path / "True"))
         finals.append(final)
     assert same(*finals)
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("means", ["ElasticTrainer", "sampling", "marking"])
+def test_a_run_that_was_over_when_it_was_resumed_moves_no_weight_and_saves_nothing(means: str, tmp_path: Path) -> None:
+    def run() -> Trainer:
+        changes = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        args = TrainingArguments(**settings(str(tmp_path), **changes))
+        supernet = bert_supernet()
+        if means == "ElasticTrainer":
+            return ElasticTrainer(
+                supernet=supernet, sampling=RandomSubnet(seed=0), args=args, train_dataset=sentences()
+            )  # fmt: skip
+        sampling = SubnetSamplingCallback(supernet, RandomSubnet(seed=0))
+        callback = sampling if means == "sampling" else CompleteCheckpointCallback()
+        return Trainer(supernet.model, args, train_dataset=sentences(), callbacks=[callback])
+
+    first = run()
+    first.train()
+    assert checkpoints(tmp_path) == [2, 4, 5]
+    again = run()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same(weights(again.model), weights(first.model))
+    assert (again.state.global_step, again.state.epoch) == (first.state.global_step, first.state.epoch)
+    assert checkpoints(tmp_path) == [2, 4, 5]
+
+
+def test_a_resumed_run_marks_the_checkpoint_it_goes_on_from_and_tidies_the_one_it_writes_again(
+    finished: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "checkpoint-4" / MARKER).unlink()
+    truncate(folder / "checkpoint-6" / "trainer_state.json")
+    (folder / "checkpoint-6" / ".tmpAbC123").write_bytes(b"x")  # as safetensors calls it
+    assert same(resumed(folder), finished[1])
+    assert (folder / "checkpoint-4" / MARKER).is_file() and not (folder / "checkpoint-6" / ".tmpAbC123").exists()
+    assert ".tmpAbC123" not in (folder / "checkpoint-6" / MARKER).read_text()
+
+
+@pytest.mark.parametrize("size", [10, 1000, 20_000, 60_000])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
+    finished: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, size: int
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-6")
+    trainer = elastic_trainer(str(folder))
+    with disk_full_at(size), pytest.raises(CheckpointError, match="cannot write .*checkpoint-6.*") as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
+    assert same(resumed(folder), finished[1])
 
 
 def truncate(file: Path) -> None:
