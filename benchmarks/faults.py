@@ -4,7 +4,8 @@
 
 Tiny models on the CPU; nothing is timed, so other work may run beside it. The harness is that of ``tests/faults``: each
 operation runs to the end once, then is killed at as many random points as asked for, looked at, started again and
-compared. With ``--operations``, what the file has of others is kept. ``docs/reliability.md`` shows the result.
+compared. The file is written behind each operation; with ``--operations``, what it has of others is kept, as long as
+the other options are the same. ``docs/reliability.md`` shows the result.
 """
 
 from __future__ import annotations
@@ -24,61 +25,60 @@ from evaluating import FAULTS, evaluated
 from measuring import environment
 from operations import OPERATIONS
 
+Found = dict[str, Any]
+Settings = dict[str, Any]
+
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def measured(names: Sequence[str], folder: Path, *, points: int, refusals: int, seed: int) -> dict[str, Any]:
-    """Kills and refusals of each operation, and searches of which one evaluation fails.
+def measured(name: str, folder: Path, settings: Settings) -> Found:
+    """Kills and refusals of an operation: a line of each table, and what fell short.
 
     Args:
-        names: of the operations.
-        folder: where they work.
-        points: kills of each.
-        refusals: writes of each that a limit or a full disk refuses; and once a folder that is read-only.
-        seed: of all points.
+        name: of the operation.
+        folder: where it works.
+        settings: ``points``: kills; ``refusals``: writes that a limit or a full disk refuses, and once a folder that
+            is read-only; ``seed`` of all points; ``no mounts``: why no disk can be full, if so.
     """
-    kills, refused, short = [], [], []
-    why_not = refusing.why_no_mounts()
-    kinds = [kind for kind in ("limit", "tmpfs") if why_not is None or kind == "limit"]
-    asked = [(kinds[number % len(kinds)], number) for number in range(refusals)]
-    asked += [] if why_not else [("read-only", 0)]
-    for name in names:
-        harness = killing.Harness(name, folder / name.replace(" ", "-"), seed=seed)
-        rounds = killing.killed(harness, points=points, say=say)
-        kills.append(killing.summary(name, rounds, harness=harness))
-        short += [killing.told(one) for one in rounds if one.short]
-        found = [refusing.refused(harness, kind, number) for kind, number in asked]
-        for one in found:
-            say(refusing.told(one))
-        refused.append(refusing.summary(name, found))
-        short += [refusing.told(one) for one in found if refusing.short(one)]
-    rows = []
-    for name in FAULTS:
-        rows.append(evaluated(name))
-        say(str(rows[-1]))
-    settings = {"points": points, "refusals": refusals, "seed": seed, "no mounts": why_not}
+    mounts = settings["no mounts"] is None
+    kinds = ["limit", "tmpfs"] if mounts else ["limit"]
+    asked = [(kinds[number % len(kinds)], number) for number in range(settings["refusals"])]
+    asked += [("read-only", 0)] if mounts else []
+    harness = killing.Harness(name, folder, seed=settings["seed"])
+    rounds = killing.killed(harness, points=settings["points"], say=say)
+    found = [refusing.refused(harness, kind, number) for kind, number in asked]
+    for one in found:
+        say(refusing.told(one))
+    short = [killing.told(one) for one in rounds if one.short]
+    short += [refusing.told(one) for one in found if refusing.short(one)]
     return {
-        "settings": settings, "kills": kills, "refusals": refused, "evaluations": rows,
-        "short": [text.replace(str(folder), "") for text in short], "environment": environment(),
-    }  # fmt: skip
+        "kills": [killing.summary(name, rounds, harness=harness)],
+        "refusals": [refusing.summary(name, found)],
+        "short": [text.replace(str(folder), "") for text in short],
+    }
 
 
-def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A new result, with the lines about operations that it has not taken from an old one of the same settings."""
-    names = {row["operation"] for row in new["kills"]}
-    if old["settings"] != new["settings"] or names == set(OPERATIONS):
-        return new
+def joined(made: Found, found: Found, name: str) -> Found:
+    """What was made so far, with new lines about an operation."""
+    order = list(OPERATIONS)
     kept = {
         part: sorted(
-            [*new[part], *(row for row in old[part] if row["operation"] not in names)],
-            key=lambda row: list(OPERATIONS).index(row["operation"]),
+            [*found[part], *(row for row in made[part] if row["operation"] != name)],
+            key=lambda row: order.index(row["operation"]),
         )
         for part in ("kills", "refusals")
     }
-    short = [*new["short"], *(line for line in old["short"] if line.split(":")[0] not in names)]
-    return {**new, **kept, "short": short}
+    short = [*found["short"], *(line for line in made["short"] if line.split(":")[0] != name)]
+    return {**made, **kept, "short": sorted(short, key=lambda line: order.index(line.split(":")[0]))}
+
+
+def begun(file: Path | None, settings: Settings) -> Found:
+    """What a file has, if it was made with these settings; or else nothing yet."""
+    old = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else {"settings": None}
+    empty: Found = {part: [] for part in ("kills", "refusals", "evaluations", "short")}
+    return {**(old if old["settings"] == settings else empty), "settings": settings, "environment": environment()}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -86,14 +86,24 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--refusals", type=int, default=6, help="full disks of each operation")
     given = parser.parse_args(words)
     killing.quiet()
-    with tempfile.TemporaryDirectory(prefix="hf-elastic-faults-") as folder:
-        found = measured(
-            given.operations, Path(folder), points=given.points, refusals=given.refusals, seed=given.seed
-        )  # fmt: skip
-    if given.json is not None and given.json.exists():
-        found = joined(json.loads(given.json.read_text(encoding="utf-8")), found)
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    settings: Settings = {
+        "points": given.points, "refusals": given.refusals, "seed": given.seed, "no mounts": refusing.why_no_mounts()
+    }  # fmt: skip
+    made = begun(given.json, settings)
+
+    def write() -> None:
+        if given.json is not None:
+            given.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+    for name in given.operations:
+        with tempfile.TemporaryDirectory(prefix="hf-elastic-faults-") as folder:
+            made = joined(made, measured(name, Path(folder) / name.replace(" ", "-"), settings), name)
+        write()
+    made["evaluations"] = []
+    for name in FAULTS:  # last, as all before are forks of this process
+        made["evaluations"].append(evaluated(name))
+        say(str(made["evaluations"][-1]))
+    write()
 
 
 if __name__ == "__main__":

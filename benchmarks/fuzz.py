@@ -6,13 +6,15 @@
 Valid inputs are changed in their structure, their sizes, their bytes and their names (tests/fuzz says how), each case a
 pure function of (seed, target, number). Cases run in forked children whose memory and time are bounded. Fine is what
 returns, and what raises an ``ElasticError`` of one line. Findings are other exceptions, messages of several lines, more
-than 512 MiB or 10 s for a case, files written outside of the output folder, code or processes that a file started, and
-pickles that were read. Inputs of findings are kept in ``--failing``.
+than 512 MiB or 10 s of the processor for a case, files written outside of the output folder, code or processes that a
+file started, and pickles that were read. Inputs of findings are kept in ``--failing``. The file is written behind each
+target; with ``--target``, what it has of the others is kept, as long as cases and seed are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fuzz"))
 from fuzz_running import KINDS, Target, run, shares, summary  # noqa: E402  # found only behind the line above
 from fuzz_targets import prepared  # noqa: E402
 from fuzz_watching import Verdict  # noqa: E402
-from measuring import environment, print_environment, print_table, write_json  # noqa: E402
+from measuring import environment, print_environment, print_table  # noqa: E402
 
 
 def examples(found: dict[str, list[Verdict]]) -> list[dict[str, Any]]:
@@ -58,18 +60,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _reproduce(targets, options, Path(folder))
             return
         chosen = [target for target in targets if not options.target or target.name in options.target]
-        machine, began = environment(), time.perf_counter()
+        machine, counts = environment(), shares(targets, options.cases)
         print_environment(machine)
-        found = run(
-            chosen, shares(chosen, options.cases), seed=options.seed, folder=Path(folder) / "work",
-            failing=Path(options.failing).resolve(), tell=lambda line: print(line, flush=True),
-        )  # fmt: skip
-    rows = summary(found)
-    total = {name: sum(row[name] for row in rows) for name in ("cases", "accepted", "refused", *KINDS)}
-    print_table([*rows, {"target": "all", **total, "most MiB": "", "most s": ""}])
-    settings = {"cases": options.cases, "seed": options.seed, "seconds": round(time.perf_counter() - began)}
-    contents = {"settings": settings, "rows": rows, "findings": examples(found), "environment": machine}
-    write_json(options.json, contents)
+        made = kept(options, [target for target in targets if target not in chosen])
+        made["environment"] = machine
+        for target in chosen:
+            began = time.perf_counter()
+            found = run(
+                [target], counts, seed=options.seed, folder=Path(folder) / "work",
+                failing=Path(options.failing).resolve(), tell=lambda line: print(line, flush=True),
+            )  # fmt: skip
+            made["rows"] += [{**row, "seconds": round(time.perf_counter() - began)} for row in summary(found)]
+            made["findings"] += examples(found)
+            in_order(made, targets)
+            if options.json:
+                Path(options.json).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    names = ("cases", "accepted", "refused", *KINDS, "seconds")
+    total = {name: sum(row[name] for row in made["rows"]) for name in names}
+    print_table([*made["rows"], {"target": "all", "most MiB": "", "most s": "", **total}])
+
+
+def kept(options: argparse.Namespace, others: Sequence[Target]) -> dict[str, Any]:
+    """What the file has of targets that are not run now, if its cases are of the same number and seed."""
+    settings, names = {"cases": options.cases, "seed": options.seed}, {target.name for target in others}
+    old: dict[str, Any] = {"settings": None}
+    if options.json and Path(options.json).is_file():
+        old = json.loads(Path(options.json).read_text(encoding="utf-8"))
+    if old["settings"] != settings:
+        return {"settings": settings, "rows": [], "findings": []}
+    return {**old, **{part: [row for row in old[part] if row["target"] in names] for part in ("rows", "findings")}}
+
+
+def in_order(made: dict[str, Any], targets: Sequence[Target]) -> None:
+    """Puts the lines of targets in the order of these."""
+    order = [target.name for target in targets]
+    for part in ("rows", "findings"):
+        made[part].sort(key=lambda row: order.index(row["target"]))
 
 
 def _reproduce(targets: Sequence[Target], options: argparse.Namespace, folder: Path) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,6 +94,7 @@ def subnet_rows(options: Options) -> Iterator[dict[str, Any]]:
             yield {
                 "subnet": name, "workload": f"{phase} {size}x{length}", "parent ms": ms[0], "ms": ms[1],
                 "speed-up": str(ratio), "MACs left": macs,
+                "ratio": ratio.median, "low": ratio.low, "high": ratio.high, "pairs": ratio.count,
             }  # fmt: skip
 
 
@@ -172,13 +172,18 @@ def command_rows(options: Options) -> Iterator[dict[str, Any]]:
     with noted("refit", options) as row:
         he.refit(supernet, subnets(supernet)[half], batches)
     yield row
-    folder = tempfile.mkdtemp()
-    with noted("export", options) as row:
+    with noted("measure_quality_table", options) as row:
+        he.measure_quality_table(supernet, batches, few, measure="kl")
+    yield row
+    with noted("measure_latency_table", options) as row:
+        he.measure_latency_table(supernet, batch_size=1, length=options.length)
+    yield row
+    with tempfile.TemporaryDirectory() as folder, noted("export", options) as row:
         he.export(supernet, subnets(supernet)[half], f"{folder}/half")
-    shutil.rmtree(folder)
     yield row
     yield from training_rows(supernet, options)
     del supernet
+    yield from adapter_rows(options)
     model = parent(options)
     with noted("sparsify_ (wanda)", options) as row:
         he.sparsify_(model, few)
@@ -190,11 +195,26 @@ def command_rows(options: Options) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def training_rows(supernet: he.Supernet, options: Options) -> Iterator[dict[str, Any]]:
+def adapter_rows(options: Options) -> Iterator[dict[str, Any]]:
+    """Steps of elastic LoRA and its merge into a model of its own."""
+    adapted = he.add_lora(parent(options), he.ElasticLoraConfig(r=32, lora_alpha=64, ranks=[16, 24, 32]))
+    yield from training_rows(adapted, options, names=("one subnet a step",), of="elastic LoRA, ")
+    with noted("merge of elastic LoRA", options) as row:
+        he.extract(adapted, adapted.space.midpoint(), merge=True)
+    yield row
+
+
+def training_rows(
+    supernet: he.Supernet,
+    options: Options,
+    *,
+    names: Sequence[str] = ("one subnet a step", "sandwich rule, distilled"),
+    of: str = "",
+) -> Iterator[dict[str, Any]]:
     """Steps of the sandwich rule with distillation, and of the stock Trainer on the whole model."""
     batches = tokens(options, count=16384, seed=2)
     rows = [{"input_ids": ids, "labels": ids} for batch in batches for ids in batch["input_ids"]]
-    for name in ("one subnet a step", "sandwich rule, distilled"):
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 folder, max_steps=options.steps, per_device_train_batch_size=options.batch, learning_rate=1e-5,
@@ -205,7 +225,7 @@ def training_rows(supernet: he.Supernet, options: Options) -> Iterator[dict[str,
             trainer = he.ElasticTrainer(
                 supernet=supernet, sampling=rule, distill=not name.startswith("one"), args=args, train_dataset=rows
             )
-            with noted(f"{options.steps} training steps, {name}", options) as row:
+            with noted(f"{options.steps} training steps, {of}{name}", options) as row:
                 trainer.train()
         yield row
         supernet.model.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from typing import Any
 import render_elm
 import render_gpu
 import render_routing
+import render_run
 import render_runtimes
 
 HERE = Path(__file__).resolve().parent
@@ -429,7 +430,7 @@ MINILM = {
     "minilm-balanced-equal": "all-MiniLM-L6-v2, recipe `balanced` in the time that `best` took",
 }
 ELSEWHERE = {"crossovers", "workers", "faults", "fuzz"}  # on other pages: when-not.md, scale.md, reliability.md
-SECTIONS = {
+SECTIONS: dict[str, Callable[[Any], str]] = {
     "minilm-recover": minilm_recover, "stories-fast": stories_fast,
     "stories260K": stories, "babyllama105": stories, "exact-front": exact_front,
     "refit-memory": refit_memory, "predicted-speedup": predicted_speedup, "backbone": backbone,
@@ -441,15 +442,21 @@ SECTIONS = {
 }  # fmt: skip
 
 
+def against(result: Mapping[str, Any]) -> str:
+    """Section about everything against its alternatives; each part has its own machine."""
+    return "\n\n".join(render_run.run(result, table))
+
+
 def page(found: Mapping[str, Any]) -> str:
     """The page about the results that are there, by the names of their files.
 
     Raises:
         SystemExit: there is a result that no section is about.
     """
-    if unknown := sorted(set(found) - set(MINILM) - set(SECTIONS) - ELSEWHERE):
+    if unknown := sorted(set(found) - {"run"} - set(MINILM) - set(SECTIONS) - ELSEWHERE):
         raise SystemExit(f"no section of the page is about {', '.join(unknown)}; name it in SECTIONS")
     sections = [INTRODUCTION.strip()]
+    sections += [against(found[name]) for name in ("run",) if name in found]
     sections += [minilm(title, found[name]) for name, title in MINILM.items() if name in found]
     sections += [section(found[name]) for name, section in SECTIONS.items() if name in found]
     return "\n\n".join(sections) + "\n"

@@ -39,7 +39,7 @@ def _cases(result: Mapping[str, Any]) -> str:
     command = f"python benchmarks/fuzz.py --cases {settings['cases']} --seed {settings['seed']}"
     return "\n\n".join(
         [
-            f"`{command} --json benchmarks/results/fuzz.json`, {settings['seconds'] / 60:.0f} minutes:",
+            f"`{command} --json benchmarks/results/fuzz.json`, {sum(row['seconds'] for row in rows) / 60:.0f} minutes:",
             table(lines),
             machine(result["environment"]),
         ]

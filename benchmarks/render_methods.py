@@ -2,7 +2,8 @@
 
     python benchmarks/render_methods.py
 
-It stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in README.md, docs/methods.md and docs/when-not.md.
+They stand between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in README.md and in docs/: methods.md, when-not.md and
+reliability.md.
 """
 
 from __future__ import annotations

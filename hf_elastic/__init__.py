@@ -6,9 +6,9 @@ classes; everything else is imported when it is first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hf_elastic.late_imports import on_first_use
 from hf_elastic.models import register_auto_classes
 
 __version__ = "0.1.0"
@@ -220,7 +220,6 @@ _HOMES = {
     ),
     "search.processes": ("ProcessExecutor",),
 }
-_SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("costs", "distillation", "evaluation", "objectives", "proxies", "runtimes", "spaces", "testing")
 
 __all__ = [
@@ -341,20 +340,6 @@ __all__ = [
     "unpack_",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _SOURCE:
-        value = getattr(import_module(f".{_SOURCE[name]}", __name__), name)
-    elif name in _MODULES:
-        value = import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = on_first_use(globals(), _HOMES, modules=_MODULES)
 
 register_auto_classes()

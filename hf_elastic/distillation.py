@@ -242,7 +242,7 @@ def pooled(hidden: Tensor, mask: Tensor | None = None, *, pooling: Pooling = "me
         pooling: which of the three.
 
     Returns:
-        ``(B, D)`` in the type of ``hidden``. A sequence without a token gives zeros under ``mean``.
+        ``(B, D)`` in the type of ``hidden``, summed in float32; zeros under ``mean`` for a sequence without a token.
 
     Raises:
         TrainingError: The pooling is unknown.
@@ -250,8 +250,9 @@ def pooled(hidden: Tensor, mask: Tensor | None = None, *, pooling: Pooling = "me
     if mask is None:
         mask = hidden.new_ones(hidden.shape[:2])
     if pooling == "mean":
-        weights = mask.to(hidden.dtype).unsqueeze(-1)  # (B, T, 1)
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        kept, wide = mask.bool().unsqueeze(-1), torch.promote_types(hidden.dtype, torch.float32)  # (B, T, 1)
+        total = torch.where(kept, hidden.to(wide), 0.0).sum(1)  # (B, D)
+        return (total / kept.sum(1).clamp(min=1)).to(hidden.dtype)
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "last":

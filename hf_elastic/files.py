@@ -98,10 +98,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or holds no JSON object.
+        CheckpointError: the file is missing, unreadable, or holds no JSON object, or half a surrogate pair.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if "\\ud" in text.lower():  # half of a pair would be no text that can be written or shown
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_elastic.errors import DataError, SpaceError
 from hf_elastic.layers import ElasticLinear, ElasticProjection, evaluating
@@ -34,6 +35,7 @@ from hf_elastic.supernet import Supernet
 
 Method = Literal["activation", "reconstruction", "weight", "taylor"]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
+_SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)  # that are tried in float16
 
 
 def sort_by_importance_(
@@ -74,8 +76,8 @@ def sort_by_importance_(
         (block influence) when there is data.
 
     Raises:
-        DataError: the method needs data and got none, a batch is no dict of tensors, or the batches give no
-            loss.
+        DataError: the method needs data and got none, a batch is no dict of tensors, the batches give no loss, or a
+            score is NaN or infinite; nothing is sorted then.
         SpaceError: the method is unknown.
         UnsupportedModelError: the model has adapters, or its layers are candidate blocks.
     """
@@ -95,12 +97,27 @@ def sort_by_importance_(
             meter = _Meter(supernet, chosen)
             meter.run(data, loss_function or _model_loss)
             scores = {**meter.scores(), **scores}
+        _check_finite(scores, supernet)
         with torch.no_grad():
             for part in supernet.layer_parts:
                 _permute(part, scores)
     if data:
         _set_layer_order(supernet, scores["layers"])
     return scores
+
+
+def _check_finite(scores: Mapping[str, Tensor], supernet: Supernet) -> None:
+    """Refuses scores that give no order."""
+    bad = next((name for name, values in scores.items() if not bool(torch.isfinite(values).all())), None)
+    if bad is None:
+        return
+    if supernet.model.dtype == torch.float32:
+        raise DataError(f"the scores of {bad} are NaN or infinite; check the weights and the batches")
+    kind = str(supernet.model.dtype).removeprefix("torch.")
+    raise DataError(
+        f"the scores of {bad} are NaN or infinite in {kind}; load the model in float32 (model.float()), or check the "
+        "weights and the batches"
+    )
 
 
 def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -142,6 +159,7 @@ class _Meter:
         self.influence = torch.zeros(len(supernet.layer_parts), dtype=torch.float64)
         self.tokens = 0
         self.mask: Tensor | None = None
+        self.scale = 1.0  # of the loss
 
     def run(self, data: list[Batch], loss_function: LossFunction) -> None:
         model = self.supernet.model
@@ -156,10 +174,25 @@ class _Meter:
                 feed = {name: value.to(model.device) for name, value in batch.items()}
                 self.mask = feed["attention_mask"].bool().flatten(0, -2) if "attention_mask" in feed else None
                 if self.method == "taylor":
-                    model.zero_grad(set_to_none=True)  # a second one in place would write into the caller's
-                    loss_function(model, feed).backward()
+                    self._differentiate(model, feed, loss_function)
                 else:
                     model(**feed)
+
+    def _differentiate(self, model: PreTrainedModel, feed: dict[str, Tensor], loss_function: LossFunction) -> None:
+        """Adds a batch; in float16 with a loss that is scaled as far as gradients stay finite, or small ones vanish."""
+        totals, influence, tokens = self.totals, self.influence, self.tokens
+        for scale in _SCALES if model.dtype == torch.float16 else (1.0,):
+            self.totals, self.influence, self.tokens, self.scale = dict(totals), influence.clone(), tokens, scale
+            model.zero_grad(set_to_none=True)  # a second one in place would write into the caller's
+            loss = loss_function(model, feed)
+            if not bool(torch.isfinite(loss)):
+                raise DataError(
+                    f"method='taylor': the loss of a batch is {float(loss)}; check that it has labels that are scored, "
+                    "and the weights (half precision overflows where float32 does not)"
+                )
+            (loss if scale == 1 else scale * loss.float()).backward()
+            if all(bool(torch.isfinite(total).all()) for total in self.totals.values()):
+                break
 
     def _kept(self, values: Tensor) -> Tensor:
         """Values (B, T, N) of real tokens as (tokens, N)."""
@@ -181,8 +214,9 @@ class _Meter:
                         "method='taylor' needs gradients, but the model's parameters are frozen; call "
                         "model.requires_grad_(True), or use method='activation'"
                     )
+                wide = activations.detach().to(torch.promote_types(activations.dtype, torch.float32))
                 activations.register_hook(
-                    lambda gradient: self._add(part, path, self._taylor(part, path, activations.detach() * gradient))
+                    lambda gradient: self._add(part, path, self._taylor(part, path, wide * gradient))
                 )
             else:
                 self._add(part, path, self._energy(part, path, activations))
@@ -194,7 +228,7 @@ class _Meter:
         self.totals[key] = self.totals[key] + score if key in self.totals else score
 
     def _taylor(self, part: LayerPart, path: str, product: Tensor) -> Tensor:
-        rows = self._kept(product).double()  # (tokens, N)
+        rows = self._kept(product).double() / self.scale  # (tokens, N)
         return rows.unflatten(-1, (-1, _unit_size(part, path))).sum(-1).abs().sum(0)  # (units,)
 
     def _energy(self, part: LayerPart, path: str, activations: Tensor) -> Tensor:

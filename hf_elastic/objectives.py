@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -38,6 +37,7 @@ from hf_elastic.distillation import Pooling, label_mask, pooled
 from hf_elastic.errors import DataError
 from hf_elastic.families import shifts_labels
 from hf_elastic.fingerprints import state_of
+from hf_elastic.late_imports import on_first_use
 from hf_elastic.layers import evaluating, without_autocast
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.proxies import PROXIES, ZeroLMTable, label_free_alpha, score
@@ -60,12 +60,8 @@ __all__ = [
 
 Batch = Mapping[str, Tensor]
 
-
-def __getattr__(name: str) -> Any:
-    """Names the objectives by other libraries' measures, which stand above this module, beside those that are here."""
-    if name in ("lm_eval", "metric", "ndcg", "spearman"):
-        return getattr(import_module("hf_elastic.evaluation"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Objectives by other libraries' measures stand above this module; they are named beside those that are here.
+__getattr__, __dir__ = on_first_use(globals(), {"evaluation": ("lm_eval", "metric", "ndcg", "spearman")})
 
 
 def loss(supernet: Supernet, validation: Iterable[Batch], *, name: str = "loss") -> Objective:

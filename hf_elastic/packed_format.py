@@ -108,6 +108,8 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
     if quantizer is None and not packed:
         return model  # as quantize_ left it; a forward on its layers is not compressed-tensors' own
     if packed:
+        for name, layer in layers.items():
+            _check_width(layer, name=name)
         try:
             compressor = ModelCompressor(quantization_config=QuantizationConfig.from_pretrained(model))
             with torch.no_grad():
@@ -132,6 +134,22 @@ def unpack_(model: PreTrainedModel) -> PreTrainedModel:
         model.is_quantized = False  # type: ignore[assignment]
         vars(model.config).pop("quantization_config", None)
     return model
+
+
+def _check_width(module: nn.Linear, *, name: str) -> None:
+    """Refuses integers of other bits than the config says, which compressed-tensors unpacks to other values."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    packed = dict(module.named_parameters(recurse=False)).get("weight_packed")
+    bits = int(vars(module)[SCHEME].weights.num_bits)
+    if packed is None or packed.dtype != torch.int32 or not 1 <= bits <= 8:
+        return  # in another format; or it is not unpacked
+    wanted = pack_to_int32(torch.zeros(1, module.in_features, dtype=torch.int8), bits).shape[1]
+    if packed.shape[-1] != wanted:
+        raise CheckpointError(
+            f"{name} has {packed.shape[-1]} words of integers an output, {bits} bits as its config says are {wanted}; "
+            "copy the checkpoint again"
+        )
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:

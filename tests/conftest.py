@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,55 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     from command_line import runner  # found by its name only behind the line above
 
     return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Keeps transformers from writing to the terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny checkpoint by its kind; read only."""
+    from tiny_checkpoints import KINDS
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = KINDS[kind](root / kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Text, or labelled rows, that fit a kind of checkpoint; read only."""
+    from tiny_checkpoints import write_rows, write_text
+
+    root = tmp_path_factory.mktemp("data")
+    text, rows = write_text(root / "text.txt"), write_rows(root / "rows.jsonl")
+    return lambda kind: rows if "classification" in kind else text
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the benchmark scripts importable as they are when run, and puts back what they set for their process."""
+    import torch
+    import transformers
+
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    yield
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()

@@ -21,7 +21,6 @@ Array = NDArray[Any]
 ALL: dict[str, Any] = {
     "attention_tokens": [0.5], "heads": [1], "mlp_tokens": [0.6], "experts": [1], "num_experts": 3,
 }  # fmt: skip
-LOW = {"attention_tokens": 50, "heads": 1, "mlp_tokens": 60, "experts": 1}
 
 
 def case(family: str, *, config: ElasticConfig | None = None, **kinds: Any) -> Case:

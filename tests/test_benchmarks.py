@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-import transformers
 from tiny_checkpoints import options, sentence_encoder, write_text
 
 from hf_elastic import compress
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes the scripts importable as they are when run, and puts back what they set for their process."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("scripts")
 
 
 def script(name: str) -> ModuleType:

@@ -28,11 +28,6 @@ FETCHED_BY_STYLES = re.compile(r"url\(([\"']?https?:[^)]+)\)")
 MADE_BY_THE_SITE = {"readme.md"}
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 def prose(page: str) -> str:
     """A page without its fenced blocks and code."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)

@@ -481,3 +481,14 @@ def test_a_name_that_a_file_may_have_is_a_path(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").write_text("x")
     assert given_path("~/file") == tmp_path / "file" and given_path(tmp_path / "missing") == tmp_path / "missing"
     assert given_path(tmp_path / "file" / "below") == tmp_path / "file" / "below"
+
+
+def test_half_a_surrogate_pair_in_a_json_is_refused_and_a_whole_one_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"name": "\\ud83d\\ude00"}')
+    assert read_json(file) == {"name": "\N{GRINNING FACE}"}
+    for half in ('{"name": "\\ud800"}', '{"\\uDC00": 1}', '{"a": [{"b": "\\ude00\\ud83d"}]}'):
+        file.write_text(half)
+        with pytest.raises(CheckpointError, match="surrogates not allowed") as caught:
+            read_json(file)
+        assert str(caught.value).isprintable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from scipy.fft import dctn
 from tiny_benchmarks import OPERATORS, Row, flexibert_layer, flexibert_row, flexibert_rows, write_lines
 from torch import Tensor, nn
@@ -23,19 +21,8 @@ from transformers.models.convbert.modeling_convbert import ConvBertSelfAttention
 from hf_elastic.proxies import PROXIES, read_flexibert, score
 from hf_elastic.proxies.readers import Setting
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("scripts")
 EACH_OPERATOR = pytest.mark.parametrize("operator", OPERATORS, ids=["-".join(map(str, one)) for one in OPERATORS])
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes the scripts importable as they are when run, and puts back what they set for their process."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ STRANGERS = {
     "checkpoint",
 }  # nor from one another
 LAYERS = (
-    {"errors", "files", "downloads"},
+    {"errors", "late_imports", "files", "downloads"},
     {"architecture", "counting"},
     {"space"},
     {"search"},
@@ -49,7 +49,7 @@ LAYERS = (
 )
 OUTERMOST = set().union(*LAYERS[-5:])  # what may use the package as its users do
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-WITHOUT_TENSORS = {"errors", "architecture", "counting", "space", "search"}
+WITHOUT_TENSORS = {"errors", "late_imports", "architecture", "counting", "space", "search"}
 FORBIDDEN_FILES = {"utils.py", "util.py", "common.py", "base.py", "helpers.py", "misc.py"}
 UNFINISHED = re.compile(
     r"\b(TODO|FIXME|XXX|HACK|placeholder|for now|stub(?:bed)?|not implemented yet|simplified version)\b", re.I

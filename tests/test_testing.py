@@ -55,7 +55,6 @@ SIZES = {
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 GROUPED = {**SIZES, "num_key_value_heads": 2}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WIDTHS = ElasticConfig(intermediate_size=[0.25, 0.5, 1.0], num_hidden_layers=[2, 3], skip=["attention", "mlp"])
 HEADS = replace(WIDTHS, num_attention_heads=[1, 3])
 GROUPS = replace(WIDTHS, num_key_value_heads=[1, 2])

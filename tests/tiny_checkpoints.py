@@ -163,6 +163,17 @@ def decoder_classifier(folder: Path, family: str = "llama", **changes: Any) -> P
     return saved(folder, seeded(lambda: AutoModelForSequenceClassification.from_config(config)), decoder_tokenizer())
 
 
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "embedding": sentence_encoder,
+    "masked-lm": masked_model,
+    "classification": classifier,
+    "causal-lm": language_model,
+    "gpt2": lambda folder: language_model(folder, "gpt2"),
+    "decoder-classification": decoder_classifier,
+    "gpt2-classification": lambda folder: decoder_classifier(folder, "gpt2"),
+}
+
+
 def options(model: Path, data: Path, output: Path, **changes: Any) -> CompressOptions:
     """Options of a run of seconds with every stage; without training unless ``minutes`` says otherwise."""
     settings: dict[str, Any] = {

@@ -216,10 +216,7 @@ def load_adapter(
         check_base(config.trained_on, _adaptable(base), layers=_elastic_layers(base), model=base)
     with _left_as_it_was(base):
         try:
-            with _said_by_peft(str(directory)):
-                adapted = PeftModel(model, config, adapter_name) if existing is None else existing
-                if existing is not None:
-                    existing.add_adapter(adapter_name, config)
+            adapted = _adapted(model, config, adapter_name=adapter_name, where=str(directory))
             _fill(adapted, weights, adapter_name=adapter_name, where=str(directory))
             supernet = Supernet(adapted)
             if float_base is not None:
@@ -245,15 +242,17 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-@contextmanager
-def _said_by_peft(where: str) -> Iterator[None]:
-    """Says in one line what peft stumbles over in a configuration, whose fields it does not check."""
+def _adapted(model: Any, config: ElasticLoraConfig, *, adapter_name: str, where: str) -> PeftModel:
+    """A model with one more adapter, still empty; peft checks no field of a configuration before it uses it."""
     try:
-        yield
+        if not isinstance(model, PeftModel):
+            return PeftModel(model, config, adapter_name)
+        model.add_adapter(adapter_name, config)
     except ElasticError:
         raise
-    except Exception as error:
+    except Exception as error:  # peft raises whatever its parts raise
         raise CheckpointError(f"peft makes no adapter of the configuration in {where}: {error!r}") from error
+    return model
 
 
 def _fill(adapted: PeftModel, weights: dict[str, Tensor], *, adapter_name: str, where: str) -> None:

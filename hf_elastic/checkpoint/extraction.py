@@ -290,6 +290,9 @@ def build_model(
         state = _unshared(state)
     with no_init_weights():
         model = model_class(config)
+    for name, child in dict(model.named_children()).items():
+        if getattr(parent, name, child) is None:  # BertModel(config, add_pooling_layer=False)
+            setattr(model, name, None)
     # The tensors themselves are taken over: each keeps its dtype, and buffers that no checkpoint holds (the
     # frequencies of rotary embeddings) stay in float32 as from_pretrained leaves them.
     model.load_state_dict(state, strict=True, assign=True)

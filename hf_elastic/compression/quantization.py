@@ -104,8 +104,9 @@ def quantize_(
 
     Raises:
         CompressionError: an option that cannot be, a group size that does not divide the inputs of a layer, or a weight
-            that is not finite; said before anything is changed. Activations that are not finite are noticed at their
-            block, when those before it are changed already: load the model again.
+            that is not finite; said before anything is changed. Activations that are not finite, and rounded weights
+            that are beyond float16, are noticed at their block, when those before it are changed already: load the
+            model again.
         DataError: the batches are no calibration inputs.
         UnsupportedModelError: GPT-2, or a model that has adapters, is elastic, or is quantised.
     """
@@ -140,6 +141,11 @@ def quantize_(
             else:
                 grid = fit(weight)
                 values = grid.nearest(weight)
+            if not bool(torch.isfinite(values).all()):
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise CompressionError(
+                    f"values of the grid of {name} are beyond {kind}; load the model again, in float32 or bfloat16"
+                )
             _write(projection, values, grid)
 
     data = batches if method == "gptq" else None

@@ -5,8 +5,9 @@ Names are imported when they are used: the console command in this package must 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_elastic.late_imports import on_first_use
 
 if TYPE_CHECKING:
     from hf_elastic.evaluation.folder import FolderOptions as FolderOptions
@@ -26,7 +27,6 @@ _HOMES = {
     "metrics": ("metric",),
     "similarity": ("ndcg", "spearman"),
 }
-_SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "FolderOptions",
@@ -41,14 +41,4 @@ __all__ = [
     "spearman",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _SOURCE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_SOURCE[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(globals(), _HOMES)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ from hf_elastic.pipeline.elm_table import (
     verdict_lines,
     written_as,
 )
-from hf_elastic.pipeline.kept import LATENCY_FILE, TRAINED
+from hf_elastic.pipeline.kept import LATENCY_FILE, TRAINED, RunResult, recorded_export, reported_export
 from hf_elastic.runtimes.matrix import runs_where_space
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -71,11 +71,10 @@ Say = Callable[[str], None]
 FUSED_FOLDER, RETRAINED_FOLDER, CLASSIFIER, EXPORTED = "fused", "retrained", "classifier", "exported"
 _NOISY = 0.15  # differences between rounds from which a latency table is not to be trusted
 _STAGES = ("latency", "supernet", "search", "fusion", "retrain", "finetune", "compare", "export")
-_REPORTED = {entry.name for entry in fields(ExportReport)} - {"directory"}
 
 
 @dataclass(frozen=True)
-class ElmResult:
+class ElmResult(RunResult):
     """What a run found.
 
     Attributes:
@@ -86,13 +85,6 @@ class ElmResult:
         record: contents of ``result.json``.
         folder: where the run keeps its work.
     """
-
-    architecture: Architecture
-    report: ExportReport
-    rows: tuple[Mapping[str, Any], ...] = field(repr=False)
-    table: str = field(repr=False)
-    record: Mapping[str, Any] = field(repr=False)
-    folder: Path
 
 
 class ElmRun:
@@ -307,7 +299,7 @@ class ElmRun:
                 made[-1]["accuracy"] = self.record.numbers("finetune")["accuracy"]
             lines = verdict_lines(self.setting, made)
             if self.timing is not None:
-                lines += timing_lines(self.setting, supernet, found, timing=self.timing)
+                lines += timing_lines(supernet, found, timing=self.timing)
             self.record.note("compare", rows=made, table=result_table(made), layers=layer_table(made), lines=lines)
 
     @cached_property
@@ -337,14 +329,12 @@ class ElmRun:
                 if self.labelled is not None:
                     shutil.copytree(self.folder / CLASSIFIER, folder / CLASSIFIER)
             remove_folder(aside)
-            kept = {name: value for name, value in asdict(report).items() if name != "directory"}
             snippet = report.snippet.replace(json.dumps(str(aside)), json.dumps(str(output)))
-            self.record.note("export", **{**kept, "files": list(report.files), "snippet": snippet})
+            self.record.note("export", **{**recorded_export(report), "snippet": snippet})
 
     def _told(self) -> ElmResult:
         """Says what is recorded of a run whose stages are all done."""
-        made = {name: value for name, value in self.record.numbers("export").items() if name in _REPORTED}
-        report = ExportReport(self.options.output_folder, **{**made, "files": tuple(made["files"])})
+        report = reported_export(self.record, self.options.output_folder)
         if not (report.directory / RESULT_FILE).is_file():
             write_json(report.directory / RESULT_FILE, self.record.data)
         numbers = self.record.numbers("compare")

@@ -116,7 +116,7 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return aligned([["layer", "block", "FFN", "heads"], *lines])
 
 
-def timing_lines(setting: ElmSetting, supernet: Supernet, found: Architecture, *, timing: Timing) -> list[str]:
+def timing_lines(supernet: Supernet, found: Architecture, *, timing: Timing) -> list[str]:
     """What the table predicts of the path that was found, and of the largest, beside what is measured of both."""
     ends = {"largest path": supernet.space.largest(), "smallest path": supernet.space.smallest()}
     points = {"found": found, **{name: point for name, point in ends.items() if point != found}}

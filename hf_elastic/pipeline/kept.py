@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_elastic.architecture import Architecture
+from hf_elastic.checkpoint.exporting import ExportReport
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord, read_record
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import CheckpointError
@@ -27,6 +30,30 @@ LATENCY_FILE = "latency.json"
 EXACT_FILE = "exact.json"
 SORTED, TRAINED = "sorted", "supernet"
 """Folders of the parent, its neurons and heads sorted, and of the trained supernet of recipe ``best``."""
+_REPORTED = {entry.name for entry in fields(ExportReport)} - {"directory"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found: the fields that every kind of run has."""
+
+    architecture: Architecture
+    report: ExportReport
+    rows: tuple[Mapping[str, Any], ...] = field(repr=False)
+    table: str = field(repr=False)
+    record: Mapping[str, Any] = field(repr=False)
+    folder: Path
+
+
+def recorded_export(report: ExportReport) -> dict[str, Any]:
+    """A report as the record of a run keeps it: without its folder, which may move."""
+    return {**{name: value for name, value in asdict(report).items() if name in _REPORTED}, "files": list(report.files)}
+
+
+def reported_export(record: RunRecord, output: Path) -> ExportReport:
+    """How a run exported its model, as recorded."""
+    made = {name: value for name, value in record.numbers("export").items() if name in _REPORTED}
+    return ExportReport(output, **{**made, "files": tuple(made["files"])})
 
 
 def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:

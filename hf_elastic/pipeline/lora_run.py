@@ -395,10 +395,16 @@ class LoraRun:
 
 
 def _resumable(folder: Path) -> str | None:
-    """The newest whole checkpoint that has its statistics: a run may be killed before they are written."""
+    """The newest whole checkpoint that has its statistics: a run may be killed before they are written.
+
+    Raises:
+        CheckpointError: one without cannot be removed.
+    """
     found = last_complete_checkpoint(folder)
     while found is not None and not (Path(found) / STATISTICS_FILE).is_file():
         remove_folder(Path(found))
+        if Path(found).is_dir():
+            raise CheckpointError(f"{found} has no {STATISTICS_FILE} and cannot be removed; delete it to go on")
         found = last_complete_checkpoint(folder)
     return found
 

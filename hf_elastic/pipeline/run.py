@@ -7,7 +7,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_elastic import costs, objectives
-from hf_elastic.checkpoint import ExportReport, export
+from hf_elastic.checkpoint import export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import LOCK_FILE, only_worker, remove_half_written, write_json
+from hf_elastic.files import LOCK_FILE, only_worker, remove_folder, remove_half_written, write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
 from hf_elastic.pipeline.comparison import (
@@ -51,7 +51,10 @@ from hf_elastic.pipeline.kept import (
     SORTED,
     TEACHER_FILE,
     TRAINED,
+    RunResult,
     export_dtype,
+    recorded_export,
+    reported_export,
     text_digest,
 )
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
@@ -79,11 +82,10 @@ Say = Callable[[str], None]
 UNIFORM_REPAIRED = "uniform width, refit"
 _TRUSTED: Mapping[str, int] = {"fast": 4, "balanced": 12, "best": 12}  # random architectures that try the sums out
 _PADDED = "these are costs of the subnet: the exported file is filled up with zeros, so it holds and computes more"
-_REPORTED = {entry.name for entry in fields(ExportReport)} - {"directory"}
 
 
 @dataclass(frozen=True)
-class CompressResult:
+class CompressResult(RunResult):
     """What a run found.
 
     Attributes:
@@ -94,13 +96,6 @@ class CompressResult:
         record: contents of ``result.json``.
         folder: where the run keeps its work.
     """
-
-    architecture: Architecture
-    report: ExportReport
-    rows: tuple[Mapping[str, Any], ...] = field(repr=False)
-    table: str = field(repr=False)
-    record: Mapping[str, Any] = field(repr=False)
-    folder: Path
 
     def family(
         self,
@@ -296,7 +291,7 @@ class CompressRun:
         if not self.record.finished(name):
             with self.record.stage(name):
                 work().save_pretrained(target, overwrite=True)
-        shutil.rmtree(self._checkpoints(folder), ignore_errors=True)
+        remove_folder(self._checkpoints(folder))
         return self._kept(folder)
 
     def _checkpoints(self, phase: str) -> Path:
@@ -400,7 +395,7 @@ class CompressRun:
 
     def _told(self, architecture: Architecture) -> CompressResult:
         """Says what is recorded of a run whose stages are all done."""
-        report = self._report()
+        report = reported_export(self.record, self.options.output_folder)
         if not (report.directory / RESULT_FILE).is_file():
             write_json(report.directory / RESULT_FILE, self.record.data)
         rows = self.record.numbers("compare")["rows"]
@@ -421,13 +416,7 @@ class CompressRun:
                     final, architecture, output, loadability=self._form(final, architecture),
                     source=self.options.model, overwrite=True,
                 )  # fmt: skip
-                kept = {name: value for name, value in asdict(report).items() if name != "directory"}
-                self.record.note("export", **{**kept, "files": list(report.files)})
-
-    def _report(self) -> ExportReport:
-        """How the run's model was exported, as recorded."""
-        made = {name: value for name, value in self.record.numbers("export").items() if name in _REPORTED}
-        return ExportReport(self.options.output_folder, **{**made, "files": tuple(made["files"])})
+                self.record.note("export", **recorded_export(report))
 
     def _check(self, final: Supernet, architecture: Architecture) -> None:
         """Holds what was exported against the budgets, measured beside the parent."""
@@ -453,7 +442,7 @@ class CompressRun:
         rows = [
             Candidate("parent", pristine, pristine.space.largest()),
             Candidate("found", final, architecture),
-            *self._on_the_way(pristine, architecture),
+            *self._on_the_way(pristine),
         ]
         plain = plain_alternatives(
             lambda: load_model(self.task, self.options, folder=self.folder / SORTED),
@@ -469,7 +458,7 @@ class CompressRun:
                 rows.append(Candidate(UNIFORM_REPAIRED, moved, point, tuple(self.data.calibration)))
         return compare(rows, measures=self._measures, form=self._form, setting=self.goal.setting)
 
-    def _on_the_way(self, pristine: Supernet, architecture: Architecture) -> list[Candidate]:
+    def _on_the_way(self, pristine: Supernet) -> list[Candidate]:
         """What earlier stages gave: the fast answer cut only, and repaired; the midpoint of a trained supernet."""
         fast = pristine.space.canonical(self.record.numbers("repair")["architecture"])
         found = [Candidate("fast answer, cut only", pristine, fast)]

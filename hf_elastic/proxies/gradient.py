@@ -8,6 +8,7 @@ two ``synflow`` are not comparable. Embeddings and output heads are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,10 @@ def eznas(subject: Subject) -> float:
 
     Over attention in an encoder, over all projections of a causal model. A singular ``A A^T``, as of every ``G`` with
     more rows than columns, adds 0; any other adds at least 1/2, for its determinant is a whole number. The original's
-    programs are for vision; no official version for language models is known.
+    programs are for vision; no official version for language models is known. A model in half precision is
+    differentiated in single precision: signs of small gradients would be of rounding.
     """
+    subject = replace(subject, single=True)
     chosen = _or_all(subject, subject.roles.attention)
     return sum(float(_log_det(g.sign().double()).sigmoid()) for name, _, g in gradients(subject) if name in chosen)
 
@@ -78,7 +81,11 @@ def _log_det(a: Tensor) -> Tensor:
 
 
 def grasp(subject: Subject) -> float:
-    """``sum -W * (H G)``, with the Hessian ``H`` (Wang et al. 2020; the sign of zero-cost NAS: larger is better)."""
+    """``sum -W * (H G)``, with the Hessian ``H`` (Wang et al. 2020; the sign of zero-cost NAS: larger is better).
+
+    A model in half precision is differentiated in single precision, of which second derivatives leave little enough.
+    """
+    subject = replace(subject, single=True)
     weights = subject.weights()
     leaves = list(weights.values())
     batches = subject.needed()

@@ -36,12 +36,15 @@ class Subject:
             where there are labels and signs where not. Behind a LayerNorm with gains of one, as they are before
             training, the sum is constant, so that every gradient of ``sum`` is rounding noise; published FlexiBERT
             scores were made so.
+        single: whether all of a model in half precision is computed in single precision, on copies for the length of a
+            call: for what half precision leaves nothing of, such as second derivatives and signs of gradients.
     """
 
     model: nn.Module
     roles: Roles
     batches: tuple[Batch, ...] = ()
     target: Target = "auto"
+    single: bool = False
 
     def needed(self) -> tuple[Batch, ...]:
         """The batches.
@@ -60,7 +63,8 @@ class Subject:
             UnsupportedModelError: one is no matrix of floats, is not loaded, or is computed from other tensors.
         """
         chosen = self.roles.projections if names is None else names
-        return {name: _parameter(self.model, name).detach().requires_grad_() for name in chosen}
+        found = {name: _parameter(self.model, name).detach() for name in chosen}
+        return {name: (precise(w) if self.single else w).requires_grad_() for name, w in found.items()}
 
     def differentiated(self, batch: Batch, weights: Weights) -> Tensor:
         """The target on a batch as a function of ``weights``.
@@ -70,6 +74,10 @@ class Subject:
             UnsupportedModelError: what is wanted is no tensor, or cannot be differentiated.
         """
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
+        if self.single:
+            held = (*self.model.named_parameters(), *self.model.named_buffers())
+            narrow = {name: tensor for name, tensor in held if tensor.dtype in (torch.float16, torch.bfloat16)}
+            replaced = {name: precise(tensor) for name, tensor in narrow.items()} | replaced
         output = functional_call(self.model, replaced, args=(), kwargs=dict(batch))
         loss = output.get("loss") if isinstance(output, dict) else None
         wanted = self.target

@@ -106,7 +106,8 @@ def refit(
 
     Raises:
         ArchitectureError: the architecture is not a point of the space.
-        DataError: there are fewer tokens than kept neurons, or the activations are not finite.
+        DataError: there are fewer tokens than kept neurons, the activations are not finite, or the repaired weights are
+            beyond the dtype of the model.
         ExportError: as :func:`hf_elastic.extract`.
     """
     with refitted(supernet, architecture, batches, ridge=ridge, carry=carry, memory=memory) as report:
@@ -313,7 +314,7 @@ class _Refit:
             raise DataError(f"layer {part.index}, {sublayer}: {error}") from None
         for place, values in solved_places(projection, solved):
             self._originals.append((place, place.clone()))
-            place.copy_(values.to(place.dtype))
+            place.copy_(within_dtype(values, place.dtype, layer=part.index, sublayer=sublayer))
         self.report.sublayers.append(
             SublayerFit(
                 part.index, sublayer, len(sums.gram), solved.rows, solved.rank, solved.ridge,
@@ -330,10 +331,31 @@ class _Refit:
             size += float(wanted.square().sum())
             for number, states in enumerate((self.cut, self.student)):
                 errors[number] += float((calls.rows(states[index]).double() - wanted).square().sum())
-        self.report.error_cut, self.report.error = ((error / size) ** 0.5 for error in errors)
+        self.report.error_cut, self.report.error = (_share(error, size) ** 0.5 for error in errors)
         if self.report.error > self.report.error_cut:
             self.restore()
             self.report.repaired, self.report.error = False, self.report.error_cut
+
+
+def _share(error: float, size: float) -> float:
+    """``error / size``; of a parent that gives zeros alone, 0 where it is met and infinity where it is not."""
+    return error / size if size else math.inf if error else 0.0
+
+
+def within_dtype(values: Tensor, dtype: torch.dtype, *, layer: int, sublayer: str) -> Tensor:
+    """Solved weights in the dtype of the model.
+
+    Raises:
+        DataError: they are beyond it.
+    """
+    narrow = values.to(dtype)
+    if not bool(torch.isfinite(narrow).all()):
+        kind, largest = str(dtype).removeprefix("torch."), float(values.abs().max())
+        raise DataError(
+            f"layer {layer}, {sublayer}: the repaired weights are beyond {kind} (up to {largest:.3g}); "
+            "repair the model in float32 (model.float()), or with a larger ridge="
+        )
+    return narrow
 
 
 def solved_places(projection: ElasticProjection, solved: Solution) -> list[tuple[Tensor, Tensor]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from hf_elastic.models.elastic_layers import MOST_LAYERS
+MOST_LAYERS = 1024
+"""That of ``models/elastic_layers.py``, which is not imported here: it loads torch, which reports do not need."""
 
 # A size goes by other names in the configs of some families.
 _NAMES: Mapping[str, tuple[str, ...]] = {

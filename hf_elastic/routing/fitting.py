@@ -279,7 +279,10 @@ class _Fitting:
             wanted = worth[real]  # (N, U)
             wanted = wanted - wanted.mean(-1, keepdim=True)
         if not bool(torch.isfinite(worth[real]).all()):
-            raise DataError(f"worths of {kind} in layer {layer} hold NaN or infinity; check weights and batches")
+            raise DataError(
+                f"worths of {kind} in layer {layer} hold NaN or infinity; check weights and batches, and load a model "
+                "in half precision in float32 (model.float())"
+            )
         features = routers[kind].features(states[real]).detach()  # (N, I)
         if place not in self._sums:
             self._sums[place] = NormalEquations(features.shape[1], wanted.shape[1], device=features.device)

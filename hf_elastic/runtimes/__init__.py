@@ -5,8 +5,9 @@ Everything is imported when it is first used: neither torch nor a runtime is loa
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_elastic.late_imports import on_first_use
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ imports on first use
     from hf_elastic.runtimes.gguf_export import GgufReport as GgufReport
@@ -34,7 +35,6 @@ _HOMES = {
     "runtime_model": ("RuntimeModel", "open_runtime"),
     "vllm_rules": ("broken_vllm_rules",),
 }
-_SOURCE = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "GgufReport",
@@ -53,14 +53,4 @@ __all__ = [
     "runtime_latency",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _SOURCE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_SOURCE[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(globals(), _HOMES)

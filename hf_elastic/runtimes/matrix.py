@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from hf_elastic.checkpoint.companions import MODULES, parent_folder
 from hf_elastic.checkpoint.extraction import extract, extract_shapes
-from hf_elastic.errors import CheckpointError, ExportError
+from hf_elastic.errors import CheckpointError, ElasticError, ExportError
 from hf_elastic.files import read_json
 from hf_elastic.models import MODEL_TYPES
 from hf_elastic.models.elastic_layers import skipped_sublayers
@@ -197,10 +197,19 @@ def runs_where_folder(folder: str | Path) -> RunsWhere:
     """Says which runtimes take a folder: a checkpoint, an export, an adapter, or what was written for a runtime.
 
     Raises:
-        CheckpointError: it is none of these.
+        CheckpointError: it is none of these, or its config is broken.
         ExportError: it holds a supernet, of which architectures are asked (:func:`runs_where`), or code of others.
     """
     path = Path(folder)
+    try:
+        return _of_folder(path)
+    except ElasticError:
+        raise
+    except Exception as error:  # configs of transformers raise whatever their parts raise
+        raise CheckpointError(f"the config in {path} is not what peft or transformers writes: {error!r}") from error
+
+
+def _of_folder(path: Path) -> RunsWhere:
     if (path / ADAPTER_FILE).is_file():
         return RunsWhere(tuple(_adapter_rows(read_json(path / ADAPTER_FILE))))
     if (path / RUNTIME_FILE).is_file():

@@ -10,12 +10,13 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_elastic.errors import CheckpointError, DataError, ExportError
+from hf_elastic.errors import CheckpointError, DataError, ElasticError, ExportError
 from hf_elastic.files import read_json
 from hf_elastic.layers import PartHolder
 from hf_elastic.models import MODEL_TYPES, model_class, register_auto_classes
 from hf_elastic.models.elastic_routing import routed_layers
 from hf_elastic.packed_format import detach_grid, quantised_layers, unpack_
+from hf_elastic.stored_sizes import require_counts, require_filled
 from hf_elastic.supernet_folder import SPACE_FILE
 
 ADAPTER_FILE = "adapter_config.json"
@@ -40,8 +41,11 @@ def open_model(source: str | Path | PreTrainedModel) -> PreTrainedModel:
     kind = class_of_checkpoint(config)
     dtype: dict[str, Any] = {} if quantised else {"dtype": torch.float32}
     try:
-        model = kind.from_pretrained(folder, config=config, **dtype)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        require_filled(folder, kind)
+        model = kind.from_pretrained(folder, config=config, trust_remote_code=False, use_safetensors=True, **dtype)
+    except ElasticError:
+        raise
+    except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"{folder} cannot be loaded as {kind.__name__}: {first_line(error)}") from error
     if quantised:
         for module in quantised_layers(unpack_(model)).values():
@@ -69,9 +73,11 @@ def open_config(folder: Path) -> PreTrainedConfig:
             f"{folder} has code of its own ({stated.get('model_type')}); load it yourself and pass the model"
         )
     register_auto_classes()
+    require_counts(folder)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return config
+    except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"{folder / 'config.json'} is no config: {first_line(error)}") from error
 
 
@@ -94,10 +100,12 @@ def class_of_checkpoint(config: PreTrainedConfig) -> type[PreTrainedModel]:
             return model_class(config.model_type, name)
         found = getattr(transformers, name)
     except (AttributeError, TypeError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ExportError(
-            f"the config names the class {name or 'none'!r}, which neither transformers nor hf_elastic has; "
+            f"the config names the class {name or 'none'!r}, which is no model of transformers or hf_elastic; "
             "load the model yourself and pass it"
-        ) from None
+        )
     return found
 
 

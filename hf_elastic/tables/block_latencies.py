@@ -11,7 +11,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +23,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_elastic.architecture import is_finite
 from hf_elastic.blocks import BlockPart, BlockShape
 from hf_elastic.checkpoint.block_extraction import path_config
 from hf_elastic.checkpoint.extraction import build_model, extract
 from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
-from hf_elastic.files import read_json, write_json
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable, interpolated, moved_weights, shape_digest, spread
+from hf_elastic.tables.stored import read_table, write_table
 from hf_elastic.tables.timing import (
     MOST_ROUNDS,
+    TIMED_READERS,
     CachePool,
     Forward,
     Phase,
@@ -42,13 +42,13 @@ from hf_elastic.tables.timing import (
     Timer,
     measure_models,
     noise_of,
+    require_finished,
     require_measured_here,
+    sound_rounds,
     timed_in_rounds,
     typical,
     wall_clock,
 )
-
-FORMAT = 1
 
 
 class BlockKind(NamedTuple):
@@ -173,11 +173,7 @@ class BlockLatencyTable:
                 f"the latency table was measured on another model than this {type(supernet.model).__name__}, or one "
                 "with other candidate blocks; measure one for it"
             )
-        if not self.finished:
-            raise CheckpointError(
-                f"the latency table was interrupted after {len(self.rounds)} rounds; "
-                "call measure_block_latency_table with its path to go on"
-            )
+        require_finished(self, measured_by="measure_block_latency_table")
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON, whole or not at all.
@@ -185,7 +181,7 @@ class BlockLatencyTable:
         Raises:
             CheckpointError: it cannot be written.
         """
-        write_json(Path(path), {"format": FORMAT, **asdict(self)})
+        write_table(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> BlockLatencyTable:
@@ -194,43 +190,22 @@ class BlockLatencyTable:
         Raises:
             CheckpointError: the file holds none.
         """
-        data = read_json(Path(path))
-        try:
-            if data.pop("format") != FORMAT or set(data) != {entry.name for entry in fields(cls)}:
-                raise ValueError
-            made = cls(
-                **{
-                    **data,
-                    "setting": Setting(**data["setting"]),
-                    "shapes": tuple(BlockShape(**shape) for shape in data["shapes"]),
-                    "variants": tuple(map(tuple, data["variants"])),
-                    "rounds": tuple(map(tuple, data["rounds"])),
-                }
-            )
-            if not made._sound():
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                f"{path} holds no block latency table of format {FORMAT}; delete it and measure again"
-            ) from None
-        return made
+        readers = {
+            **TIMED_READERS,
+            "shapes": lambda shapes: tuple(BlockShape(**shape) for shape in shapes),
+            "variants": lambda variants: tuple(map(tuple, variants)),
+        }
+        return read_table(cls, path, name="block latency table", readers=readers, sound=cls._sound)
 
     def _sound(self) -> bool:
-        times = [seconds for found in self.rounds for seconds in found]
         places = [place for variant in self.variants for place in variant]
         sizes = [size for shape in self.shapes for size in list(asdict(shape).values())[1:]]
         return (
-            all(len(found) == len(self.variants) for found in self.rounds)
-            and all(type(seconds) is float and 0 < seconds < math.inf for seconds in times)
+            sound_rounds(self, models=len(self.variants))
             and all(type(number) is int for number in (*places, *sizes))
             and all(isinstance(shape.block, str) for shape in self.shapes)
             and len(set(self.shapes)) == len(self.shapes)
             and set(places) == set(range(len(self.shapes)))
-            and type(self.finished) is bool
-            and is_finite(self.spent)
-            and self.setting.sound
-            and isinstance(self.model, str)
-            and (bool(self.rounds) or not self.finished)
         )
 
     def __str__(self) -> str:

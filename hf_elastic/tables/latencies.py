@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_elastic.architecture import is_finite
 from hf_elastic.checkpoint.extraction import extract_shapes
 from hf_elastic.errors import CheckpointError, DataError
-from hf_elastic.files import read_json, write_json
 from hf_elastic.models import static_class_name
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import require_unrouted
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
+from hf_elastic.tables.stored import read_table, write_table
 from hf_elastic.tables.timing import (
     MOST_ROUNDS,
+    TIMED_READERS,
     CachePool,
     Forward,
     Phase,
@@ -39,13 +39,14 @@ from hf_elastic.tables.timing import (
     Setting,
     Timer,
     noise_of,
+    require_finished,
     require_measured_here,
+    sound_rounds,
     timed_in_rounds,
     typical,
     wall_clock,
 )
 
-FORMAT = 1
 NANOSECONDS = 1_000_000_000
 
 
@@ -199,11 +200,7 @@ class LatencyTable:
                 f"the latency table was measured on another model than this {type(supernet.model).__name__}; "
                 "measure one for it"
             )
-        if not self.finished:
-            raise CheckpointError(
-                f"the latency table was interrupted after {len(self.rounds)} rounds; "
-                "call measure_latency_table with its path to go on"
-            )
+        require_finished(self, measured_by="measure_latency_table")
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON, whole or not at all.
@@ -211,7 +208,7 @@ class LatencyTable:
         Raises:
             CheckpointError: it cannot be written.
         """
-        write_json(Path(path), {"format": FORMAT, **asdict(self)})
+        write_table(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -220,44 +217,23 @@ class LatencyTable:
         Raises:
             CheckpointError: the file holds none.
         """
-        data = read_json(Path(path))
-        try:
-            if data.pop("format") != FORMAT or set(data) != {entry.name for entry in fields(cls)}:
-                raise ValueError
-            made = cls(
-                **{
-                    **data,
-                    "setting": Setting(**data["setting"]),
-                    "kinds": tuple(data["kinds"]),
-                    "whole": tuple(Sizes(*sizes) for sizes in data["whole"]),
-                    "variants": tuple(Variant(*variant) for variant in data["variants"]),
-                    "rounds": tuple(map(tuple, data["rounds"])),
-                }
-            )
-            if not made._sound():
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                f"{path} holds no latency table of format {FORMAT}; delete it and measure again"
-            ) from None
-        return made
+        readers = {
+            **TIMED_READERS,
+            "kinds": tuple,
+            "whole": lambda whole: tuple(Sizes(*sizes) for sizes in whole),
+            "variants": lambda variants: tuple(Variant(*variant) for variant in variants),
+        }
+        return read_table(cls, path, name="latency table", readers=readers, sound=cls._sound)
 
     def _sound(self) -> bool:
-        times = [seconds for found in self.rounds for seconds in found]
         counts = [*self.kinds, *(number for sizes in (*self.whole, *self.variants) for number in sizes)]
         return (
-            all(len(found) == len(self.variants) for found in self.rounds)
-            and all(type(seconds) is float and 0 < seconds < math.inf for seconds in times)
+            sound_rounds(self, models=len(self.variants))
             and all(type(number) is int for number in counts)
             and set(self.kinds) == set(range(len(self.whole)))
             and all(-1 <= variant.kind < len(self.whole) for variant in self.variants)
             and any(variant.kind < 0 for variant in self.variants)
             and all(Variant(kind, *sizes) in self.variants for kind, sizes in enumerate(self.whole))
-            and type(self.finished) is bool
-            and is_finite(self.spent)
-            and self.setting.sound
-            and isinstance(self.model, str)
-            and (bool(self.rounds) or not self.finished)
         )
 
     def __str__(self) -> str:
@@ -275,13 +251,18 @@ def sizes_of(shape: LayerShape) -> Sizes:
     return Sizes(shape.num_key_value_heads if shape.attention else 0, shape.intermediate_size if shape.mlp else 0)
 
 
-def interpolated(known: Mapping[int, float], size: int, *, name: str) -> float:
+def interpolated(known: Mapping[int, float], size: int, *, name: str, table: str = "latency") -> float:
+    """What is known of a size; between known ones by linear interpolation.
+
+    Raises:
+        DataError: the table does not reach the size.
+    """
     if size in known:
         return known[size]
     below, above = [s for s in known if 0 < s < size], [s for s in known if s > size]
     if not size or not below or not above:
         raise DataError(
-            f"the latency table has no {name} of size {size}, only {sorted(known)}; measure it for this space"
+            f"the {table} table has no {name} of size {size}, only {sorted(known)}; measure it for this space"
         )
     low, high = max(below), min(above)
     share = (size - low) / (high - low)

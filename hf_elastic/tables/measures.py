@@ -68,6 +68,11 @@ class HiddenError(_AgainstParent):
             wanted = self._parent[index][kept].double()  # (tokens, D)
             error += float((hidden[kept].double() - wanted).square().sum())
             size += float(wanted.square().sum())
+        if not size:
+            raise DataError(
+                "the parent's last hidden states are zero on the held-out batches, so there is no share of them to "
+                "miss; check the weights and the batches"
+            )
         return error / size
 
 

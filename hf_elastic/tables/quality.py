@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from hf_elastic.architecture import is_finite
 from hf_elastic.errors import CheckpointError, DataError
-from hf_elastic.files import read_json, write_json
 from hf_elastic.fingerprints import fingerprint
 from hf_elastic.layers import evaluating
 from hf_elastic.least_squares import NormalEquations
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.repair.parent_streams import LayerStreams, ParentStreams, streams_of
-from hf_elastic.repair.refitting import RIDGE, repaired_shapes, solved_places
+from hf_elastic.repair.refitting import RIDGE, repaired_shapes, solved_places, within_dtype
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.streams import (
     MEMORY_LIMIT,
@@ -42,9 +41,10 @@ from hf_elastic.streams import (
     shaped,
 )
 from hf_elastic.supernet import Supernet
+from hf_elastic.tables.latencies import interpolated
 from hf_elastic.tables.measures import Measure, layer_outputs, measure_named
+from hf_elastic.tables.stored import read_table, write_table
 
-FORMAT = 1
 _GUIDE = 0.5  # rank correlation below which sums over layers say little
 _REACH = 3  # layers repaired behind one that is left out
 WHOLE = "layer"
@@ -88,7 +88,7 @@ class QualityTable:
         Raises:
             CheckpointError: it cannot be written.
         """
-        write_json(Path(path), {"format": FORMAT, **vars(self), "damages": [dict(entries) for entries in self.damages]})
+        write_table(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> QualityTable:
@@ -97,29 +97,26 @@ class QualityTable:
         Raises:
             CheckpointError: the file holds none.
         """
-        data = read_json(Path(path))
-        damages = data.get("damages")
-        sound = data.get("format") == FORMAT and isinstance(damages, list) and isinstance(data.get("measure"), str)
-        if not sound or not isinstance(data.get("fingerprint"), str) or not all(map(_is_row, damages or ())):
-            raise CheckpointError(f"{path} holds no quality table of format {FORMAT}; delete it and measure again")
-        return cls(data["measure"], data["fingerprint"], tuple(damages or ()))
+        return read_table(cls, path, name="quality table", readers={"damages": _rows}, sound=cls._sound)
+
+    def _sound(self) -> bool:
+        return isinstance(self.measure, str) and isinstance(self.fingerprint, str)
 
 
-def _is_row(entries: Any) -> bool:
-    return isinstance(entries, dict) and all(map(is_finite, entries.values()))
+def _rows(entries: Any) -> tuple[Mapping[str, float], ...]:
+    if not isinstance(entries, list):
+        raise TypeError
+    if not all(isinstance(row, dict) and all(map(is_finite, row.values())) for row in entries):
+        raise ValueError
+    return tuple(entries)
 
 
 def _interpolated(entries: Mapping[str, float], sublayer: str, size: int) -> float:
     exact = entries.get(f"{sublayer}/{size}")
     if exact is not None:
         return exact
-    known = sorted(int(name.partition("/")[2]) for name in entries if name.startswith(f"{sublayer}/"))
-    below, above = [s for s in known if 0 < s < size], [s for s in known if s > size]
-    if not below or not above:
-        raise DataError(f"the quality table has no {sublayer} of size {size}, only {known}; measure it for this space")
-    low, high = below[-1], above[0]
-    share = (size - low) / (high - low)
-    return (1 - share) * entries[f"{sublayer}/{low}"] + share * entries[f"{sublayer}/{high}"]
+    known = {int(name.partition("/")[2]): value for name, value in entries.items() if name.startswith(f"{sublayer}/")}
+    return interpolated(known, size, name=sublayer, table="quality")
 
 
 def measure_quality_table(
@@ -341,9 +338,13 @@ class _Measurement:
             weight, bias = kept_weight(projection)
             kept = shape.num_attention_heads * part.head_dim if kind == "attention" else shape.intermediate_size
             solved = sums[kind].prefix(kept).solve(weight[:kept], bias, ridge=self.ridge)
-            for place, values in solved_places(projection, solved):
+            pairs = [
+                (place, within_dtype(values, place.dtype, layer=part.index, sublayer=kind))
+                for place, values in solved_places(projection, solved)
+            ]
+            for place, values in pairs:
                 originals.append((place, place.clone()))
-                place.copy_(values.to(place.dtype))
+                place.copy_(values)
         try:
             with shaped(part, shape):
                 yield

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_elastic.architecture import is_finite
 from hf_elastic.costs import LATENCY_TOKENS, Latency, synchronise
 from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.supernet import Supernet
@@ -25,7 +26,7 @@ Phase = Literal["prefill", "decode"]
 Timer = Callable[[Callable[[], object]], float]
 """Runs a call to its end and returns how many seconds that took."""
 
-TimedTable = TypeVar("TimedTable", bound="Timed")
+AnyTimedTable = TypeVar("AnyTimedTable", bound="TimedTable")
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 _SHORT = 0.1  # seconds: before a shorter forward the same one runs untimed, so that it finds its own weights in caches
@@ -271,16 +272,24 @@ def noise_of(rounds: Sequence[Sequence[float]]) -> float:
     return statistics.median(statistics.median(column) / column[0] - 1 for column in columns)
 
 
-class Timed(Protocol):
+class TimedTable(Protocol):
     """A table that keeps rounds: a frozen dataclass.
 
     Attributes:
+        setting: where and how it was measured.
+        model: digest of what was measured.
         rounds: seconds of each model, by round.
         spent: seconds spent in forwards.
         finished: whether all rounds are done.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def setting(self) -> Setting: ...
+
+    @property
+    def model(self) -> str: ...
 
     @property
     def rounds(self) -> tuple[tuple[float, ...], ...]: ...
@@ -294,15 +303,49 @@ class Timed(Protocol):
     def save(self, path: str | Path) -> None: ...
 
 
+TIMED_READERS: Mapping[str, Callable[[Any], object]] = {
+    "setting": lambda setting: Setting(**setting),
+    "rounds": lambda rounds: tuple(map(tuple, rounds)),
+}
+"""How :func:`hf_elastic.tables.stored.read_table` makes the fields of any such table."""
+
+
+def sound_rounds(table: TimedTable, *, models: int) -> bool:
+    """Whether a table that was read holds what it should of so many models."""
+    times = [seconds for found in table.rounds for seconds in found]
+    return (
+        all(len(found) == models for found in table.rounds)
+        and all(type(seconds) is float and 0 < seconds < math.inf for seconds in times)
+        and type(table.finished) is bool
+        and is_finite(table.spent)
+        and table.setting.sound
+        and isinstance(table.model, str)
+        and (bool(table.rounds) or not table.finished)
+    )
+
+
+def require_finished(table: TimedTable, *, measured_by: str) -> None:
+    """Checks that all rounds are done.
+
+    Raises:
+        CheckpointError: they are not; it says what to call.
+    """
+    if not table.finished:
+        raise CheckpointError(
+            f"the latency table was interrupted after {len(table.rounds)} rounds; call {measured_by} with its path to "
+            "go on"
+        )
+
+
 def timed_in_rounds(
-    table: TimedTable,
+    table: AnyTimedTable,
     timed: Rounds,
     *,
     rounds: int,
     seconds: float,
     path: str | Path | None = None,
     progress: Callable[[int, int], object] | None = None,
-) -> TimedTable:
+) -> AnyTimedTable:
     """Adds rounds to a table until there are enough of them.
 
     Args:

@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -229,6 +230,7 @@ def _check_trainable(supernet: Supernet) -> None:
     with supernet.activate(supernet.space.smallest()):
         regions = supernet.active_regions()
     trained = [name for name, parameter in supernet.model.named_parameters() if parameter.requires_grad]
+    check_precision(supernet)
     if not trained:
         raise TrainingError(
             "the model is frozen, no parameter requires a gradient; load adapters with is_trainable=True, or call "
@@ -239,6 +241,20 @@ def _check_trainable(supernet: Supernet) -> None:
             "the smallest subnet skips all that is trained, so nothing of its step could be learned; let skip= and "
             "num_hidden_layers= leave a layer with an adapter, or train another module too (modules_to_save)"
         )
+
+
+def check_precision(supernet: Supernet) -> None:
+    """Check that no weight in float16 is trained: steps are lost in its rounding, and its second moments are zeros.
+
+    Raises:
+        TrainingError: One is.
+    """
+    for name, parameter in supernet.model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise TrainingError(
+                f"{name} is in float16, in which weights cannot be trained: call model.float() first (bf16=True in the "
+                "TrainingArguments still computes in half precision), or train adapters alone"
+            )
 
 
 def _check_distributed(supernet: Supernet, args: TrainingArguments, *, model: nn.Module) -> None:

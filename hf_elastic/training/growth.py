@@ -18,6 +18,7 @@ from hf_elastic import costs
 from hf_elastic.errors import TrainingError, UnsupportedModelError
 from hf_elastic.models.elastic_blocks import sizes_in_use
 from hf_elastic.supernet import Supernet
+from hf_elastic.training.callbacks import check_precision
 from hf_elastic.training.decay import check_restricted
 from hf_elastic.training.pca import Normalisation, PreActivations, check_score_settings, pca_score
 from hf_elastic.training.periods import (
@@ -184,6 +185,7 @@ class PCAGrowthCallback(ReleasedCallback, ExportableState):
         """
         self.release()
         announce(self, state)
+        check_precision(self.supernet)
         length = period_length(self.every, args, kwargs["train_dataloader"])
         periods = state.max_steps // length
         if state.global_step:

@@ -16,7 +16,7 @@ class Overrun:
 
     def __init__(self) -> None:
         self._over = False
-        self._epoch: float | None = None
+        self._epoch = 0.0
 
     def before_step(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer's step is one too many; take the gradients away if so, that nothing moves."""

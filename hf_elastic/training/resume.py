@@ -10,7 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,8 @@ def incompleteness(checkpoint: str | Path) -> str | None:
     It is whole if ``trainer_state.json`` (which the Trainer writes last) can be read, it has weights, all
     safetensors files are as long as their headers say, all ``torch.save`` files have their directory at the
     end, all shards of an index are there, and every file that the marker lists, if there is one, still has
-    its size.
+    its size. Without a marker, no later marker beside it may say that it had one: the Trainer removes the files
+    of old checkpoints in any order, and a run may be killed meanwhile.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -171,6 +172,8 @@ def incompleteness(checkpoint: str | Path) -> str | None:
         needed = set(sizes).union(*(_shards(file) for file in files if file.name.endswith(".index.json")))
     except (CheckpointError, AttributeError, KeyError, TypeError) as error:
         return str(error)
+    if not sizes and _was_marked(folder):
+        return f"its {MARKER} is gone, so that it was being removed"
     if missing := sorted(needed - {file.name for file in files}):
         return f"{missing[0]} is missing"
     if not any(file.suffix in (".safetensors", ".bin") and file.name not in _NO_WEIGHTS for file in files):
@@ -209,10 +212,22 @@ def _shards(index: Path) -> set[str]:
     return set(read_json(index)["weight_map"].values())
 
 
+def _was_marked(folder: Path) -> bool:
+    """Whether the marker of another checkpoint beside this one names it among those that had theirs."""
+    for marker in folder.absolute().parent.glob(f"checkpoint-*/{MARKER}"):
+        with suppress(CheckpointError):  # a broken one tells of its own checkpoint
+            if folder.absolute().name in list(read_json(marker).get("marked") or ()):
+                return True
+    return False
+
+
 def _mark(folder: Path, state: TrainerState) -> None:
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
     sizes = {file.name: file.stat().st_size for file in files if file.name != MARKER}
-    write_json(folder / MARKER, {"format": 1, "step": state.global_step, "files": sizes})
+    beside = {int(match[1]): path for path in folder.parent.iterdir() if (match := _FOLDER.fullmatch(path.name))}
+    marked = [path.name for step, path in beside.items() if step < state.global_step and (path / MARKER).is_file()]
+    data = {"format": 1, "step": state.global_step, "files": sizes, "marked": sorted(marked)}
+    write_json(folder / MARKER, data)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

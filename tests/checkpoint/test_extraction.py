@@ -15,7 +15,6 @@ from transformers import BertForPreTraining, OPTConfig, OPTForCausalLM, PreTrain
 from hf_elastic import FAMILIES, ArchitectureError, ElasticConfig, ExportError, extract, make_elastic
 
 ROWS = {row.model_type: row for row in FAMILIES}
-HEADS_NAME = {family: "num_key_value_heads" if family in GROUPED else "num_attention_heads" for family in CONFIGS}
 
 
 def logits(model: PreTrainedModel, **feed: torch.Tensor) -> torch.Tensor:

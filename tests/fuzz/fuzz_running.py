@@ -21,7 +21,7 @@ from fuzz_watching import Make, Place, Verdict, Watch, judge, limit_this_process
 
 BATCH = 100
 """Cases that one child runs."""
-_KILLED_AFTER = 30.0  # seconds without an answer
+_KILLED_AFTER = 60.0  # seconds without an answer, whoever else uses the processor
 _FAULT = "fault.txt"
 KINDS = ("exception", "message", "memory", "time", "write", "code", "asked", "pickle")
 

@@ -18,7 +18,7 @@ from typing import Any
 from hf_elastic.errors import ElasticError
 
 MEMORY, SECONDS = 512 * 2**20, 10.0
-"""Bytes by which the peak of a case may grow, and seconds that it may take."""
+"""Bytes by which the peak of a case may grow, and seconds of the processor that it may take."""
 _ROOM = 3 * 2**30  # address space beyond what the process has; a case that asks for more is refused by the system
 _LARGEST_FILE = 256 * 2**20
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -209,7 +209,7 @@ def judge(call: Callable[[], object], verdict: Verdict, *, watch: Watch, place: 
     os.chdir(place.root)
     tempfile.tempdir = str(place.tmp)
     gc.collect()
-    base, began = _reset_peak(), time.perf_counter()
+    base, began = _reset_peak(), time.process_time()
     watch.start(place)
     try:
         call()
@@ -228,7 +228,7 @@ def judge(call: Callable[[], object], verdict: Verdict, *, watch: Watch, place: 
         _judge_memory(error, verdict)
     finally:
         seen = watch.stop()
-    verdict.seconds = round(time.perf_counter() - began, 4)
+    verdict.seconds = round(time.process_time() - began, 4)
     verdict.memory = max(0, _status()["VmHWM"] - base)
     if verdict.memory > MEMORY:
         verdict.findings["memory"] = f"{verdict.memory / 2**20:.0f} MiB"

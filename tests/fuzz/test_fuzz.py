@@ -29,11 +29,6 @@ CASES, MANY = 300, 4_000
 KNOWN: dict[str, set[str]] = {
     # transformers' own: it takes memory for tensors of other sizes than the file's before it refuses them.
     "AutoModel of our types": {"memory", "time"},
-    # hf_elastic/runtimes/opening.py reads a config and weights without looking at them first.
-    "runtimes": {"exception", "memory", "time"},
-    "packed integers": {"exception", "memory", "time", "pickle"},
-    "info of a folder": {"exception", "memory", "time"},
-    "pickles and code": {"exception", "pickle"},
 }
 """What falls short, see docs/reliability.md; everything else is a failure."""
 

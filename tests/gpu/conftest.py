@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_checkpoints
 import torch
-import transformers
 from transformers import TrainingArguments
 
 VARIABLE = "HF_ELASTIC_TEST_DEVICE"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for where everything is deterministic
-KINDS: dict[str, Callable[[Path], Path]] = {
-    "embedding": tiny_checkpoints.sentence_encoder,
-    "masked-lm": tiny_checkpoints.masked_model,
-    "classification": tiny_checkpoints.classifier,
-    "causal-lm": tiny_checkpoints.language_model,
-}
 TESTS = Path(__file__).resolve().parents[1]
 
 # Helpers of the tests of each part are imported by their names.
@@ -46,12 +38,8 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity_warning()
-    transformers.logging.enable_progress_bar()
+def always_quiet(quiet: None) -> None:
+    """All of these tests are."""
 
 
 @pytest.fixture
@@ -64,26 +52,3 @@ def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
         return TrainingArguments(**settings(str(tmp_path / f"run-{device}"), **{**where, **changes}))
 
     return build
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny checkpoint by its kind; read only."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = KINDS[kind](root / kind)
-        return made[kind]
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Text, or labelled rows, that fit a kind of checkpoint; read only."""
-    root = tmp_path_factory.mktemp("data")
-    text = tiny_checkpoints.write_text(root / "text.txt")
-    rows = tiny_checkpoints.write_rows(root / "rows.jsonl")
-    return lambda kind: rows if kind == "classification" else text

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from killed_compress import options
+from tiny_checkpoints import options
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import elm_runs
 import pytest
 import typer
 from command_line import Command
@@ -21,19 +20,11 @@ from hf_elastic.errors import DataError, SearchError
 from hf_elastic.pipeline import elm_reproduction
 from hf_elastic.pipeline.elm_reproduction import teacher_with_tokenizer
 from hf_elastic.pipeline.reproduction import reproduce
-from hf_elastic.spaces import ELM_SIZES
 
+pytestmark = pytest.mark.usefixtures("nano")
 Find = Callable[[str], Path]
 FAST = ["--size", "nano", "--steps", "10", "--batch-size", "4", "--sequence-length", "16", "--evaluations", "6",
         "--device", "cpu"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nano() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        elm_runs.prepare(patch.setattr)
-        yield
-    del ELM_SIZES["nano"]  # type: ignore[attr-defined]
 
 
 def test_the_command_has_every_option_with_the_default_of_python() -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import elm_runs
 import pytest
 from block_models import path, supernet_of, tiny
 from elm_runs import options
@@ -19,17 +18,9 @@ from hf_elastic.pipeline.elm_data import read_texts, require_stock
 from hf_elastic.pipeline.elm_options import in_words_of_options
 from hf_elastic.pipeline.elm_plan import describe_plan, new_supernet, plan_of
 from hf_elastic.pipeline.elm_table import written_as
-from hf_elastic.spaces import ELM_SIZES
 
+pytestmark = pytest.mark.usefixtures("nano")
 Find = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nano() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        elm_runs.prepare(patch.setattr)
-        yield
-    del ELM_SIZES["nano"]  # type: ignore[attr-defined]
 
 
 def silent(chosen: ElmOptions) -> None:

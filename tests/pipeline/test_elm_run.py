@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import elm_runs
 import pytest
 import torch
 import transformers
@@ -28,19 +27,11 @@ from hf_elastic.pipeline.elm_plan import plan_of
 from hf_elastic.pipeline.elm_table import FOUND, FUSED, RETRAINED, TEACHER
 from hf_elastic.pipeline.tasks import load_tokenizer
 from hf_elastic.report import describe_folder
-from hf_elastic.spaces import ELM_SIZES
 
+pytestmark = pytest.mark.usefixtures("nano")
 Find = Callable[[str], Path]
 NAMES = [TEACHER, FOUND, FUSED, RETRAINED]
 STAGES = ["supernet", "search", "fusion", "retrain", "compare", "export"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nano() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        elm_runs.prepare(patch.setattr)
-        yield
-    del ELM_SIZES["nano"]  # type: ignore[attr-defined]
 
 
 def silent(chosen: ElmOptions) -> ElmResult:

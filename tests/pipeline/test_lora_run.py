@@ -215,3 +215,16 @@ def test_an_output_of_someone_else_is_left_alone(checkpoint: Find, data: Find, t
     with pytest.raises(CheckpointError, match="no run made it"):
         silent(given(checkpoint, data, tmp_path / "out", "classification"))
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_a_checkpoint_without_statistics_that_cannot_be_removed_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stuck = tmp_path / "checkpoint-2"
+    stuck.mkdir()
+    monkeypatch.setattr(lora_run, "last_complete_checkpoint", lambda folder: str(stuck) if stuck.is_dir() else None)
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="cannot be removed; delete it"):
+        patched.setattr(lora_run, "remove_folder", lambda folder: None)
+        lora_run._resumable(tmp_path)
+    assert lora_run._resumable(tmp_path) is None
+    assert not stuck.exists()

@@ -220,7 +220,7 @@ def test_bad_checkpoints_are_one_line(
     assert is_one_line(score_command(whole, "--setting", "trained"), "is no benchmark file")
     cut = Path(shutil.copytree(whole, tmp_path / "cut"))
     (cut / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:3000])
-    assert is_one_line(score_command(cut), "cannot be read")
+    assert is_one_line(score_command(cut), "model.safetensors is truncated or no safetensors file")
     (tmp_path / "taken").write_text("")
     assert is_one_line(score_command(whole, "--json", tmp_path / "taken" / "score.json"), "cannot write")
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_checkpoints
-import transformers
 
 from hf_elastic.pipeline import CompressRun, ElmRun, LoraRun
 
@@ -18,12 +16,8 @@ from recorded_runs import Make  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity_warning()
-    transformers.logging.enable_progress_bar()
+def always_quiet(quiet: None) -> None:
+    """All of these tests are."""
 
 
 def _silent(text: str) -> None:

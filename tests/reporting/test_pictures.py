@@ -10,7 +10,8 @@ import tiny_checkpoints
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, make_elastic
-from hf_elastic.reporting.pictures import ModelSizes, in_words, layers_of_architecture, layers_of_export
+from hf_elastic.models import elastic_layers
+from hf_elastic.reporting.pictures import MOST_LAYERS, ModelSizes, in_words, layers_of_architecture, layers_of_export
 
 SPACES = {
     "per layer": ElasticConfig(
@@ -72,6 +73,7 @@ def test_an_export_tells_its_layers() -> None:
 
 
 def test_more_layers_than_any_model_has_are_not_drawn() -> None:
+    assert MOST_LAYERS == elastic_layers.MOST_LAYERS
     config = {"num_hidden_layers": 10**10, "intermediate_size": 8, "num_attention_heads": 2}
     with pytest.raises(ValueError, match="10000000000 layers are more than any model has"):
         ModelSizes.from_config(config)

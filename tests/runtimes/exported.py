@@ -12,7 +12,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_elastic import export, make_elastic
-from hf_elastic.runtimes.opening import open_model
 
 MIXED = {"ffn0": 16, "heads0": 1, "skip1": "attention", "ffn2": 24}
 """Layers of three shapes, one of them without attention."""
@@ -58,13 +57,6 @@ def batch(model: PreTrainedModel, *, left: bool = False, seed: int = 7) -> dict[
         place = slice(0, padding) if left else slice(11 - padding, None)
         mask[row, place] = 0
     return {"input_ids": ids.masked_fill(mask == 0, model.config.pad_token_id or 0), "attention_mask": mask}
-
-
-def torch_outputs(folder: Path, feed: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, Any]:
-    """What torch gives: the model of a folder, and its outputs."""
-    model = open_model(folder)
-    with torch.no_grad():
-        return model, model(**feed)
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from tiny_checkpoints import bert_tokenizer, sentence_encoder, sentences
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes the scripts importable as they are when run, and puts back what they set for their process."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("scripts")
 
 
 def row(model: str, *, speedup: float, kept: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from timed_tables import FormulaTimer, check_an_interrupted_measurement_goes_on
 from tiny_models import supernet_of
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,23 +84,11 @@ def sized(call: Any) -> float:
     return CONSTANT + sum(parameter.numel() for parameter in call.model.parameters()) / 1e5
 
 
-class FakeTimer:
-    """Seconds by a formula of the model that would run, asked once per forward."""
+class FakeTimer(FormulaTimer):
+    """Seconds by a formula of the model that would run, of its parameters where none is given."""
 
-    def __init__(
-        self, truth: Callable[[Any], float] = sized, *, noise: float = 0.0, fails_at: int | None = None
-    ) -> None:
-        self.truth, self.noise, self.fails_at = truth, noise, fails_at
-        self.calls, self.known = 0, dict[Any, float]()
-        self.rng = random.Random(0)
-
-    def __call__(self, call: Any) -> float:
-        self.calls += 1
-        if self.calls == self.fails_at:
-            raise KeyboardInterrupt
-        if call not in self.known:
-            self.known[call] = self.truth(call)
-        return self.known[call] * (1 + self.noise * abs(self.rng.gauss(0, 1)))
+    def __init__(self, truth: Callable[[Any], float] = sized, **options: Any) -> None:
+        super().__init__(truth, **options)
 
 
 def measured(supernet: Supernet, timer: FakeTimer | None = None, **options: Any) -> BlockLatencyTable:
@@ -295,23 +284,9 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_measurement_goes_on_with_the_rest_only(tmp_path: Path) -> None:
-    supernet, file, seen = small(), tmp_path / "table.json", []
-    whole = measured(supernet, rounds=5)
-    count = len(whole.variants)
-    with pytest.raises(KeyboardInterrupt):
-        measured(supernet, FakeTimer(fails_at=count * 3 + 4), rounds=5, path=file)
-    half = BlockLatencyTable.load(file)
-    assert len(half.rounds) == 2
-    with pytest.raises(CheckpointError, match="interrupted after 2 rounds; call measure_block_latency_table with"):
-        half.predict(supernet, supernet.space.largest())
-    timer = FakeTimer()
-    table = measured(supernet, timer, rounds=5, path=file, progress=lambda *now: seen.append(now))
-    assert timer.calls == count * (1 + 3)  # a round to warm up, three that were missing
-    assert seen == [(3, 5), (4, 5), (5, 5)]
-    assert (table.rounds, table.fit) == (whole.rounds, whole.fit)
-    timer = FakeTimer()
-    assert measured(supernet, timer, rounds=5, path=file) == table
-    assert timer.calls == 0
+    check_an_interrupted_measurement_goes_on(
+        measured, FakeTimer, small(), file=tmp_path / "table.json", call="measure_block_latency_table"
+    )
 
 
 def test_measuring_ends_when_the_time_is_spent_but_not_before_three_rounds() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from timed_tables import FormulaTimer, check_an_interrupted_measurement_goes_on
 from tiny_models import supernet_of, tiny
 
 from hf_elastic import CheckpointError, DataError, ElasticConfig, Supernet, make_elastic, objectives
@@ -50,19 +51,11 @@ def additive(sizes: Sequence[tuple[int, int]]) -> float:
     return 0.5 + sum(0.25 * (keys > 0) + 0.01 * keys + 0.125 * (width > 0) + 0.005 * width for keys, width in sizes)
 
 
-class FakeTimer:
+class FakeTimer(FormulaTimer):
     """Seconds by a formula of the sizes of the model that would run; nothing runs."""
 
-    def __init__(self, truth: Truth = additive, *, noise: float = 0.0, fails_at: int | None = None) -> None:
-        self.truth, self.noise, self.fails_at = truth, noise, fails_at
-        self.calls = 0
-        self.rng = random.Random(0)
-
-    def __call__(self, call: Any) -> float:
-        self.calls += 1
-        if self.calls == self.fails_at:
-            raise KeyboardInterrupt
-        return self.truth(sizes_seen(call.model)) * (1 + self.noise * abs(self.rng.gauss(0, 1)))
+    def __init__(self, truth: Truth = additive, **options: Any) -> None:
+        super().__init__(lambda call: truth(sizes_seen(call.model)), **options)
 
 
 def made(family: str = "bert", head: str = "base", **changes: Any) -> Supernet:
@@ -218,23 +211,9 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_measurement_goes_on_with_the_rest_only(tmp_path: Path) -> None:
-    supernet, file, seen = made(), tmp_path / "table.json", []
-    whole = measured(supernet, rounds=5)
-    count = len(whole.variants)
-    with pytest.raises(KeyboardInterrupt):
-        measured(supernet, FakeTimer(fails_at=count * 3 + 4), rounds=5, path=file)
-    half = LatencyTable.load(file)
-    assert len(half.rounds) == 2
-    with pytest.raises(CheckpointError, match="interrupted after 2 rounds"):
-        half.predict(supernet, supernet.space.largest())
-    timer = FakeTimer()
-    table = measured(supernet, timer, rounds=5, path=file, progress=lambda *now: seen.append(now))
-    assert timer.calls == count * (1 + 3)  # a round to warm up, three that were missing
-    assert seen == [(3, 5), (4, 5), (5, 5)]
-    assert table.rounds == whole.rounds
-    timer = FakeTimer()
-    assert measured(supernet, timer, rounds=5, path=file) == table
-    assert timer.calls == 0
+    check_an_interrupted_measurement_goes_on(
+        measured, FakeTimer, made(), file=tmp_path / "table.json", call="measure_latency_table"
+    )
 
 
 @pytest.mark.parametrize(

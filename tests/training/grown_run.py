@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from own_processes import started, wait_for
 from tiny_training import TOKENS, VOCABULARY, seeded, settings, weights
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -287,23 +287,7 @@ def shared(output_dir: str, *, batch: int) -> tuple[Supernet, PCAGrowthCallback]
 
 def run_alone(task: str, folder: Path, *environments: dict[str, str]) -> None:
     """Run this file in as many processes as there are environments."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parents[1]), str(here), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, task, str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for environment in environments
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert {process.returncode for process in processes} == {0}, "".join(output[-3000:] for output in outputs)
+    wait_for([started(__file__, task, str(folder), **environment) for environment in environments])
 
 
 def main(task: str, folder: str) -> None:

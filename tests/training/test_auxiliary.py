@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_routed import EVERY_KIND, plain, routed
-from tiny_training import llama_supernet, texts
+from tiny_training import GradientsOfFirstStep, llama_supernet, texts
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_elastic import Supernet
 from hf_elastic.distillation import label_mask, logits_loss
@@ -31,16 +31,6 @@ Arguments = Callable[..., TrainingArguments]
 PARENT = Distillation(teacher="parent", label_weight=0)
 ONE_STEP = {"max_steps": 1, "max_grad_norm": 0.0, "weight_decay": 0.0}
 WEIGHTS = RoutingLosses(tokens=0.3, balance=0.7)
-
-
-class GradientsOfFirstStep(TrainerCallback):
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if not self.found:
-            named = kwargs["model"].named_parameters()
-            self.found = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def first_gradients(supernet: Supernet, args: TrainingArguments, **kwargs: Any) -> dict[str, Tensor]:

@@ -5,10 +5,7 @@ Run as a script it is one of two ranks, see the last test.
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_processes import run_two_ranks
 from safetensors.torch import load_file, save_file
 from tiny_training import (
     VOCABULARY,
@@ -320,26 +318,7 @@ def all_weights(trainer: ElasticTrainer) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_two_ranks_keep_equal_maps_and_train_as_one_process(tmp_path: Path) -> None:
-    here = Path(__file__).resolve()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        environment = {
-            **os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parent), *sys.path]),
-        }  # fmt: skip
-        command = [sys.executable, str(here), str(tmp_path), rank]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    ranks = run_two_ranks(__file__, tmp_path)
     for case in ("mse", "pearson", "blocks"):
         assert same(ranks[0][case], ranks[1][case])
     alone = all_weights(distributed(str(tmp_path / "alone"), distance="mse", batch=8))  # a mean over tokens: as one

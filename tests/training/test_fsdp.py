@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from own_processes import run_two_ranks
 from sharded_run import CASES, supernet_of, train
-from test_distributed import free_port
-
-
-def run_two_ranks(folder: Path) -> list[dict[str, Any]]:
-    """Return what each of two ranks ended with."""
-    here, port = Path(__file__).parent, free_port()
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here), *sys.path]),
-        }  # fmt: skip
-        command = [sys.executable, str(here / "sharded_run.py"), str(folder), str(rank)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.slow
 def test_sharded_subnets_have_the_losses_gradients_and_weights_of_one_process(tmp_path: Path) -> None:
-    ranks = run_two_ranks(tmp_path)
+    ranks = run_two_ranks("sharded_run.py", tmp_path)
     for case in CASES:
         alone = train(supernet_of(case), rank=0, ranks=1, whole=lambda tensor: tensor)
         smaller = [a for a in alone["architectures"] if a != dict(supernet_of(case).space.largest())]

@@ -39,7 +39,7 @@ from grown_run import (
     run_alone,
     shared,
 )
-from test_distributed import free_port
+from own_processes import rank_environments
 from tiny_training import bert_supernet, same, weights
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, Trainer, TrainerCallback, TrainingArguments
@@ -301,8 +301,7 @@ def test_killed_runs_go_on_bit_equal(tmp_path: Path, whole: Any) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_grow_alike_and_as_one_process_does(tmp_path: Path) -> None:
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    run_alone("ranks", tmp_path, *({**group, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(2)))
+    run_alone("ranks", tmp_path, *rank_environments())
     one, other = (torch.load(tmp_path / f"rank{n}.pt") for n in range(2))
     alone = shared(str(tmp_path / "alone"), batch=4)[1].history
     assert one["history"] == other["history"] == alone.to_dict()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from block_models import supernet_of
+from own_processes import run_two_ranks, started
 from safetensors.torch import load_file
 from tiny_training import bert_supernet, same, sentences, settings, texts, weights
 from torch import Tensor
@@ -421,17 +421,9 @@ def test_the_elastic_trainer_takes_it_too(arguments: Arguments) -> None:
 # --- processes of their own
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parents[1]), str(here), *sys.path])
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
-    command = [sys.executable, __file__, str(folder), *arguments]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path: Path) -> None:
-    process = start(tmp_path, "killed")
+    process = started(__file__, str(tmp_path), "killed")
     assert (process.wait(timeout=240), process.stdout) and process.returncode == -signal.SIGKILL
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
     resumed, _ = run(tmp_path, "elastic_bert", resume=6)
@@ -441,17 +433,7 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_end_with_equal_weights_and_heads(tmp_path: Path) -> None:
-    from test_distributed import free_port
-
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(tmp_path, "rank", RANK=str(n), LOCAL_RANK=str(n), **shared) for n in range(2)]
-    try:
-        logs = [process.communicate(timeout=240)[0].decode() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], logs[0][-3000:] + logs[1][-3000:]
-    first, second = (torch.load(tmp_path / f"rank{n}.pt") for n in range(2))
+    first, second = run_two_ranks(__file__, tmp_path)
     assert first.keys() == second.keys() and len(first) == len(MODES)
     for mode, (heads, found) in first.items():
         assert heads == second[mode][0] and any(heads), mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from hf_elastic import Supernet, make_elastic
 from hf_elastic.errors import CheckpointError, TrainingError
 from hf_elastic.training import ElasticTrainer, PCAGrowthCallback, RandomSubnet
 from hf_elastic.training.periods import ends_with_step
-
-Resume = Callable[..., Supernet]
 
 
 def resumed(supernet: Supernet, folder: Path, *given: TrainerCallback, rows: Any, elastic: bool = False) -> None:

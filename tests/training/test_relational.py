@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import CONFIGS, inputs, supernet_of, tiny
-from tiny_training import VOCABULARY, bert, bert_config, bert_supernet, seeded, sentences, texts, weights
+from tiny_training import (
+    VOCABULARY,
+    GradientsOfFirstStep,
+    bert,
+    bert_config,
+    bert_supernet,
+    seeded,
+    sentences,
+    texts,
+    weights,
+)
 from torch import Tensor, nn
-from transformers import BertForMaskedLM, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import BertForMaskedLM, PreTrainedModel, TrainingArguments
 
 from hf_elastic import ElasticConfig, Supernet, make_elastic
 from hf_elastic.distillation import dist_loss, label_mask, logits_loss, pearson_hidden_loss
@@ -25,18 +35,6 @@ Arguments = Callable[..., TrainingArguments]
 WIDTHS = ElasticConfig(intermediate_size=[16, 48])
 ONE_STEP = {"max_steps": 1, "max_grad_norm": 0.0, "weight_decay": 0.0}
 BLOCKS = ["standard", "standard-qv", "bottleneck", "bottleneck-kv"]
-
-
-class GradientsOfFirstStep(TrainerCallback):
-    """Keeps the gradients that reach the first optimizer step, of the model and of the fit layers."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if not self.found:
-            named = kwargs["model"].named_parameters()
-            self.found = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def trainer_of(supernet: Supernet, plan: Distillation, args: TrainingArguments, **kwargs: Any) -> ElasticTrainer:

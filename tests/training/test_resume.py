@@ -207,6 +207,23 @@ def test_the_marker_tells_of_a_file_that_is_missing_or_shorter(
     assert incompleteness(folder) is not None
 
 
+def test_a_checkpoint_whose_removal_was_killed_is_not_whole_whatever_is_left_of_it(
+    finished: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """The Trainer removes files of old checkpoints one after the other, the marker maybe first."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    old = folder / "checkpoint-4"
+    assert incompleteness(old) is None
+    (old / MARKER).unlink()
+    for file in ("", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        if file:
+            (old / file).unlink()
+        assert "was being removed" in str(incompleteness(old))
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-6")
+    (folder / "checkpoint-6" / MARKER).unlink()  # the newest, killed before it was marked, is named by nobody
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-6")
+
+
 def test_the_marker_of_an_earlier_run_is_gone_before_its_checkpoint_is_written_again(
     finished: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import bert, bert_supernet, llama_supernet, same, sentences, texts, weights
+from tiny_training import GradientsOfFirstStep, bert, bert_supernet, llama_supernet, same, sentences, texts, weights
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -38,18 +38,6 @@ from hf_elastic.training import (
 )
 
 Arguments = Callable[..., TrainingArguments]
-
-
-class GradientsOfFirstStep(TrainerCallback):
-    """Keeps the gradients that reach the first optimizer step."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if not self.found:
-            named = kwargs["model"].named_parameters()
-            self.found = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def first_gradients(supernet: Supernet, args: TrainingArguments, **kwargs: Any) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -13,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    TrainerCallback,
 )
 
 from hf_elastic import ElasticConfig, Supernet, make_elastic
@@ -114,3 +116,15 @@ def settings(output_dir: str, **changes: Any) -> dict[str, Any]:
         "use_cpu": True,
     }
     return {**quiet, **changes}
+
+
+class GradientsOfFirstStep(TrainerCallback):
+    """Keeps the gradients that reach the first optimizer step, of the model and of the fit layers."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if not self.found:
+            named = kwargs["model"].named_parameters()
+            self.found = {name: p.grad.clone() for name, p in named if p.grad is not None}

