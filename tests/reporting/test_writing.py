@@ -212,7 +212,6 @@ def test_a_folder_that_is_no_run_is_refused_and_the_run_beside_it_named(run: Pat
         {"tables": {"predicted": [1.0, 2.0], "measured": [1.0, float("nan")], "finished": True}},
         {"recover": {"losses": [{"step": 1, "loss": float("inf")}]}},
         {"search": {"seconds": 10**400}},
-        {"check": {"predicted_speedup": 2.0, "measured_speedup": 2.0, "budgets": [{"met": 1, "sentence": "\ud800"}]}},
     ],
 )
 def test_a_record_of_something_else_is_an_error_and_no_page(run: Path, damage: dict[str, Any]) -> None:
@@ -221,6 +220,14 @@ def test_a_record_of_something_else_is_an_error_and_no_page(run: Path, damage: d
     ) as caught:
         write_report(change(run, **damage))
     assert "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+def test_a_record_with_half_a_character_is_an_error_and_no_page(run: Path) -> None:
+    budgets = [{"met": 1, "sentence": "\ud800"}]
+    with pytest.raises(CheckpointError, match=r"result.json is no JSON file: .*surrogates not allowed") as caught:
+        write_report(change(run, check={"predicted_speedup": 2.0, "measured_speedup": 2.0, "budgets": budgets}))
+    assert str(caught.value).isprintable()
     assert not (run / "report.html").exists()
 
 
