@@ -13,5 +13,7 @@ PART = "rivals"
 
 def lines(options: argparse.Namespace) -> list[Line]:
     """Lines of both, each in an environment of its own below ``--work``."""
-    given = ["--work", str(Path(options.work) / PART), "--pairs", str(options.pairs)]
+    given = ["--work", str(Path(options.work) / PART), "--data", str(options.data)]
+    for name in ("pairs", "layers", "batch", "length"):
+        given += [f"--{name}", str(getattr(options, name))]
     return rivals.rows(rivals.parsed(given))

@@ -119,7 +119,7 @@ def times(rival: Rival, ours: Ours, options: argparse.Namespace, *, names: tuple
     loaded = rival.run("load", family=family, folder=str(folder)).found
     with torch.inference_mode():
         expected = ours.model(input_ids=ids)[0]
-    if float((expected - torch.load(folder / "theirs.pt")).abs().max()) > SAME * float(expected.abs().max()):
+    if not float((expected - torch.load(folder / "theirs.pt")).abs().max()) <= SAME * float(expected.abs().max()):
         raise RivalError(f"not comparable: the whole {family} gives other values there")
     mine = sorted(list(weight.shape) for weight in ours.prune().parameters())
     if mine != rival.run("prune", family=family).found["shapes"]:

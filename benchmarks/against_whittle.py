@@ -139,7 +139,7 @@ def require(first: Any, second: Any, what: str) -> None:
     """Raises where two results that are to be equal are not, relative to the larger."""
     a, b = torch.as_tensor(first), torch.as_tensor(second)
     worst, largest = float((a - b).abs().max()), float(a.abs().max())
-    if worst > SAME * largest:
+    if not worst <= SAME * largest:
         raise RivalError(f"not comparable: {what} differs by {worst:.1e} of {largest:.1e}")
 
 

@@ -19,7 +19,7 @@ COLUMNS = (
 """``ratio`` is the median of ours over theirs; ``low`` and ``high`` are its 95 % bootstrap interval."""
 
 
-def line(part: str, what: str, against: str, measure: str, **found: Any) -> Line:
+def line(part: str, what: str, against: str, measure: str = "", **found: Any) -> Line:
     """A line; columns that are not given are empty.
 
     Raises:

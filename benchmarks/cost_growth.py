@@ -25,6 +25,7 @@ from hf_elastic.search import AdditiveTable
 from hf_elastic.space import Choice, SearchSpace
 
 PART = "growth"
+WORKER_REPEATS = 3
 LINEAR, CUBIC, KEPT = Bar("at most", 1.2), Bar("at most", 3.0), Bar("at least", 0.9)
 Made = Callable[[], Callable[[], object]]
 
@@ -181,14 +182,17 @@ def working(options: argparse.Namespace) -> list[Line]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from tests.workers.postgres_server import running_server, why_not
 
-    names = ("workers that share a search in PostgreSQL", "number of workers", "slope of evaluations a second")
+    what = "workers that share a search in PostgreSQL (each evaluation sleeps)"
+    names = (what, "number of workers", "slope of evaluations a second")
     if reason := why_not():
         return [line(PART, *names, note=f"not run: {reason}")]
     rates: dict[int, list[float]] = {}
     with running_server() as server:
         for count in (1, 2, 4):
-            shared = workers.shared(
-                server.new_database(), workers=count, evaluations=30 * count, seconds=options.evaluation_seconds
-            )
-            rates[count] = [shared["evaluations_a_second"]]
+            rates[count] = [
+                workers.shared(
+                    server.new_database(), workers=count, evaluations=20 * count, seconds=options.evaluation_seconds
+                )["evaluations_a_second"]
+                for _ in range(WORKER_REPEATS)
+            ]
     return [sloped((names[0], "workers"), rates, bar=KEPT, measure=names[2])]

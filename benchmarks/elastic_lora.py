@@ -90,6 +90,17 @@ class Pair:
         self.supernet.model.load_state_dict(self.stock.state_dict())
         self.rule, self.drawn = he.RandomSubnet(seed=0), 0
 
+    def check(self, passes: Passes) -> None:
+        """Shows that both compute the same at the largest ranks.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        with torch.inference_mode():
+            ours, stock = (model(input_ids=passes.ids).logits for model in (self.supernet.model, self.stock))
+        if not float((ours - stock).abs().max()) <= 1e-5 * float(stock.abs().max()):
+            raise RuntimeError("elastic LoRA at its largest ranks is not peft's LoRA")
+
     def at_random(self, run: Callable[[nn.Module], None]) -> None:
         (architecture,) = self.rule.draw(self.supernet.space, self.drawn, 0)
         self.drawn += 1
@@ -102,6 +113,7 @@ def timed(
 ) -> list[dict[str, Any]]:
     """Rows of ratios of one family."""
     rows = []
+    pair.check(passes)
     other = copy.deepcopy(pair.stock) if "control" in parts else None
     for name, run in passes.named().items():
         def stock(run: Callable[[nn.Module], None] = run) -> None:

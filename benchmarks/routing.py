@@ -108,6 +108,8 @@ def prefill_rows(family: str, options: argparse.Namespace, clock: Clock) -> list
         architecture = half(supernet, *halved)
         left = macs_left(supernet, architecture, batch) if halved else 1.0
         with supernet.activate(architecture), torch.inference_mode():
+            if not halved and not torch.equal(supernet.model(**batch)[0], parent(**batch)[0]):
+                raise RuntimeError(f"{family}: the routed model at full capacity is not its parent")
             pairs = paired_seconds(
                 lambda: supernet.model(**batch), lambda: parent(**batch), pairs=options.pairs, clock=clock
             )

@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +41,7 @@ PARTS: Mapping[str, str] = {
     "gpu": "against_gpu",
 }  # fmt: skip
 """Name of a part: module with a function ``lines(options)``."""
+PLACES = ("parts", "json", "work", "data", "parent")  # options that no number depends on
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -57,8 +59,20 @@ def main(given: Sequence[str] | None = None) -> None:
         try:
             found = import_module(PARTS[part]).lines(options)
         except Missing as missing:
-            found = [line(part, "not run", "", "", note=str(missing))]
-        write(Path(options.json), part, {"lines": found, "seconds": time.perf_counter() - began, "machine": machine})
+            found = [line(part, "not run", "", note=str(missing))]
+        except Exception as error:  # the other parts go on; the table says what stopped this one
+            traceback.print_exc()
+            found = [line(part, "broke off", "", note=f"{type(error).__name__}: {error}".splitlines()[0])]
+        spent = time.perf_counter() - began
+        write(
+            Path(options.json), part,
+            {"lines": found, "seconds": spent, "machine": machine, "settings": settings_of(options)},
+        )  # fmt: skip
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Sizes and counts that numbers depend on, without places."""
+    return {name: value for name, value in vars(options).items() if name not in PLACES}
 
 
 def write(file: Path, part: str, found: Mapping[str, Any]) -> None:

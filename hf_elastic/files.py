@@ -7,7 +7,6 @@ locked, so whoever writes the same file or folder next removes it.
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import logging
@@ -40,7 +39,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
+        remove_half_written(path)
         aside, lock = _locked_aside(path, folder=False)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
@@ -197,7 +196,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
     """
     place = folder / "files"
     try:
-        _remove_abandoned(place)
+        remove_half_written(place)
         aside, lock = _locked_aside(place, folder=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
@@ -225,18 +224,12 @@ def remove_folder(folder: Path) -> None:
             lock.release()
 
 
-def remove_half_written(target: Path) -> None:
-    """Removes what :func:`whole_folder` left beside a folder when it was killed; nobody else may be writing there."""
-    for aside in target.parent.glob(f".{glob.escape(target.name)}.*/"):
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _prepared(target: str | Path, *, overwrite: bool) -> tuple[Path, list[Path]]:
     """Checks the target and makes the folders above it; returns it and what was made, innermost first."""
     made: list[Path] = []
     try:
         final = Path(target).expanduser().resolve()  # behind a link: the folder is replaced, the link stays
-        _remove_abandoned(final)
+        remove_half_written(final)
         if final.exists() and not final.is_dir():
             raise CheckpointError(f"{final} is a file, expected a folder to write to")
         if final.is_dir() and any(final.iterdir()) and not overwrite:
@@ -294,7 +287,7 @@ def _locked_aside(final: Path, *, folder: bool, end: str = _ASIDE) -> tuple[Path
         lock.release()
 
 
-def _remove_abandoned(final: Path) -> None:
+def remove_half_written(final: Path) -> None:
     """Removes what killed processes left beside a file or folder that they were writing; gives back what they replaced.
 
     Only what is named as this module names it, and locked by nobody.

@@ -141,6 +141,8 @@ def _static_classes() -> dict[str, type[PreTrainedModel]]:
 
 
 def load_model(folder: Path, model_class: type[PreTrainedModel], kwargs: dict[str, Any]) -> PreTrainedModel:
+    if not kwargs.get("use_safetensors", True):
+        raise CheckpointError("use_safetensors=False would read pickles, which is not done here; leave it out")
     options = {"dtype": "auto", **kwargs, "output_loading_info": True, "use_safetensors": True}
     try:
         require_filled(folder, model_class)

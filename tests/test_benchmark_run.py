@@ -96,7 +96,7 @@ def test_without_a_gpu_that_part_says_so(tmp_path: Path) -> None:
 
 def test_formulas_and_ours_agree_in_small(tmp_path: Path) -> None:
     found = run("formulas", tmp_path, "--hidden", "256")
-    assert len(found) == 9
+    assert len(found) == 11
     assert all(line["ratio"] > 0 and line["met"] in ("yes", "NO") for line in found)
 
 
@@ -127,7 +127,9 @@ def test_the_table_marks_what_is_missed(tmp_path: Path) -> None:
         for values in ([0.5, 0.5], [2.0, 2.0])
     ]
     machine = script("measuring").environment()
-    page = script("render").page({"run": {"stock": {"lines": lines, "seconds": 1.0, "machine": machine}}})
+    part = {"lines": lines, "seconds": 1.0, "machine": machine, "settings": {"pairs": 2}}
+    page = script("render").page({"run": {"stock": part}})
     assert "Of 2 lines with a bar 1 meet it." in page
     assert "2.000 [2.000, 2.000]" in page
+    assert "Settings of stock: pairs 2." in page
     assert page.count("| NO |") == 1

@@ -99,13 +99,22 @@ def test_where_nothing_can_be_locked_that_is_said(
 
 def test_what_a_killed_export_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "a[b]"
-    for name in (".a[b].x1", ".a[b].old.x2", ".ab.x3", "a[b]", "other"):
+    for name in (".a[b].12345678.partial", ".ab.12345678.partial", ".a[b].backup", "a[b]", "other"):
         (tmp_path / name).mkdir()
         fill(tmp_path / name)
-    (tmp_path / ".a[b].file").write_text("")
+    (tmp_path / ".a[b].abcdefgh.partial").write_text("")
     remove_half_written(target)
-    assert {path.name for path in tmp_path.iterdir()} == {".ab.x3", "a[b]", "other", ".a[b].file"}
+    assert {path.name for path in tmp_path.iterdir()} == {".ab.12345678.partial", "a[b]", "other", ".a[b].backup"}
     remove_half_written(tmp_path / "never" / "made")
+
+
+def test_a_folder_that_a_kill_caught_on_its_way_out_is_given_back(tmp_path: Path) -> None:
+    old = tmp_path / ".a.12345678.replaced" / "old"
+    old.mkdir(parents=True)
+    fill(old)
+    remove_half_written(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert any((tmp_path / "a").iterdir())
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:

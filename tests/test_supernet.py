@@ -340,6 +340,12 @@ def test_bfloat16_and_options_survive(tmp_path: Path) -> None:
     assert Supernet.from_pretrained(tmp_path, dtype=torch.float32).model.dtype == torch.float32
 
 
+def test_pickles_are_not_read_on_demand_either(tmp_path: Path) -> None:
+    make_elastic(tiny("llama"), space("llama")).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="use_safetensors=False would read pickles"):
+        Supernet.from_pretrained(tmp_path, use_safetensors=False)
+
+
 def test_everything_a_config_can_say_is_restored(tmp_path: Path) -> None:
     config = ElasticConfig(
         intermediate_size={0: [16], 2: [0.5]}, num_attention_heads=range(1, 3), skip={1: ["mlp"], 2: ["layer"]},

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -99,6 +100,8 @@ def _start_from(supernet: Supernet, float_base: nn.Module, *, adapter_name: str)
     noted[FLOAT_BASE] = described_base(bases)["weights"]
 
 
+_DOWN = ".lora_A.weight"
+_MOST_RANK = 2**16  # of what no weights are there for
 _ALIKE = 0.5  # cosine to what a weight was rounded to: above .8 with two bits, and near 0 for another weight
 
 
@@ -307,13 +310,31 @@ def _check_shapes(base: nn.Module, weights: dict[str, Tensor], *, where: str) ->
 
 
 def _check_ranks(config: ElasticLoraConfig, weights: dict[str, Tensor], *, where: str) -> None:
-    """Refuses ranks that no weights are of, before memory is taken for them."""
-    stored = max((tensor.shape[0] for name, tensor in weights.items() if name.endswith(".lora_A.weight")), default=0)
-    stated = [config.r, *(config.rank_pattern or {}).values()]
-    if wrong := [rank for rank in stated if type(rank) is not int or not 1 <= rank <= stored]:
-        raise CheckpointError(
-            f"the adapter in {where} states rank {wrong[0]!r}, its weights are of ranks up to {stored}; copy it again"
-        )
+    """Refuses ranks that no weights are of, before memory is taken for them; those that no module follows may be any.
+
+    Raises:
+        CheckpointError: a rank is none, or weights are of another.
+    """
+    pattern = dict(config.rank_pattern or {})
+    stored = {
+        name.removeprefix("base_model.model.").removesuffix(_DOWN): tensor.shape[0]
+        for name, tensor in weights.items()
+        if name.endswith(_DOWN)
+    }
+    most, unused = max(stored.values(), default=0), dict(pattern)
+    for module, rank in stored.items():
+        entry = get_pattern_key(list(pattern), module)
+        unused.pop(entry, None)
+        if pattern.get(entry, config.r) != rank:
+            raise CheckpointError(
+                f"the adapter in {where} states rank {pattern.get(entry, config.r)!r} for {module}, its weights are of "
+                f"rank {rank}; copy it again"
+            )
+    for rank in (config.r, *unused.values()):
+        if type(rank) is not int or not 1 <= rank <= max(most, _MOST_RANK):
+            raise CheckpointError(
+                f"the adapter in {where} states rank {rank!r}, its weights are of ranks up to {most}; copy it again"
+            )
 
 
 def _adaptable(base: nn.Module) -> dict[str, nn.Module]:

@@ -88,7 +88,7 @@ class SubnetStatistics(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the statistics into the checkpoint, before what makes it whole."""
-        if control.should_save:
+        if control.should_save and state.global_step <= state.max_steps:  # none of a step too many
             self.on_save(args, state, control)
 
     on_epoch_end = on_step_end

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -44,6 +45,7 @@ METRICS = ("accuracy", "perplexity", "spearman", "ndcg", "evaluate:METRIC", "lm-
 _ENCODERS = {"elastic_bert", *(row.model_type for row in FAMILIES if not row.causal)}
 _HARNESS, _MODULE = "lm-eval:", "evaluate:"
 _RANKS = 10
+_PICKLES = "pytorch_model*.bin"
 _LEAST: Mapping[str, int] = {"batch_size": 1, "sequence_length": 4, "limit": 1, "num_fewshot": 0, "k": 1}
 _COLUMNS = ("text_column", "pair_column", "label_column")
 
@@ -373,7 +375,12 @@ def _batches(blocks: list[list[int]], size: int) -> list[Tensor]:
 
 def _encoder(folder: Path, options: FolderOptions) -> Any:
     package = required("sentence_transformers", extra="sentence-transformers", what="measuring sentence embeddings")
+    for pickled in sorted(folder.rglob(_PICKLES)):
+        if not any(pickled.parent.glob("*.safetensors")):
+            raise CheckpointError(f"{pickled} is a pickle, which is not read; save its module as safetensors")
     try:
+        if (folder / "config.json").is_file():
+            require_filled(folder, AutoModel)
         encoder = package.SentenceTransformer(str(folder), device="cpu", trust_remote_code=False).eval()
     except Exception as error:  # it raises whatever its parts raise
         raise CheckpointError(f"cannot load {folder} as a sentence encoder: {first_line(error)}") from error

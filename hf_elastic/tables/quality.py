@@ -7,6 +7,7 @@ answers in seconds. How far the sum is from the truth is measured too (:func:`ad
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -103,10 +104,15 @@ class QualityTable:
         return isinstance(self.measure, str) and isinstance(self.fingerprint, str)
 
 
+_OPTION = re.compile(rf"(?:{'|'.join(SUBLAYERS)})/[0-9]{{1,9}}|{WHOLE}")
+
+
 def _rows(entries: Any) -> tuple[Mapping[str, float], ...]:
     if not isinstance(entries, list):
         raise TypeError
     if not all(isinstance(row, dict) and all(map(is_finite, row.values())) for row in entries):
+        raise ValueError
+    if not all(_OPTION.fullmatch(name) for row in entries for name in row):
         raise ValueError
     return tuple(entries)
 

@@ -6,6 +6,7 @@ A Trainer that is killed while it saves leaves a ``checkpoint-N`` folder that it
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import zipfile
@@ -31,6 +32,7 @@ _STATE = "trainer_state.json"
 _NO_WEIGHTS = ("training_args.bin", FIT_FILE)  # of the model
 _ASIDE = ".tmp*"  # what safetensors is writing, before it has its name
 _TORCH_WRITES = ("inline_container", "iostream", "PytorchStreamWriter")  # in what torch.save says on a full disk
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, in bytes
 
 
@@ -96,7 +98,9 @@ def checkpoint_errors(checkpoint: Path | None = None) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         what = checkpoint or getattr(error, "filename", None)
-        if what is None or (isinstance(error, RuntimeError) and not any(word in reason for word in _TORCH_WRITES)):
+        other = isinstance(error, OSError) and error.errno not in _CANNOT_WRITE  # a server that is away, say
+        torch_reads = isinstance(error, RuntimeError) and not any(word in reason for word in _TORCH_WRITES)
+        if what is None or other or torch_reads:
             raise
         raise CheckpointError(
             f"cannot write {what}: {reason}; free space or give another output_dir, then resume: earlier "

@@ -166,8 +166,9 @@ def changed(folder: Path, **fields: Any) -> Path:
         ({"trained_on": {"weights": {}, "space": None}, "sparse": True}, "nothing usable about its base"),
         ({"trained_on": {"weights": {"model.norm.x": [1.0]}, "space": None}}, "it had a module model.norm.x"),
         ({"trained_on": {"weights": {"model.layers": [1.0]}, "space": None}}, "it had a module model.layers"),
-        ({"r": 10**9}, "states rank 1000000000, its weights are of ranks up to 8"),
-        ({"rank_pattern": {"q_proj": 10**9}}, "states rank 1000000000, its weights are of ranks up to 8"),
+        ({"r": 10**9}, "states rank 1000000000 for .*, its weights are of rank 8"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "states rank 1000000000 for .*q_proj, its weights are of rank 8"),
+        ({"rank_pattern": {"k_proj": 10**9}}, "states rank 1000000000, its weights are of ranks up to 8"),
         ({"lora_alpha": "x"}, "cannot be adapted"),
         ({"lora_dropout": []}, "cannot be adapted"),
         ({"layers_to_transform": [0], "layers_pattern": 3}, "peft makes no adapter of the configuration"),
@@ -182,6 +183,13 @@ def test_a_configuration_of_other_fields_is_refused_and_the_model_stays(
     with pytest.raises(ElasticError, match=message):
         load_adapter(model, changed(tmp_path / "adapter", **fields))
     assert state_of(model) == before
+
+
+def test_a_rank_that_no_module_follows_may_be_any(tmp_path: Path) -> None:
+    targets = ["q_proj", "up_proj"]
+    supernet = elastic(tiny("llama"), target_modules=targets, r=32, ranks=[4], rank_pattern=dict.fromkeys(targets, 8))
+    supernet.model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(tiny("llama"), tmp_path).model), logits(supernet.model))
 
 
 def test_tensors_of_other_adapters_are_refused(tmp_path: Path) -> None:

@@ -337,15 +337,18 @@ def test_statistics_are_in_a_checkpoint_before_what_makes_it_whole(
     assert there and all(there)
 
 
-def test_statistics_record_nothing_of_a_run_that_was_over_when_it_was_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["sampling", "statistics"])
+def test_statistics_record_nothing_of_a_run_that_was_over_when_it_was_resumed(first: str, tmp_path: Path) -> None:
     whole = recorded(supernet_of(), tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
     supernet = supernet_of()
     statistics = SubnetStatistics(supernet)
     sampling = SubnetSamplingCallback(supernet, RandomSubnet(seed=5), per="micro_batch")
     args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
-    trainer = Trainer(model=supernet.model, args=args, train_dataset=rows(), callbacks=[sampling, statistics])
+    callbacks: list[TrainerCallback] = [sampling, statistics] if first == "sampling" else [statistics, sampling]
+    trainer = Trainer(model=supernet.model, args=args, train_dataset=rows(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert statistics.steps == whole.steps and trainer.state.global_step == 3
+    assert not (tmp_path / "checkpoint-4").exists()
 
 
 def test_nothing_recorded_is_said() -> None:

@@ -15,6 +15,7 @@ import local_tasks
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score, ndcg_score
 from tiny_checkpoints import (
@@ -381,3 +382,14 @@ def test_the_command_is_imported_without_torch_of_its_own() -> None:
         "import hf_elastic.evaluation.command\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_sentence_encoders_in_pickles_are_not_read(tmp_path: Path) -> None:
+    parent, data = sentence_encoder(tmp_path / "parent"), pairs_file(tmp_path / "pairs.jsonl")
+    dense = parent / "2_Dense"
+    dense.mkdir()
+    torch.save({"linear.weight": torch.zeros(2, 2)}, dense / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="2_Dense/pytorch_model.bin is a pickle, which is not read"):
+        evaluate_folder(parent, data)
+    save_file({"linear.weight": torch.zeros(2, 2)}, dense / "model.safetensors")
+    assert evaluate_folder(parent, data).values["spearman"]

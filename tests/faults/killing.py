@@ -259,6 +259,9 @@ class Harness:
         for folder in (self.start, self.whole, *self.states.iterdir()):
             for what, digest in forked(lambda folder=folder: loaded(folder), self.root).items():
                 right.setdefault(what, set()).add(digest)
+        kinds = {what.partition(" ")[0] for what in right}
+        if missing := set(OPERATIONS[self.name].holds) - kinds:
+            raise RuntimeError(f"{self.name} leaves nothing that loads as {', '.join(sorted(missing))}")
         return right
 
     def restore(self) -> None:

@@ -52,12 +52,14 @@ class Operation:
         inputs: makes the inputs, once.
         start: makes what is in the folder before the first attempt, such as an older result that is replaced.
         goes_on: how the next attempt begins, in words.
+        holds: what the finished folder has to load as (names of ``looking.LOADERS``), or looking would show nothing.
     """
 
     work: Callable[[Path, Path], object]
     inputs: Callable[[Path], object] = lambda inputs: None
     start: Callable[[Path, Path], object] = lambda inputs, folder: None
     goes_on: str = "starts again"
+    holds: tuple[str, ...] = ("stock",)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -249,17 +251,17 @@ def make_elm(inputs: Path, folder: Path) -> None:
 CHECKPOINT, STORAGE, STAGE = "resumes from the last complete checkpoint", "goes on from its storage", "goes on by stage"
 
 OPERATIONS: Mapping[str, Operation] = {
-    "supernet training": Operation(supernet_training, goes_on=CHECKPOINT),
-    "growth": Operation(growth, goes_on=CHECKPOINT),
-    "adapter training": Operation(adapter_training, goes_on=CHECKPOINT),
-    "search": Operation(search, classifier, goes_on=STORAGE),
+    "supernet training": Operation(supernet_training, goes_on=CHECKPOINT, holds=("checkpoint",)),
+    "growth": Operation(growth, goes_on=CHECKPOINT, holds=("checkpoint",)),
+    "adapter training": Operation(adapter_training, goes_on=CHECKPOINT, holds=("checkpoint", "adapter")),
+    "search": Operation(search, classifier, goes_on=STORAGE, holds=()),
     "refit": Operation(refit, classifier),
     "sparsify": Operation(sparsify, language_model),
     "quantise": Operation(quantise, language_model, older_integers),
     "merge": Operation(merge, sparse_base_and_adapter, older_merge),
     "export": Operation(export, classifier, older_export),
-    "compress": Operation(compress, encoder_and_text, goes_on=STAGE),
-    "make_elm": Operation(make_elm, masked_model_and_text, goes_on=STAGE),
+    "compress": Operation(compress, encoder_and_text, goes_on=STAGE, holds=("stock", "supernet")),
+    "make_elm": Operation(make_elm, masked_model_and_text, goes_on=STAGE, holds=("stock", "supernet")),
 }
 
 

@@ -239,6 +239,7 @@ def test_a_table_of_something_else_is_refused(change: str, tmp_path: Path) -> No
         '{"format": 1}',
         '{"format": 2, "measure": "x", "fingerprint": "y", "damages": []}',
         '{"format": 1, "measure": "x", "fingerprint": "y", "damages": [{"a": "b"}]}',
+        '{"format": 1, "measure": "x", "fingerprint": "y", "damages": [{"mlp/a": 1.0}]}',
     ],
 )
 def test_files_that_hold_no_table_are_refused(text: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from hf_elastic.training import (
     SubnetSamplingCallback,
     last_complete_checkpoint,
 )
-from hf_elastic.training.resume import MARKER, incompleteness, is_whole_safetensors
+from hf_elastic.training.resume import MARKER, checkpoint_errors, incompleteness, is_whole_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +291,13 @@ def test_a_rule_of_another_seed_is_another_run(finished: tuple[Path, dict[str, t
     trainer.sampling = SandwichRule(seed=4, random=1)
     trainer.train()
     assert not same(weights(trainer.supernet.model), finished[1])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError(errno.ENOENT, "No such file", "deepspeed.json"), ConnectionRefusedError(111, "refused")],
+)
+def test_what_is_no_full_disk_is_said_as_it_is(error: OSError) -> None:
+    with pytest.raises(type(error)) as caught, checkpoint_errors(Path("checkpoint-2")):
+        raise error
+    assert caught.value is error
