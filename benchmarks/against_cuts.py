@@ -38,7 +38,7 @@ TOLERANCE = 0.99  # of the alternative's speed: what two timings of one model di
 ALIKE = 1.03  # times that speed, at most, for ours: faster would be unfair to ours
 ATTEMPTS = 4
 NO_GAIN = 1.05  # times as fast, below which nothing is gained that could be compared
-LINES = 400  # of text, for everything that is fitted
+LINES = 160  # of text, for everything that is fitted
 
 
 class Missing(Exception):
@@ -128,6 +128,10 @@ class Encoder:
         return Judged(folder, np.square(cosines - self.cosines), float(spearmanr(cosines, scores).statistic))
 
     def exported(self, supernet: he.Supernet, point: Mapping[str, Any], name: str, *, repair: bool) -> Judged:
+        """A subnet on disk, repaired or as it is cut, and its errors."""
+        return self.judged(self.written(supernet, point, name, repair=repair))
+
+    def written(self, supernet: he.Supernet, point: Mapping[str, Any], name: str, *, repair: bool) -> Path:
         """A subnet on disk, repaired or as it is cut."""
         folder = self.work / name
         if repair:
@@ -136,15 +140,15 @@ class Encoder:
         else:
             he.export(supernet, point, folder, overwrite=True)
         self.tokenizer.save_pretrained(str(folder))
-        return self.judged(folder)
+        return folder
 
-    def ours(self, name: str, *, speedup: float) -> Judged:
+    def ours(self, name: str, *, speedup: float) -> Path:
         """The subnet of least predicted damage at a speed-up, repaired."""
         budgets = he.Budgets.parse(speedup=f"{speedup:.3f}@{SETTING}")
         goals = [self.damage, he.objectives.predicted_latency(self.supernet, self.latency)]
         limits = budgets.limits(self.supernet, self.latency, margin=0.0)
         found = he.search_subnets(self.supernet.space, goals, algorithm="exact", within=limits, progress=False)
-        return self.exported(self.supernet, found.best(self.damage.name).architecture, name, repair=True)
+        return self.written(self.supernet, found.best(self.damage.name).architecture, name, repair=True)
 
     def times(self, *folders: Path) -> list[Any]:
         """Latencies of the parent and of models on disk, timed in turns."""
@@ -163,12 +167,12 @@ class Encoder:
         asked = typical(parent.samples) / typical(first.samples)
         for _ in range(ATTEMPTS):
             mine = self.ours(f"ours-{theirs.folder.name}", speedup=asked)
-            parent, first, second = self.times(theirs.folder, mine.folder)
+            parent, first, second = self.times(theirs.folder, mine)
             speeds = typical(parent.samples) / typical(second.samples), typical(parent.samples) / typical(first.samples)
             if TOLERANCE <= speeds[0] / speeds[1] <= ALIKE:
-                return mine, speeds, True
+                return self.judged(mine), speeds, True
             asked = max(1.01, asked * 1.005 * speeds[1] / speeds[0])
-        return mine, speeds, False
+        return self.judged(mine), speeds, False
 
     def against(self, what: str, theirs: Judged, *, note: str = "") -> list[Line]:
         """Lines of an alternative: the error at equal measured speed, and that speed."""
@@ -250,7 +254,7 @@ def uniform_widths(encoder: Encoder) -> Alternatives:
 def dropped_layers(encoder: Encoder) -> Alternatives:
     """The last layers left out, which is what ``num_hidden_layers`` of a config does."""
     found: Alternatives = []
-    for dropped in (1, 2, 3):
+    for dropped in (1, 2):
         model = copy.deepcopy(encoder.plain)
         model.encoder.layer = model.encoder.layer[:-dropped]
         model.config.num_hidden_layers -= dropped
@@ -266,7 +270,7 @@ def random_subnets(encoder: Encoder) -> Alternatives:
     generator, found = random.Random(0), []
     latency = he.objectives.predicted_latency(encoder.supernet, encoder.latency)
     parent = latency(encoder.supernet.space.largest())
-    while len(found) < 3:
+    while len(found) < 2:
         point = encoder.supernet.space.sample(generator)
         if 1.4 <= parent / latency(point) <= 2.0:
             child = encoder.exported(encoder.supernet, point, f"random-{len(found)}", repair=True)

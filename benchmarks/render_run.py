@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from run import PARTS
+
 Table = Callable[[Sequence[Mapping[str, Any]]], str]
 
 INTRODUCTION = """`python benchmarks/run.py` makes this table. `ratio` is ours over theirs: the median of calls in
-turns,
-or the ratio of mean errors on the same rows, with its 95 % interval. Below 1 ours takes less time or errs less; where
-the measure is a speed-up or a score, above 1 it is faster or keeps more. A slope of 1 is linear growth. `n` counts
-pairs, rows or repeats. What is missed is marked NO."""
+turns, or the ratio of mean errors on the same rows, with its 95 % interval. Below 1 ours takes less time or errs less;
+where the measure is a speed-up or a score, above 1 it is faster or keeps more. A slope of 1 is linear growth. `n`
+counts pairs, rows or repeats. What is missed is marked NO."""
 NOT_COMPARED = """Sizes are below. They are smaller than in the sections that follow, which measure the same at 768 and
 more. Not compared here, since nothing else does it: QA-SparsePEFT's merge, routers in closed form, head merging,
 relational distillation (their qualities stand in their own sections)."""
@@ -22,6 +23,7 @@ def run(result: Mapping[str, Any], table: Table) -> list[str]:
     rows = [row(line) for part in result.values() for line in part["lines"]]
     missed = sum(line["met"] == "NO" for part in result.values() for line in part["lines"])
     judged = sum(line["met"] != "" for part in result.values() for line in part["lines"])
+    missing = [name for name in PARTS if name not in result]
     machines: dict[str, list[str]] = {}
     for name, part in result.items():
         found = part["machine"]
@@ -41,6 +43,7 @@ def run(result: Mapping[str, Any], table: Table) -> list[str]:
         "## Against the alternatives",
         INTRODUCTION,
         NOT_COMPARED,
+        *([f"Parts that have not been run: {', '.join(missing)}."] if missing else []),
         f"Of {judged} lines with a bar {judged - missed} meet it.",
         table(rows),
         *settings,
