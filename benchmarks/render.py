@@ -430,8 +430,14 @@ MINILM = {
     "minilm-balanced-equal": "all-MiniLM-L6-v2, recipe `balanced` in the time that `best` took",
 }
 ELSEWHERE = {"crossovers", "workers", "faults", "fuzz"}  # on other pages: when-not.md, scale.md, reliability.md
+def against(result: Mapping[str, Any]) -> str:
+    """Section about everything against its alternatives; each part has its own machine."""
+    return "\n\n".join(render_run.run(result, table))
+
+
+FIRST = "run"
 SECTIONS: dict[str, Callable[[Any], str]] = {
-    "minilm-recover": minilm_recover, "stories-fast": stories_fast,
+    FIRST: against, "minilm-recover": minilm_recover, "stories-fast": stories_fast,
     "stories260K": stories, "babyllama105": stories, "exact-front": exact_front,
     "refit-memory": refit_memory, "predicted-speedup": predicted_speedup, "backbone": backbone,
     "adapters-banking77": adapters, "adapters-sst2": adapters, "stories-adapters": stories_adapters,
@@ -442,23 +448,18 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
 }  # fmt: skip
 
 
-def against(result: Mapping[str, Any]) -> str:
-    """Section about everything against its alternatives; each part has its own machine."""
-    return "\n\n".join(render_run.run(result, table))
-
-
 def page(found: Mapping[str, Any]) -> str:
     """The page about the results that are there, by the names of their files.
 
     Raises:
         SystemExit: there is a result that no section is about.
     """
-    if unknown := sorted(set(found) - {"run"} - set(MINILM) - set(SECTIONS) - ELSEWHERE):
+    if unknown := sorted(set(found) - set(MINILM) - set(SECTIONS) - ELSEWHERE):
         raise SystemExit(f"no section of the page is about {', '.join(unknown)}; name it in SECTIONS")
     sections = [INTRODUCTION.strip()]
-    sections += [against(found[name]) for name in ("run",) if name in found]
+    sections += [SECTIONS[FIRST](found[FIRST])] if FIRST in found else []
     sections += [minilm(title, found[name]) for name, title in MINILM.items() if name in found]
-    sections += [section(found[name]) for name, section in SECTIONS.items() if name in found]
+    sections += [section(found[name]) for name, section in SECTIONS.items() if name in found and name != FIRST]
     return "\n\n".join(sections) + "\n"
 
 

@@ -60,7 +60,7 @@ def require_filled(folder: Path, kind: Any) -> None:
     """
     require_counts(folder)
     count, size = _stored(folder)
-    if not count:
+    if not count or not (folder / "config.json").is_file():  # transformers says what is missing
         return
     with torch.device("meta"):
         model = _made(folder, kind)

@@ -364,7 +364,7 @@ def test_a_family_that_was_killed_goes_on_and_ends_as_one_that_was_not(
             silent(run)
     done = [path.name for path in sorted((tmp_path / "small.family").iterdir())]
     assert set(done) <= set(NAMES) and len(done) == {3: 1, 5: 2, 2: 1, 1: 3}[calls]
-    (tmp_path / "small.family" / f".{NAMES[len(done) % 3]}.half").mkdir()
+    (tmp_path / "small.family" / f".{NAMES[len(done) % 3]}.12345678.partial").mkdir()
     export = nested.export
     monkeypatch.setattr(nested, "export", lambda *a, **k: made.append(a[2].name) or export(*a, **k))
     again = silent(run)
