@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparing import Line, line, ratio_of_means
+from comparing import Line, line, ratio_of_means, silent
 from measuring import Bar, interval
-from runtimes import calibration, embedded, opened, packaged_parent
+from runtimes import calibration, cosines, opened, packaged_parent
 from scipy.stats import spearmanr
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
@@ -118,19 +118,13 @@ class Encoder:
         compress(given, say=print)
 
     def _cosines(self, folder: Path) -> np.ndarray:
-        """Cosines of all pairs, ``(N,)``."""
-        model = opened(folder)
-        first, second = (
-            embedded(model, self.tokenizer, [row[name] for row in self.pairs]) for name in ("sentence1", "sentence2")
-        )
-        found: np.ndarray = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
-        return found
+        return cosines(opened(folder), self.tokenizer, self.pairs)
 
     def judged(self, folder: Path) -> Judged:
         """Errors of a model on disk."""
-        cosines = self._cosines(folder)
+        found = self._cosines(folder)
         scores = [row["score"] for row in self.pairs]
-        return Judged(folder, np.square(cosines - self.cosines), float(spearmanr(cosines, scores).statistic))
+        return Judged(folder, np.square(found - self.cosines), float(spearmanr(found, scores).statistic))
 
     def exported(self, supernet: he.Supernet, point: Mapping[str, Any], name: str, *, repair: bool) -> Judged:
         """A subnet on disk, repaired or as it is cut, and its errors."""
@@ -156,7 +150,7 @@ class Encoder:
         output = self.work / name
         shutil.rmtree(output, ignore_errors=True)
         run = self.run.with_name("ours.run")
-        (size,) = export_family(run, [f"{speedup:.2f}@{SETTING}"], output=output, say=_silent).sizes
+        (size,) = export_family(run, [f"{speedup:.2f}@{SETTING}"], output=output, say=silent).sizes
         return output / size.name
 
     def times(self, *folders: Path) -> list[Any]:
@@ -215,10 +209,6 @@ class Encoder:
             theirs=float(np.median(alternative)), ratio=ratio.median, low=ratio.low, high=ratio.high,
             pairs=ratio.count, note=note,
         )  # fmt: skip
-
-
-def _silent(text: str) -> None:
-    del text
 
 
 def lines(options: argparse.Namespace) -> list[Line]:

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from against_cuts import Encoder, Missing, data_file, dropped_layers
-from comparing import Line, valued
+from against_cuts import Encoder, data_file, dropped_layers
+from comparing import Line, silent, valued
 from measuring import Bar
 from transformers import PreTrainedModel
 
@@ -43,7 +43,7 @@ def lines(options: argparse.Namespace) -> list[Line]:
     for seed in range(options.seeds):
         for name, folder in (("theirs", theirs.folder), ("ours", mine.folder)):
             plan = Plan(model=str(folder), seed=seed, steps=options.steps, evaluations=40, label="category", **rows)
-            study = Study(plan, work / f"{name}-{seed}", say=_silent)
+            study = Study(plan, work / f"{name}-{seed}", say=silent)
             accuracies[name].append(study.fixed("LoRA", rank=RANK, targets=TARGETS)[0]["accuracy"])
         found = study.elastic("elastic", _elastic(seed), within={"adapter_parameters": 0.5}, judged_by="loss")
         accuracies["elastic"] += [row["accuracy"] for row in found if row["subnet"] == "found"]
@@ -72,10 +72,3 @@ def _elastic(seed: int):  # type: ignore[no-untyped-def]
         return he.add_lora(model, config, seed=seed)
 
     return make
-
-
-def _silent(text: str) -> None:
-    del text
-
-
-__all__ = ["Missing", "lines"]

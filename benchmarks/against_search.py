@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from comparing import Line, line, valued
-from exact_front import encoder
+from exact_front import decoder, encoder
 from measuring import Bar
 
 import hf_elastic as he
@@ -54,8 +54,6 @@ def lines(options: argparse.Namespace) -> list[Line]:
 
 def sized(options: argparse.Namespace) -> list[Line]:
     """How long the whole front takes, of a space as large as LLaMA-7B's."""
-    from exact_front import decoder
-
     problem = decoder(layers=32, seed=0)
     spent, points = [], 0
     for _ in range(options.repeats):

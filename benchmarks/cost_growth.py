@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from comparing import Line, line, slope
 from exact_front import decoder
-from measuring import Bar
+from measuring import Bar, Interval, judged
 from transformers import BertConfig, BertModel
 
 import hf_elastic as he
@@ -68,13 +68,11 @@ def sloped(
 ) -> Line:
     """A line with a slope in the place of the ratio, and the values themselves in its note."""
     found, low, high = slope(list(values), list(values.values()))
-    met = "" if bar is None else ("yes" if (low <= bar.value if bar.kind == "at most" else high >= bar.value) else "NO")
     middle = {size: sorted(own)[len(own) // 2] for size, own in values.items()}
     note = ", ".join(f"{size}: {value:.3g}" for size, value in middle.items())
     return line(
-        PART, names[0], f"number of {names[1]}", measure, ratio=found, low=low, high=high,
-        pairs=min(map(len, values.values())),
-        bar="" if bar is None else str(bar), met=met, note=note,
+        PART, names[0], f"number of {names[1]}", measure,
+        **judged(Interval(found, low, high, min(map(len, values.values()))), bar), note=note,
     )  # fmt: skip
 
 

@@ -101,5 +101,6 @@ def fell_short(lines: list[str]) -> str:
     """What the run that the tables are of did not keep, one line each."""
     if not lines:
         return "In this run: nothing."
-    shown = "\n".join(f"* `{_short(line.replace('`', ''), most=170)}`" for line in lines)
+    plain = [line.replace("'/work/", "'").replace("`", "") for line in lines]  # places in the harness's own folder
+    shown = "\n".join(f"* `{_short(line, most=170)}`" for line in plain)
     return f"In this run:\n\n{shown}"

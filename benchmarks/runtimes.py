@@ -71,11 +71,16 @@ def embedded(model: Model, tokenizer: PreTrainedTokenizerBase, sentences: Sequen
     return np.concatenate(found)
 
 
+def cosines(model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Cosine similarities of pairs of sentences, ``(N,)``."""
+    first, second = (embedded(model, tokenizer, [row[name] for row in rows]) for name in ("sentence1", "sentence2"))
+    found: np.ndarray = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+    return found
+
+
 def sts(model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> float:
     """Spearman correlation of cosine similarities with human scores."""
-    first, second = (embedded(model, tokenizer, [row[name] for row in rows]) for name in ("sentence1", "sentence2"))
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return float(spearmanr((first * second).sum(1) / norms, [row["score"] for row in rows]).statistic)
+    return float(spearmanr(cosines(model, tokenizer, rows), [row["score"] for row in rows]).statistic)
 
 
 def calibration(tokenizer: PreTrainedTokenizerBase, files: Sequence[str], *, count: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -323,7 +324,10 @@ def _check_ranks(config: ElasticLoraConfig, weights: dict[str, Tensor], *, where
     }
     most, unused = max(stored.values(), default=0), dict(pattern)
     for module, rank in stored.items():
-        entry = get_pattern_key(list(pattern), module)
+        try:
+            entry = get_pattern_key(list(pattern), module)
+        except re.error as error:
+            raise CheckpointError(f"the adapter in {where} has a rank_pattern that is no pattern: {error}") from error
         unused.pop(entry, None)
         if pattern.get(entry, config.r) != rank:
             raise CheckpointError(

@@ -22,7 +22,6 @@ from hf_elastic.files import (
     LOCK_FILE,
     only_worker,
     remove_folder,
-    remove_half_written,
     whole_files,
     whole_folder,
     write_json,
@@ -321,7 +320,6 @@ class ElmRun:
         if self._exported():
             return
         output, aside = self.options.output_folder, self.folder / EXPORTED
-        remove_half_written(output.resolve())
         with self.record.stage("export"):
             report = self._write(single, aside)
             with whole_folder(output, overwrite=True) as folder:

@@ -22,7 +22,7 @@ from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.compression import quantize_, sparsify_
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError, DataError, SpaceError, TrainingError
-from hf_elastic.files import only_worker, remove_folder, remove_half_written, whole_folder, write_json
+from hf_elastic.files import only_worker, remove_folder, whole_folder, write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.packed_format import quantised_layers, unpack_, write_weights
 from hf_elastic.pipeline.comparison import recorded
@@ -316,7 +316,6 @@ class LoraRun:
         output = self.given.output_folder
         if self.record.finished("export") and (output / ARCHITECTURE_FILE).is_file():
             return
-        remove_half_written(output.resolve())
         with self.record.stage("export"):
             if self.elastic_base or self.merges:
                 report = export(supernet, found, output, merge=True, source=self.options.model, overwrite=True)

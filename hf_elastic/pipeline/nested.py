@@ -15,7 +15,7 @@ from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE
 from hf_elastic.errors import CheckpointError, InfeasibleError, SpaceError
-from hf_elastic.files import only_worker, read_json, remove_half_written, write_json
+from hf_elastic.files import only_worker, read_json, write_json
 from hf_elastic.pipeline.comparison import Candidate, cast_parameters_, load_exported, recorded, table_row, written_form
 from hf_elastic.pipeline.fast import Trial, distance_of, least
 from hf_elastic.pipeline.goal import Goal, goal_of, judged, latencies_for
@@ -280,7 +280,6 @@ class _Family:
         if self._written(name, architecture):
             return False
         path = self.paths[name]
-        remove_half_written(path)
         # Noted before it is written: a call that is killed in between leaves a folder that is known to be ours.
         self.record.note(EXPORTS, **{str(path.resolve()): {"digest": architecture.digest, "written": False}})
         with refitted(self.parent, architecture, self.finished.data.calibration) as repair:

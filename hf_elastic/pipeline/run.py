@@ -21,7 +21,7 @@ from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
 from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
-from hf_elastic.files import LOCK_FILE, only_worker, remove_folder, remove_half_written, write_json
+from hf_elastic.files import LOCK_FILE, only_worker, remove_folder, write_json
 from hf_elastic.importance import sort_by_importance_
 from hf_elastic.pipeline.alternatives import UNIFORM, plain_alternatives
 from hf_elastic.pipeline.comparison import (
@@ -410,7 +410,6 @@ class CompressRun:
         output = self.options.output_folder
         if not (self.record.finished("export") and (output / ARCHITECTURE_FILE).is_file()):
             cast_parameters_(final.model, self.dtype)
-            remove_half_written(output.resolve())
             with self.record.stage("export"):
                 report = export(
                     final, architecture, output, loadability=self._form(final, architecture),

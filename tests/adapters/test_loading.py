@@ -168,6 +168,7 @@ def changed(folder: Path, **fields: Any) -> Path:
         ({"trained_on": {"weights": {"model.layers": [1.0]}, "space": None}}, "it had a module model.layers"),
         ({"r": 10**9}, "states rank 1000000000 for .*, its weights are of rank 8"),
         ({"rank_pattern": {"q_proj": 10**9}}, "states rank 1000000000 for .*q_proj, its weights are of rank 8"),
+        ({"rank_pattern": {"(": 4}}, "has a rank_pattern that is no pattern: missing"),
         ({"rank_pattern": {"k_proj": 10**9}}, "states rank 1000000000, its weights are of ranks up to 8"),
         ({"lora_alpha": "x"}, "cannot be adapted"),
         ({"lora_dropout": []}, "cannot be adapted"),
