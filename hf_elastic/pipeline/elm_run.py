@@ -63,12 +63,12 @@ from hf_elastic.runtimes.matrix import runs_where_space
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.block_latencies import BlockLatencyTable
+from hf_elastic.tables.timing import NOISY
 from hf_elastic.training import FixedSubnet, RandomSubnet, last_complete_checkpoint
 from hf_elastic.training.targets import Relation
 
 Say = Callable[[str], None]
 FUSED_FOLDER, RETRAINED_FOLDER, CLASSIFIER, EXPORTED = "fused", "retrained", "classifier", "exported"
-_NOISY = 0.15  # differences between rounds from which a latency table is not to be trusted
 _STAGES = ("latency", "supernet", "search", "fusion", "retrain", "finetune", "compare", "export")
 
 
@@ -350,7 +350,7 @@ class ElmRun:
 
 
 def _timing_words(timing: Timing) -> str:
-    noise = f" (noisy: one model differs by {timing.table.noise:.0%})" if timing.table.noise > _NOISY else ""
+    noise = f" (noisy: one model differs by {timing.table.noise:.0%})" if timing.table.noise > NOISY else ""
     return (
         f"paths take {1e3 * timing.fastest:.3g} to {1e3 * timing.slowest:.3g} ms, the teacher "
         f"{1e3 * timing.teacher:.3g} ms for {timing.table.setting}; searched are paths of at most "

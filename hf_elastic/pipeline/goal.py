@@ -20,9 +20,8 @@ from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.budgets import Budgets, Verdict
 from hf_elastic.tables.latencies import LatencyTable, measure_latency_table
-from hf_elastic.tables.timing import Setting, measure_models, speedup, typical
+from hf_elastic.tables.timing import NOISY, Setting, measure_models, speedup, typical
 
-_NOISY = 0.15  # differences between rounds from which a latency table is not to be trusted
 _TABLE_BATCH = 8  # sequences at once for the latencies of a comparison, where no budget says how many
 
 
@@ -104,7 +103,7 @@ def latencies_for(
             supernet, batch_size=timed.batch_size, length=timed.length, phase=budgets.phase, dtype=dtype, path=path,
             progress=tell,
         )  # fmt: skip
-    if table.noise > _NOISY:
+    if table.noise > NOISY:
         say(
             f"the machine had other work while latencies were measured (the same model differs by {table.noise:.0%}): "
             "predictions may miss; for better ones start anew on a quiet machine"

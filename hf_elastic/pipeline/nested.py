@@ -37,7 +37,7 @@ _PARENT = "parent"
 _STARTS: Mapping[str, str] = {SORTED: "repaired", TRAINED: "trained"}
 _CUT = "cut"
 _SHARED = ("space", "teacher", "tables", "plan", "train")  # stages of a run that all sizes have behind them
-_SECONDS = 10.0  # of timing, for each model
+_SECONDS = 5.0  # of timing, for each model
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.latencies import shape_digest
+from hf_elastic.tables.memory import steady_memory
 from hf_elastic.tables.timing import MOST_ROUNDS, Rounds, Setting, Timer, enough_rounds, typical, wall_clock
 
 Runtime = Literal["onnx", "openvino"]
@@ -99,7 +100,7 @@ def measure_folders(
     """
     setting = RuntimeSetting(batch_size, length, threads or torch.get_num_threads(), "")
     calls = [_call(model, setting) for model in folders.values()]
-    with _torch_threads(setting.threads):
+    with _torch_threads(setting.threads), steady_memory():
         times = _timed(calls, rounds=rounds, seconds=seconds, timer=timer)
     return {name: Latency(statistics.median(column), column) for name, column in zip(folders, times, strict=True)}
 

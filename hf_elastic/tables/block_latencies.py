@@ -30,6 +30,7 @@ from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable, interpolated, moved_weights, shape_digest, spread
+from hf_elastic.tables.memory import steady_memory
 from hf_elastic.tables.stored import read_table, write_table
 from hf_elastic.tables.timing import (
     MOST_ROUNDS,
@@ -253,7 +254,8 @@ def measure_block_latency_table(
         batch_size, length, phase, device, dtype: the setting, see :meth:`Setting.of`; ``dtype`` is that of the export.
         widths: at most so many of a block are measured, smallest and largest among them; the others are interpolated.
         rounds: at most so many.
-        seconds: in forwards, after which no new round begins; there are at least three.
+        seconds: in forwards, after which no new round begins; there are at least three, and on a noisy machine up to
+            three times as long.
         path: keeps each round; an interrupted measurement goes on, a finished one is read.
         progress: called with the rounds done and to be done, as it looks now.
         timer: runs a call and returns its seconds.
@@ -278,8 +280,9 @@ def measure_block_latency_table(
         table = _continued(BlockLatencyTable.load(path), table, path)
     if table.finished:
         return table
-    timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
-    return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
+    with steady_memory():
+        timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
+        return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
 
 
 def _empty(supernet: Supernet, setting: Setting, *, widths: int) -> BlockLatencyTable:

@@ -28,6 +28,7 @@ from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import require_unrouted
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
+from hf_elastic.tables.memory import steady_memory
 from hf_elastic.tables.stored import read_table, write_table
 from hf_elastic.tables.timing import (
     MOST_ROUNDS,
@@ -296,7 +297,8 @@ def measure_latency_table(
         sizes: at most so many widths, and so many head counts, are measured, the whole model's among them; the others
             are interpolated.
         rounds: at most so many.
-        seconds: in forwards, after which no new round begins; there are at least three.
+        seconds: in forwards, after which no new round begins; there are at least three, and on a noisy machine up to
+            three times as long.
         path: keeps each round; an interrupted measurement goes on, a finished one is read.
         progress: called with the rounds done and to be done, as it looks now.
         timer: runs a call and returns its seconds.
@@ -316,8 +318,9 @@ def measure_latency_table(
         table = _continued(LatencyTable.load(path), table, path)
     if table.finished:
         return table
-    timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
-    return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
+    with steady_memory():
+        timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
+        return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
 
 
 def _empty(supernet: Supernet, setting: Setting, *, sizes: int) -> LatencyTable:

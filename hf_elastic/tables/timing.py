@@ -21,6 +21,7 @@ from hf_elastic.architecture import is_finite
 from hf_elastic.costs import LATENCY_TOKENS, Latency, synchronise
 from hf_elastic.errors import CheckpointError, DataError
 from hf_elastic.supernet import Supernet
+from hf_elastic.tables.memory import steady_memory
 
 Phase = Literal["prefill", "decode"]
 Timer = Callable[[Callable[[], object]], float]
@@ -29,6 +30,9 @@ Timer = Callable[[Callable[[], object]], float]
 AnyTimedTable = TypeVar("AnyTimedTable", bound="TimedTable")
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+NOISY = 0.15
+"""Differences between rounds from which a latency table is not to be trusted."""
+_PATIENCE = 3  # times the seconds that rounds go on for on a noisy machine: it switches between fast and slow
 _SHORT = 0.1  # seconds: before a shorter forward the same one runs untimed, so that it finds its own weights in caches
 
 
@@ -352,7 +356,9 @@ def timed_in_rounds(
         table: with the rounds that there are.
         timed: what gives further ones.
         rounds: at most so many.
-        seconds: in forwards, after which no new round begins; there are at least three.
+        seconds: in forwards, after which no new round begins; there are at least three. Where rounds differ by more
+            than :data:`NOISY`, up to three times as long: of a model that met the machine at its best more often than
+            another one did, the time would be too good.
         path: keeps each round.
         progress: called with the rounds done and to be done, as it looks now.
     """
@@ -360,11 +366,12 @@ def timed_in_rounds(
     while not table.finished:
         found = (*table.rounds, tuple(timed.round()))
         spent = before + timed.spent
-        done = enough_rounds(len(found), spent=spent, seconds=seconds, rounds=most)
+        allowed = seconds * (_PATIENCE if len(found) >= LEAST_ROUNDS and noise_of(found) > NOISY else 1)
+        done = enough_rounds(len(found), spent=spent, seconds=allowed, rounds=most)
         table = replace(table, rounds=found, spent=spent, finished=done)
         if path is not None:
             table.save(path)
-        likely = min(most, max(LEAST_ROUNDS, math.ceil(seconds * len(found) / spent)))
+        likely = min(most, max(LEAST_ROUNDS, math.ceil(allowed * len(found) / spent)))
         tell(len(found), len(found) if done else max(likely, len(found) + 1))
     return table
 
@@ -391,10 +398,11 @@ def measure_models(
     """
     for name, model in models.items():
         require_setting(setting, model, name=name)
-    timed = Rounds([Forward(model, setting) for model in models.values()], timer=timer)
     found: list[list[float]] = []
-    while not enough_rounds(len(found), spent=timed.spent, seconds=seconds, rounds=rounds):
-        found.append(timed.round())
+    with steady_memory():
+        timed = Rounds([Forward(model, setting) for model in models.values()], timer=timer)
+        while not enough_rounds(len(found), spent=timed.spent, seconds=seconds, rounds=rounds):
+            found.append(timed.round())
     return {
         name: Latency(statistics.median(times), times)
         for name, times in zip(models, zip(*found, strict=True), strict=True)

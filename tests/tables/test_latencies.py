@@ -22,7 +22,7 @@ from hf_elastic.parts import LayerShape
 from hf_elastic.search import Objective, search_subnets
 from hf_elastic.tables.additive import layer_table
 from hf_elastic.tables.latencies import LatencyTable, Sizes, measure_latency_table, shape_in, sizes_of
-from hf_elastic.tables.timing import Forward, Setting, measure_models, speedup, typical, wall_clock
+from hf_elastic.tables.timing import NOISY, Forward, Setting, measure_models, speedup, typical, wall_clock
 
 FAMILIES = ("bert", "distilbert", "llama", "qwen3", "mistral", "gpt2")
 Truth = Callable[[Sequence[tuple[int, int]]], float]
@@ -198,6 +198,18 @@ def test_measuring_ends_when_the_time_is_spent_but_not_before_three_rounds() -> 
     one = measured(supernet, rounds=15, seconds=0.0).spent / 4  # with the round that warms up
     assert len(measured(supernet, rounds=15, seconds=6.5 * one).rounds) == 6
     assert len(measured(supernet, rounds=15).rounds) == 15
+
+
+def test_measuring_goes_on_up_to_three_times_as_long_where_the_machine_is_noisy() -> None:
+    supernet = made()
+    one = measured(supernet, rounds=15, seconds=0.0).spent / 4
+
+    def noisy(share: float) -> LatencyTable:
+        return measured(supernet, FakeTimer(noise=share), rounds=100, seconds=8 * one)
+
+    calm, wild = noisy(0.03), noisy(0.5)
+    assert calm.noise < NOISY and 8 * one <= calm.spent <= 9.5 * one
+    assert wild.noise > NOISY and 24 * one <= wild.spent <= 26 * one and wild.finished
 
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
