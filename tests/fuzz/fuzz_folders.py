@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import pickle
 import random
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from fuzz_mutations import (
-    NAMES,
-    Random,
-    hostile_bytes,
-    hostile_card,
-    hostile_data,
-    hostile_json,
-    hostile_safetensors,
-    hostile_value,
-    written,
+from fuzz_changed_folders import (
+    hostile_code,
+    hostile_folder,
+    hostile_record,
+    plant_code,
+    plant_pickle,
+    read_or_empty,
+    rewrite,
 )
+from fuzz_mutations import NAMES, Random, hostile_bytes, hostile_card, hostile_data, hostile_safetensors, written
 from fuzz_running import Target
 from fuzz_seeds import Seeds
 from fuzz_watching import Place, Refusal
 
 import hf_elastic as he
-from hf_elastic.files import file_digest
+from hf_elastic.evaluation import FolderOptions, evaluate_folder
 from hf_elastic.hub.artefacts import recognise
 from hf_elastic.hub.card import model_card
 from hf_elastic.hub.contents import contents_of, without_local_folders
@@ -43,212 +38,6 @@ from hf_elastic.runtimes.opening import open_model
 from hf_elastic.runtimes.runtime_model import RuntimeModel
 
 Call = Callable[[], object]
-
-
-class _Payload:
-    """What a pickle runs when it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, (str(self.marker), "w")
-
-
-def _code(marker: Path) -> str:
-    """A modeling file that leaves a trace when it is run."""
-    return (
-        f"open({str(marker)!r}, 'w').write('ran')\nfrom transformers import PreTrainedConfig, PreTrainedModel\n\n\n"
-        "class HostileConfig(PreTrainedConfig):\n    model_type = 'hostile'\n\n\n"
-        "class HostileModel(PreTrainedModel):\n    config_class = HostileConfig\n"
-    )
-
-
-# -- folders ---------------------------------------------------------------------------------------------------------
-
-
-def hostile_folder(rng: Random, source: Path, place: Place, *, focus: Sequence[str] = (), pickles: bool = True) -> Path:
-    """A copy of a folder in which one to three things are not as they should be; one in twenty is.
-
-    Args:
-        rng: of everything random.
-        source: a valid folder.
-        place: of the case.
-        focus: names of files that are changed more often than others.
-        pickles: whether weights may be replaced by one.
-    """
-    folder = place.inside / "given"
-    shutil.copytree(source, folder)
-    for _ in range(0 if rng.random() < 0.05 else rng.choice((1, 1, 1, 2, 3))):
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-        liked = [path for path in files if path.name in focus]
-        if not files:
-            break
-        file = rng.choice(liked) if liked and rng.random() < 0.75 else rng.choice(files)
-        with suppress(OSError, RecursionError):  # of a second change, where the first left a link, or a deep nesting
-            _change(rng, file, place, pickles=pickles)
-    if rng.random() < 0.5:
-        _reseal(folder)
-    return folder
-
-
-def _change(rng: Random, file: Path, place: Place, *, pickles: bool) -> None:
-    chance = rng.random()
-    if chance < 0.06:
-        _misplace(rng, file, place)
-    elif chance < 0.12:
-        _plant(rng, file.parent, place, pickles=pickles)
-    elif file.suffix == ".json":
-        file.write_bytes(_hostile_record(rng, file))
-    elif file.suffix == ".safetensors":
-        file.write_bytes(hostile_safetensors(rng, file.read_bytes()))
-    elif file.suffix == ".md":
-        file.write_bytes(hostile_card(rng))
-    elif file.suffix == ".py":
-        file.write_text(_code(place.marker))
-    else:
-        file.write_bytes(hostile_bytes(rng, file.read_bytes()))
-
-
-def _hostile_record(rng: Random, file: Path) -> bytes:
-    try:
-        data = json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        return hostile_bytes(rng, file.read_bytes())
-    if isinstance(data, dict) and "model_type" in data and rng.random() < 0.4:
-        _resize(rng, data)
-        return written(data).encode("utf-8", errors="surrogatepass")
-    return hostile_json(rng, data)
-
-
-_SIZES = (
-    "hidden_size", "n_embd", "intermediate_size", "n_inner", "num_hidden_layers", "n_layer", "num_attention_heads",
-    "n_head",
-    "num_key_value_heads", "vocab_size", "max_position_embeddings", "n_positions", "head_dim", "type_vocab_size",
-    "bottleneck_size", "bottleneck_head_dim", "embedding_size", "pad_token_id", "sliding_window", "num_labels",
-)  # fmt: skip
-_ABSURD: tuple[Any, ...] = (
-    0, -1, 1, 3, 2**20, 10**6, 10**7, 10**9, 10**12, 2**31, 2**62, 2**63, 10**30, 1.5, "32", None, True, [1],
-    [32] * 3, {},
-)  # fmt: skip
-
-
-def _resize(rng: Random, config: dict[str, Any]) -> None:
-    """Gives a config of a model absurd sizes, for all layers or for one."""
-    holders = [config]
-    layers = config.get("per_layer_config")
-    if isinstance(layers, dict):
-        holders += [entry for entry in layers.values() if isinstance(entry, dict)]
-    for _ in range(rng.randint(1, 2)):
-        holder = rng.choice(holders)
-        known = [name for name in _SIZES if name in holder] or list(_SIZES)
-        holder[rng.choice(known if rng.random() < 0.8 else list(_SIZES))] = rng.choice(_ABSURD)
-    if rng.random() < 0.2:
-        for name in ("candidate_widths", "candidate_heads", "candidate_blocks", "layer_types", "architectures"):
-            if isinstance(config.get(name), list) and rng.random() < 0.5:
-                config[name] = rng.choice((config[name][:-1], config[name] * 2, [], [hostile_value(rng)], None))
-    if isinstance(layers, dict) and rng.random() < 0.3:
-        layers[rng.choice(("-1", "99", "x", "10000000000", "0"))] = rng.choice(
-            ({}, {"skip": ["x"]}, {"skip": "mlp"}, None, [])
-        )
-
-
-def _misplace(rng: Random, file: Path, place: Place) -> None:
-    """No file, a folder, a link in a circle, out of the folder, or to nothing."""
-    content = file.read_bytes()
-    file.unlink()
-    chance = rng.randrange(6)
-    if chance == 0:
-        file.mkdir()
-    elif chance == 1:
-        file.symlink_to(file.name)
-    elif chance == 2:
-        outside = place.root / f"outside-{file.name}"
-        outside.write_bytes(content)
-        file.symlink_to(outside)
-    elif chance == 3:
-        file.symlink_to("/nowhere")
-    elif chance == 4:
-        file.write_bytes(b"")
-
-
-def _plant(rng: Random, folder: Path, place: Place, *, pickles: bool) -> None:
-    """Pickles in the place of weights, or code that a config names."""
-    if pickles and rng.random() < 0.5:
-        _plant_pickle(rng, folder, place)
-    else:
-        _plant_code(rng, folder, place)
-
-
-_PICKLES = {"adapter_model.safetensors": "adapter_model.bin", "model.safetensors": "pytorch_model.bin"}
-
-
-def _plant_pickle(rng: Random, folder: Path, place: Place) -> None:
-    """The weights as a pickle, which runs something or only holds tensors."""
-    import torch
-    from safetensors.torch import load_file
-
-    file = rng.choice(sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"])
-    pickled = folder / _PICKLES.get(file.name, rng.choice(("pytorch_model.bin", "adapter_model.bin", "model.pt")))
-    if rng.random() < 0.5:
-        pickled.write_bytes(pickle.dumps({"weight": _Payload(place.marker)}))
-    else:
-        try:
-            torch.save(load_file(file), pickled)
-        except Exception:  # a file that was changed before, or is none
-            pickled.write_bytes(pickle.dumps({}))
-    if rng.random() < 0.8:
-        file.unlink(missing_ok=True)
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    record = folder / "search_space.json"
-    if record.is_file() and rng.random() < 0.8:
-        _rewrite(record, weights={pickled.name: file_digest(pickled)})
-    if file.name == "model.safetensors" and rng.random() < 0.3:
-        names = {"weight_map": {"a.weight": pickled.name}, "metadata": {}}
-        (folder / f"{pickled.name}.index.json").write_text(json.dumps(names))
-
-
-def _plant_code(rng: Random, folder: Path, place: Place) -> None:
-    """A config that names classes in a file beside it, of a type that is known or not."""
-    (folder / "modeling_hostile.py").write_text(_code(place.marker))
-    config = folder / "config.json"
-    stated = _read(config)
-    kinds = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoTokenizer")
-    classes = {kind: f"modeling_hostile.Hostile{'Config' if kind == 'AutoConfig' else 'Model'}" for kind in kinds}
-    if rng.random() < 0.5:
-        stated["model_type"] = "hostile"
-    config.write_text(json.dumps({**stated, "auto_map": classes}))
-    for name in ("tokenizer_config.json", "adapter_config.json"):
-        if (folder / name).is_file():
-            (folder / name).write_text(
-                json.dumps({**_read(folder / name), "auto_map": classes, "auto_mapping": classes})
-            )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _rewrite(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps({**_read(file), **changes}))
-
-
-def _reseal(folder: Path) -> None:
-    """Writes digests of changed weights into records that state them, so that what lies behind the check is reached."""
-    record, routers = folder / "search_space.json", folder / "routers.json"
-    if isinstance(stated := _read(record).get("weights"), dict):
-        files = {file.name: file for file in folder.iterdir() if file.is_file()}
-        sums = {name: file_digest(files[name]) for name in stated if name in files}
-        _rewrite(record, weights=sums or stated)
-    if routers.is_file() and _read(routers) and (folder / "routers.safetensors").is_file():
-        _rewrite(routers, weights=file_digest(folder / "routers.safetensors"))
-
-
-# -- targets ---------------------------------------------------------------------------------------------------------
 
 
 def _info(seeds: Seeds) -> Callable[[Random, Place], Call]:
@@ -367,7 +156,7 @@ def _packed(seeds: Seeds) -> Callable[[Random, Place], Call]:
         else:  # what a user loads by transformers itself: only what unpack_ reads of it is hostile
             folder = place.inside / "given"
             shutil.copytree(seeds.folder("integers"), folder)
-            stated = _read(folder / "config.json")
+            stated = read_or_empty(folder / "config.json")
             stated["quantization_config"] = hostile_data(rng, stated["quantization_config"])
             (folder / "config.json").write_bytes(written(stated).encode("utf-8", errors="surrogatepass"))
             if rng.random() < 0.5:
@@ -396,6 +185,26 @@ def _score(seeds: Seeds) -> Callable[[Random, Place], Call]:
         source = seeds.folder(rng.choice(("base", "sharded", "stock", "integers", "export")))
         folder = hostile_folder(rng, source, place, focus=("model.safetensors.index.json", "config.json"))
         return lambda: str(score_source(str(folder), RankingOptions()))
+
+    return make
+
+
+def _evaluation(seeds: Seeds) -> Callable[[Random, Place], Call]:
+    """Checkpoints that are measured on sound rows; every metric is of one of them."""
+    whole = {
+        "sentence-encoder": ('{"sentence1": "the dog runs", "sentence2": "a cat sings", "score": %d}\n', "spearman"),
+        "classifier": ('{"text": "the dog runs %d", "label": 1}\n', "accuracy"),
+        "base": ('{"text": "the dog runs and a cat sings %d"}\n', "perplexity"),
+    }
+
+    def make(rng: Random, place: Place) -> Call:
+        kind = rng.choice(("sentence-encoder", "sentence-encoder", "classifier", "base"))
+        folder = hostile_folder(rng, seeds.folder(kind), place, focus=("config.json", "modules.json", "tokenizer.json"))
+        row, metric = whole[kind]
+        data = place.inside / "rows.jsonl"
+        data.write_text("".join(row % number for number in range(6)))
+        options = FolderOptions(metric=rng.choice((None, None, metric, "spearman")), batch_size=4)
+        return lambda: evaluate_folder(folder, data, options=options)
 
     return make
 
@@ -435,7 +244,7 @@ def _hub(seeds: Seeds) -> Callable[[Random, Place], Call]:
         if rng.random() < 0.3:
             shutil.copytree(seeds.folder("run"), place.inside / "work")
             run = place.inside / "work"
-            (run / "result.json").write_bytes(_hostile_record(rng, run / "result.json"))
+            (run / "result.json").write_bytes(hostile_record(rng, run / "result.json"))
         if rng.random() < 0.4 and not (folder / "README.md").is_dir():
             (folder / "README.md").unlink(missing_ok=True)
             (folder / "README.md").write_bytes(hostile_card(rng))
@@ -462,7 +271,7 @@ def _card(seeds: Seeds) -> Callable[[Random, Place], Call]:
         parent = place.inside / "parent"
         parent.mkdir()
         (parent / "README.md").write_bytes(hostile_card(rng))
-        _rewrite(place.inside / "given" / "architecture.json", parent=str(parent))
+        rewrite(place.inside / "given" / "architecture.json", parent=str(parent))
 
         def call() -> None:
             recognise(place.inside / "given")
@@ -518,11 +327,11 @@ def _foreign(seeds: Seeds) -> Callable[[Random, Place], Call]:
         folder = place.inside / "given"
         shutil.copytree(seeds.folder(rng.choice(kinds)), folder)
         if rng.random() < 0.7:
-            _plant_pickle(rng, folder, place)
+            plant_pickle(rng, folder, place)
         if rng.random() < 0.6:
-            _plant_code(rng, folder, place)
+            plant_code(rng, folder, place)
         for file in folder.glob("*elastic*.py"):
-            file.write_text(_code(place.marker))
+            file.write_text(hostile_code(place.marker))
         return rng.choice(readers(folder))
 
     return make
@@ -576,6 +385,7 @@ def folder_targets(seeds: Seeds) -> list[Target]:
         Target("routers folder", _routers(seeds), 20),
         Target("packed integers", _packed(seeds), 10),
         Target("score of a checkpoint", _score(seeds), 12),
+        Target("evaluation of a folder", _evaluation(seeds), 10),
         Target("report of a run", _report(seeds), 20),
         Target("folder to be shared", _hub(seeds), 20),
         Target("card of a parent", _card(seeds), 15),

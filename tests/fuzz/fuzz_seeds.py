@@ -181,6 +181,14 @@ def _base(seeds: Seeds, folder: Path) -> Path:
     return tiny_checkpoints.language_model(folder)
 
 
+def _sentence_encoder(seeds: Seeds, folder: Path) -> Path:
+    return tiny_checkpoints.sentence_encoder(folder)
+
+
+def _classifier(seeds: Seeds, folder: Path) -> Path:
+    return tiny_checkpoints.classifier(folder)
+
+
 def _adapter(seeds: Seeds, folder: Path) -> Path:
     shared.adapted(seeds.folder("base")).model.save_pretrained(folder)
     return folder
@@ -234,5 +242,5 @@ _MAKERS = {
     "static-bert": _static("bert"), "static-gpt2": _static("gpt2"), "routed": _routed, "sharded": _sharded,
     "base": _base,
     "adapter": _adapter, "plain-adapter": _plain_adapter, "routers": _routers, "integers": _integers, "run": _run,
-    "graph": _graph,
+    "graph": _graph, "sentence-encoder": _sentence_encoder, "classifier": _classifier,
 }  # fmt: skip
