@@ -1,6 +1,6 @@
 """What kills, full disks, folders that are read-only and failing evaluations do to every operation.
 
-    python benchmarks/faults.py --points 12 --json benchmarks/results/faults.json
+    python benchmarks/faults.py --points 18 --json benchmarks/results/faults.json
 
 Tiny models on the CPU; nothing is timed, so other work may run beside it. The harness is that of ``tests/faults``: each
 operation runs to the end once, then is killed at as many random points as asked for, looked at, started again and
