@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hf_elastic.kept_memory import steady_memory
 from hf_elastic.layers import evaluating
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.space import Architecture, SearchSpace
@@ -224,6 +225,7 @@ class Latency:
         return quartiles[2] - quartiles[0]
 
 
+@steady_memory()
 def measure_latency(
     runs: Mapping[str, Callable[[], object]],
     *,
@@ -233,6 +235,8 @@ def measure_latency(
     device: torch.device | None = None,
 ) -> dict[str, Latency]:
     """Times calls against each other: warm-up, then rounds in which each runs once: drift hits all alike.
+
+    Freed memory is kept meanwhile, see :func:`hf_elastic.kept_memory.steady_memory`.
 
     Args:
         runs: what to time, by name; each call must run the model to its end (CUDA is synchronised here).

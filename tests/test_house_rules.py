@@ -22,7 +22,7 @@ STRANGERS = {
     "checkpoint",
 }  # nor from one another
 LAYERS = (
-    {"errors", "late_imports", "files", "downloads"},
+    {"errors", "late_imports", "files", "downloads", "kept_memory"},
     {"architecture", "counting"},
     {"space"},
     {"search"},

@@ -25,6 +25,7 @@ from hf_elastic.checkpoint.extraction import extract
 from hf_elastic.cost_objectives import first_use, related_costs
 from hf_elastic.costs import Latency
 from hf_elastic.errors import DataError
+from hf_elastic.kept_memory import steady_memory
 from hf_elastic.runtimes.graph_folder import RUNTIME_FILE, Batch, GraphOptions, export_graph
 from hf_elastic.runtimes.graphs import Int8
 from hf_elastic.runtimes.opening import open_config, open_model, require_package, require_positions
@@ -33,7 +34,6 @@ from hf_elastic.search import Objective
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.latencies import shape_digest
-from hf_elastic.tables.memory import steady_memory
 from hf_elastic.tables.timing import MOST_ROUNDS, Rounds, Setting, Timer, enough_rounds, typical, wall_clock
 
 Runtime = Literal["onnx", "openvino"]
@@ -100,7 +100,7 @@ def measure_folders(
     """
     setting = RuntimeSetting(batch_size, length, threads or torch.get_num_threads(), "")
     calls = [_call(model, setting) for model in folders.values()]
-    with _torch_threads(setting.threads), steady_memory():
+    with _torch_threads(setting.threads):
         times = _timed(calls, rounds=rounds, seconds=seconds, timer=timer)
     return {name: Latency(statistics.median(column), column) for name, column in zip(folders, times, strict=True)}
 
@@ -137,6 +137,7 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@steady_memory()
 def _timed(
     calls: Sequence[Callable[[], object]], *, rounds: int, seconds: float, timer: Timer
 ) -> list[tuple[float, ...]]:

@@ -27,10 +27,10 @@ from hf_elastic.blocks import BlockPart, BlockShape
 from hf_elastic.checkpoint.block_extraction import path_config
 from hf_elastic.checkpoint.extraction import build_model, extract
 from hf_elastic.errors import CheckpointError, DataError, UnsupportedModelError
+from hf_elastic.kept_memory import steady_memory
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
 from hf_elastic.tables.latencies import NANOSECONDS, LatencyTable, interpolated, moved_weights, shape_digest, spread
-from hf_elastic.tables.memory import steady_memory
 from hf_elastic.tables.stored import read_table, write_table
 from hf_elastic.tables.timing import (
     MOST_ROUNDS,
@@ -228,6 +228,7 @@ def kind_of(shape: BlockShape) -> BlockKind:
     return BlockKind(shape.block, shape.num_attention_heads, shape.head_dim)
 
 
+@steady_memory()
 def measure_block_latency_table(
     supernet: Supernet,
     *,
@@ -280,9 +281,8 @@ def measure_block_latency_table(
         table = _continued(BlockLatencyTable.load(path), table, path)
     if table.finished:
         return table
-    with steady_memory():
-        timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
-        return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
+    timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
+    return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
 
 
 def _empty(supernet: Supernet, setting: Setting, *, widths: int) -> BlockLatencyTable:

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from hf_elastic.checkpoint.extraction import extract_shapes
 from hf_elastic.errors import CheckpointError, DataError
+from hf_elastic.kept_memory import steady_memory
 from hf_elastic.models import static_class_name
 from hf_elastic.parts import LayerPart, LayerShape
 from hf_elastic.routers import require_unrouted
 from hf_elastic.space import Architecture, SearchSpace
 from hf_elastic.supernet import Supernet
-from hf_elastic.tables.memory import steady_memory
 from hf_elastic.tables.stored import read_table, write_table
 from hf_elastic.tables.timing import (
     MOST_ROUNDS,
@@ -270,6 +270,7 @@ def interpolated(known: Mapping[int, float], size: int, *, name: str, table: str
     return (1 - share) * known[low] + share * known[high]
 
 
+@steady_memory()
 def measure_latency_table(
     supernet: Supernet,
     *,
@@ -318,9 +319,8 @@ def measure_latency_table(
         table = _continued(LatencyTable.load(path), table, path)
     if table.finished:
         return table
-    with steady_memory():
-        timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
-        return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
+    timed = Rounds(_forwards(supernet, table, device=device, dtype=dtype), timer=timer)
+    return timed_in_rounds(table, timed, rounds=rounds, seconds=seconds, path=path, progress=progress)
 
 
 def _empty(supernet: Supernet, setting: Setting, *, sizes: int) -> LatencyTable:

@@ -20,8 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_elastic.architecture import is_finite
 from hf_elastic.costs import LATENCY_TOKENS, Latency, synchronise
 from hf_elastic.errors import CheckpointError, DataError
+from hf_elastic.kept_memory import keeps_memory, steady_memory
 from hf_elastic.supernet import Supernet
-from hf_elastic.tables.memory import steady_memory
 
 Phase = Literal["prefill", "decode"]
 Timer = Callable[[Callable[[], object]], float]
@@ -147,7 +147,9 @@ def _processor(device: torch.device) -> tuple[str, int]:
 
 
 def _software() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    """What decides about times besides the device; tables that were timed with memory given back are other ones."""
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    return ", ".join([*versions, *(["memory kept"] if keeps_memory() else [])])
 
 
 class CachePool:
@@ -376,6 +378,7 @@ def timed_in_rounds(
     return table
 
 
+@steady_memory()
 def measure_models(
     models: Mapping[str, PreTrainedModel],
     setting: Setting,
@@ -398,11 +401,10 @@ def measure_models(
     """
     for name, model in models.items():
         require_setting(setting, model, name=name)
+    timed = Rounds([Forward(model, setting) for model in models.values()], timer=timer)
     found: list[list[float]] = []
-    with steady_memory():
-        timed = Rounds([Forward(model, setting) for model in models.values()], timer=timer)
-        while not enough_rounds(len(found), spent=timed.spent, seconds=seconds, rounds=rounds):
-            found.append(timed.round())
+    while not enough_rounds(len(found), spent=timed.spent, seconds=seconds, rounds=rounds):
+        found.append(timed.round())
     return {
         name: Latency(statistics.median(times), times)
         for name, times in zip(models, zip(*found, strict=True), strict=True)
