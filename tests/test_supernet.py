@@ -497,7 +497,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, weights={"../model.safetensors": "0"}),
         "model.safetensors is truncated or is not",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), "cannot load .* as BertForMaskedLM"),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json, so its weights are of no model"),
     "truncated config": (lambda f: truncate(f, "config.json"), "config.json is no JSON file"),
     "config of another model": (foreign_config, "do not fit its config.json .16 tensors, e.g. bert.encoder.layer.3"),
 }

@@ -28,6 +28,7 @@ from hf_elastic.evaluation.harness import Harness
 from hf_elastic.evaluation.measuring import first_line, required
 from hf_elastic.evaluation.metrics import Reader, answered, load_module
 from hf_elastic.evaluation.similarity import (
+    Role,
     checked_gold,
     checked_relevance,
     encoded,
@@ -215,7 +216,8 @@ def _parameters(score: FolderScore, first: FolderScore) -> str:
 def _usual_metric(folder: Path) -> str:
     if (folder / MODULES).is_file():
         return "spearman"
-    name = str((_config(folder).architectures or [""])[0])
+    listed = _config(folder).architectures
+    name = str(listed[0]) if isinstance(listed, list) and listed else ""
     for ending, metric in (
         ("ForSequenceClassification", "accuracy"), ("ForCausalLM", "perplexity"), ("LMHeadModel", "perplexity"),
     ):  # fmt: skip
@@ -251,11 +253,19 @@ def _loaded(folder: Path, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise CheckpointError(f"cannot load {folder} by {kind.__name__}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder} has no weights for {missing[0]}, which this metric needs; take another")
+    _check_length(tokenizer, folder=folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:  # a decoder's classifier reads the last token before padding
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def _check_length(tokenizer: PreTrainedTokenizerBase, *, folder: Path) -> None:
+    """Checks that what a tokenizer calls the longest sequence is a number, which it does not do itself."""
+    longest: object = tokenizer.model_max_length
+    if type(longest) not in (int, float):
+        raise CheckpointError(f"the tokenizer of {folder} has model_max_length={longest!r}; make it a number of tokens")
 
 
 def _score(folder: Path, model: nn.Module, values: Mapping[str, float], *, counted: str) -> FolderScore:
@@ -309,6 +319,8 @@ def _of_labels(folder: Path, data: str, *, options: FolderOptions, metric: str) 
     rows, text, pair, label = _columns(data, options, label="label")
     reader = None if metric == "accuracy" else Reader(load_module(metric.removeprefix(_MODULE)), {})
     model, tokenizer = _loaded(folder, AutoModelForSequenceClassification)
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"the tokenizer of {folder} has no token for padding, nor for an end; set its pad_token")
     longest = _longest(model, tokenizer, options)
     labels = _labels([row[label] for row in rows], model)
     batches = []
@@ -389,6 +401,18 @@ def _encoder(folder: Path, options: FolderOptions) -> Any:
     return encoder
 
 
+def _embeddings(folder: Path, encoder: Any, texts: Sequence[str], *, role: Role, options: FolderOptions) -> Tensor:
+    """Embeddings of texts, ``(N, D)``.
+
+    Raises:
+        CheckpointError: the modules of the encoder make none of texts.
+    """
+    try:
+        return encoded(encoder, texts, role=role, batch_size=options.batch_size)
+    except Exception as error:  # modules raise whatever their parts raise
+        raise CheckpointError(f"{folder} makes no embeddings of texts: {first_line(error)}") from error
+
+
 def _of_pairs(folder: Path, data: str, *, options: FolderOptions, metric: str) -> FolderScore:
     rows, one, other, label = _columns(data, options, label="score")
     if other is None:
@@ -401,7 +425,7 @@ def _of_pairs(folder: Path, data: str, *, options: FolderOptions, metric: str) -
     encoder = _encoder(folder, options)
     with evaluating(encoder), torch.inference_mode():
         sides = [
-            encoded(encoder, [str(row[name]) for row in rows], role="sentence", batch_size=options.batch_size)
+            _embeddings(folder, encoder, [str(row[name]) for row in rows], role="sentence", options=options)
             for name in (one, other)
         ]
     values = {"spearman": pair_correlation(sides[0].clone(), sides[1].clone(), scores)}
@@ -423,8 +447,8 @@ def _of_retrieval(folder: Path, data: str, *, options: FolderOptions, metric: st
     asked = checked_relevance({query: query for query in relevance}, corpus, relevance=relevance, k=k)
     encoder = _encoder(folder, options)
     with evaluating(encoder), torch.inference_mode():
-        queries = encoded(encoder, list(asked), role="query", batch_size=options.batch_size)
-        documents = encoded(encoder, list(corpus), role="document", batch_size=options.batch_size)
+        queries = _embeddings(folder, encoder, list(asked), role="query", options=options)
+        documents = _embeddings(folder, encoder, list(corpus), role="document", options=options)
         value = mean_ndcg(queries, documents, list(corpus), grades=list(asked.values()), k=k)
     counted = f"{len(asked)} queries, {len(corpus)} documents"
     return _score(folder, encoder, {f"ndcg@{k}": value}, counted=counted)

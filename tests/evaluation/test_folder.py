@@ -338,6 +338,42 @@ def test_sentence_encoders_read_as_many_tokens_as_asked(tmp_path: Path) -> None:
     assert ranked == {"ndcg@10": pytest.approx(ndcg_score(grades, scores.numpy(), k=10), abs=1e-6)}
 
 
+TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "length": ({"model_max_length": [64]}, r"has model_max_length=\[64\]; make it a number of tokens"),
+    "padding": ({"pad_token": None, "eos_token": None, "unk_token": None}, "has no token for padding, nor for an end"),
+}
+
+
+@pytest.mark.parametrize("wrong", TOKENIZERS)
+def test_a_tokenizer_that_cannot_make_batches_is_refused(tmp_path: Path, wrong: str) -> None:
+    changes, said = TOKENIZERS[wrong]
+    folder = classifier(tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=said):
+        evaluate_folder(folder, write_rows(tmp_path / "rows.jsonl"))
+
+
+def test_modules_that_make_no_embeddings_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = sentence_encoder(tmp_path / "model")
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules[::-1]))
+    pairs = [{"sentence1": "the dog runs", "sentence2": "a cat sings", "score": number} for number in range(4)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, pairs)))
+    with pytest.raises(CheckpointError, match="makes no embeddings of texts|as a sentence encoder") as caught:
+        evaluate_folder(folder, data)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    folder = classifier(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": 1.5}))
+    with pytest.raises(DataError, match="cannot tell what .* is measured by from its class ''"):
+        evaluate_folder(folder, write_rows(tmp_path / "rows.jsonl"))
+
+
 def test_a_folder_of_another_kind_or_none_is_refused(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", count=20)
     with pytest.raises(CheckpointError, match="holds no config.json"):
