@@ -82,14 +82,20 @@ def ratio_of_means(
     bar: Bar | None = None,
     note: str = "",
 ) -> Line:
-    """Ratio of the means of errors on the same rows, which are drawn again for its interval (10,000 times)."""
+    """Ratio of the means of errors on the same rows; see :func:`interval_of_means`."""
+    whole = interval_of_means(ours, theirs)
+    middle = {"ours": statistics.fmean(ours), "theirs": statistics.fmean(theirs)}
+    return line(*names, **middle, **judged(whole, bar), note=note)
+
+
+def interval_of_means(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """Ratio of the means of values of the same rows, which are drawn again for its interval (10,000 times)."""
     first, second = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     generator = np.random.default_rng(0)
     draws = [generator.integers(0, len(first), size=len(first)) for _ in range(10_000)]
     ratios = np.array([first[rows].mean() / second[rows].mean() for rows in draws])
     low, high = (float(v) for v in np.quantile(ratios, [0.025, 0.975]))
-    whole = Interval(float(first.mean() / second.mean()), low, high, len(first))
-    return line(*names, ours=float(first.mean()), theirs=float(second.mean()), **judged(whole, bar), note=note)
+    return Interval(float(first.mean() / second.mean()), low, high, len(first))
 
 
 def of_row(part: str, what: str, against: str, found: Mapping[str, Any], *, note: str = "") -> Line:

@@ -55,7 +55,7 @@ class Calls:
     Args:
         folder: which.
         on_call: told of each, before it is done: its number from 0, and what it is.
-        on_rmtree: told of each folder that is about to be removed.
+        on_leaving: told of each folder that is about to be removed or moved.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Calls:
         folder: Path,
         *,
         on_call: Callable[[int, str], None],
-        on_rmtree: Callable[[Path], None] = lambda path: None,
+        on_leaving: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        self.folder, self.on_call, self.on_rmtree = str(folder), on_call, on_rmtree
+        self.folder, self.on_call, self.on_leaving = str(folder), on_call, on_leaving
         self.count, self._inside = 0, False
         self._wrap(os, "fsync", "os.fsync")
         self._wrap(safetensors.torch, "serialize_file", "safetensors")
@@ -91,10 +91,17 @@ class Calls:
         elif event in CHANGES:
             handles = [one for one in args[1:] if isinstance(one, int) and one > 2] if event != "os.mkdir" else []
             if self._concerns(args[0], *handles[-1:]):
+                if event == "os.rename" and os.path.isdir(args[0]):
+                    self._leaves(args[0])
                 self._count(event)
-        elif event == "shutil.rmtree" and self._concerns(args[0]) and not self._inside:
+        elif event == "shutil.rmtree" and self._concerns(args[0]):
+            self._leaves(args[0])
+
+    def _leaves(self, folder: Any) -> None:
+        """A folder is about to be removed, or to be moved, which is how folders are removed as a whole."""
+        if not self._inside:
             self._inside = True
-            self.on_rmtree(Path(os.fsdecode(args[0])))
+            self.on_leaving(Path(os.fsdecode(folder)))
             self._inside = False
 
     def _concerns(self, path: Any, handle: int | None = None) -> bool:
@@ -235,7 +242,7 @@ class Harness:
         self.right = self._right()
 
     def _uninterrupted(self) -> tuple[int, float]:
-        """Runs to the end; keeps the result, and each state that had something removed from it."""
+        """Runs to the end; keeps the result, and each state that a folder was removed from or moved in."""
         self.states.mkdir()
 
         def keep(removed: Path) -> None:
@@ -243,7 +250,7 @@ class Harness:
                 shutil.copytree(self.work, self.states / str(len(os.listdir(self.states))))
 
         def run() -> tuple[int, float]:
-            calls = Calls(self.work, on_call=lambda number, what: None, on_rmtree=keep)
+            calls = Calls(self.work, on_call=lambda number, what: None, on_leaving=keep)
             began = time.perf_counter()
             OPERATIONS[self.name].work(self.inputs, self.work)
             return calls.count, time.perf_counter() - began
