@@ -55,18 +55,17 @@ def require_filled(folder: Path, kind: Any) -> None:
         kind: what loads it: a class of transformers or an Auto class.
 
     Raises:
-        CheckpointError: the model is of more layers or sizes than the files hold, or a class is to load it and there is
-            no config; what transformers raises where it
-            makes no model of the config is not caught.
+        CheckpointError: the model is of more layers or sizes than the files hold, or there are weights for a class to
+            load and no config; what transformers raises where it makes no model of the config is not caught.
     """
     require_counts(folder)
     count, size = _stored(folder)
+    if not count:  # transformers says which file is missing
+        return
     if not (folder / "config.json").is_file():
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):  # it would make its usual config, of billions
             raise CheckpointError(f"{folder} holds no config.json, so its weights are of no model; copy it again")
         return  # an Auto class says so
-    if not count:  # transformers says which file is missing
-        return
     with torch.device("meta"):
         model = _made(folder, kind)
     wanted = sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)

@@ -86,6 +86,11 @@ def test_absurd_sizes_are_refused_at_once(changes: dict[str, Any], message: str,
 
 def test_a_folder_without_safetensors_is_not_looked_at_and_a_broken_one_is_named(tmp_path: Path) -> None:
     require_filled(tmp_path, BertModel)
+    bare = saved("bert", tmp_path / "bare")
+    (bare / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="bare holds no config.json, so its weights are of no model"):
+        require_filled(bare, BertModel)
+    require_filled(bare, AutoModel)
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 1000}')
     require_filled(tmp_path, BertModel)
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 1000000000}')
