@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparing import Line, interval_of_means, line, ratio_of_means, silent
+from comparing import ATTEMPTS, Line, alike, asked_again, interval_of_means, line, ratio_of_means, silent
 from measuring import Bar, Interval, interval
 from runtimes import calibration, cosines, opened, packaged_parent
 from scipy.stats import spearmanr
@@ -37,10 +37,7 @@ from hf_elastic.tables.timing import typical
 PART = "cuts"
 LESS = Bar("at most", 1.0)
 SETTING = "16x128"
-TOLERANCE = 0.99  # of the alternative's speed: what two timings of one model differ by
 FIRST = 1.5  # what the run is asked for
-ALIKE = 1.05  # times that speed, at most, for ours: faster would be unfair to ours
-ATTEMPTS = 4
 NO_GAIN = 1.05  # times as fast, below which nothing is gained that could be compared
 LINES = 160  # of text, for everything that is fitted
 
@@ -172,9 +169,9 @@ class Encoder:
             mine = self.ours(f"ours-{theirs.folder.name}-{attempt}", speedup=asked)
             parent, first, second = self.times(theirs.folder, mine)
             speeds = typical(parent.samples) / typical(second.samples), typical(parent.samples) / typical(first.samples)
-            if TOLERANCE <= speeds[0] / speeds[1] <= ALIKE:
+            if alike(*speeds):
                 return self.judged(mine), speeds, True
-            asked = max(1.01, asked * 1.005 * speeds[1] / speeds[0])
+            asked = asked_again(asked, ours=speeds[0], theirs=speeds[1])
         return self.judged(mine), speeds, False
 
     def against(self, what: str, theirs: Judged, *, note: str = "") -> list[Line]:
@@ -184,18 +181,18 @@ class Encoder:
         if wanted <= NO_GAIN:
             return [self._no_gain(what, theirs)]
         try:
-            mine, speeds, alike = self.as_fast_as(theirs)
+            mine, speeds, equal = self.as_fast_as(theirs)
         except he.InfeasibleError as error:
             return [line(PART, f"ours at {wanted:.2f}x", what, "error of cosines", note=f"out of reach: {error}")]
         ratio = interval_of_means(list(mine.errors), list(theirs.errors))
         bar: Bar | None = LESS
-        if not alike:
+        if not equal:
             bar, said = fair_bar(ratio, speeds)
             note = f"{note}; not equally fast after {ATTEMPTS} attempts, {said}".removeprefix("; ")
         kept = f"STS-B {mine.spearman:.3f} and {theirs.spearman:.3f}; {speeds[0]:.2f}x and {speeds[1]:.2f}x measured"
         names = (PART, f"ours, as fast ({wanted:.2f}x)", what, "error of cosines")
         note = f"{kept}; {note}".removesuffix("; ")
-        return [ratio_of_means(names, list(mine.errors), list(theirs.errors), bar=bar, note=note)]
+        return [ratio_of_means(names, list(mine.errors), list(theirs.errors), ratio=ratio, bar=bar, note=note)]
 
     def _no_gain(self, what: str, theirs: Judged) -> Line:
         """A line of an alternative that is not faster: speed-ups of both."""

@@ -3,7 +3,7 @@
 One ``compress --recipe fast`` and one ``family`` of it, against one ``compress --recipe fast`` per size, each at the
 speed-up that is asked for, on the same encoder and text: what both cost, the aim is at most 1.3 runs. A model that
 turns out slower keeps more, so quality is compared at equal measured speed: the whole family is asked for again, as
-``hf-elastic family`` says one should where a speed is missed, until the clock finds each of its sizes as fast as the
+``hf-elastic family`` says one should where a speed is missed, until the clock has found each size as fast as the
 dedicated model; what that takes longer is not in the cost. The aim is to keep at least 99 % of what that one keeps of
 STS-B.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from against_cuts import ALIKE, ATTEMPTS, TOLERANCE, data_file, parent_folder
-from comparing import Line, line, silent
+from against_cuts import data_file, parent_folder
+from comparing import ATTEMPTS, Line, alike, asked_again, line, silent
 from measuring import Bar, Interval, judged
 from runtimes import cosines, opened
 from scipy.stats import spearmanr
@@ -126,7 +126,7 @@ class Size:
     @property
     def alike(self) -> bool:
         """Whether both are as fast."""
-        return TOLERANCE <= self.ours / self.theirs <= ALIKE
+        return alike(self.ours, self.theirs)
 
     @property
     def note(self) -> str:
@@ -136,7 +136,11 @@ class Size:
 
 
 def equally_fast(parent: Path, work: Path, options: argparse.Namespace) -> dict[str, Size]:
-    """One family whose sizes are as fast as the dedicated models, asked for again until they are; by speed-up."""
+    """Sizes of a whole family each, which is asked for again until all were as fast as the dedicated models.
+
+    Returns:
+        By speed-up the first size that was, or the last one that there is.
+    """
     asked = {speedup: float(speedup) for speedup in SPEEDUPS}
     found: dict[str, Size] = {}
     for attempt in range(1, ATTEMPTS + 1):
@@ -159,10 +163,10 @@ def equally_fast(parent: Path, work: Path, options: argparse.Namespace) -> dict[
             before = found.get(speedup)
             if before is not None and before.alike:  # found; timed again it would only differ by noise
                 continue
-            first = before.first if before else faster[speedup]
-            found[speedup] = Size(folder, first, faster[speedup], faster[f"alone {speedup}"], attempt)
+            ours, theirs = faster[speedup], faster[f"alone {speedup}"]
+            found[speedup] = Size(folder, before.first if before else ours, ours, theirs, attempt)
             if not found[speedup].alike:
-                asked[speedup] = max(1.01, asked[speedup] * 1.005 * found[speedup].theirs / found[speedup].ours)
+                asked[speedup] = asked_again(asked[speedup], ours=ours, theirs=theirs)
         if all(size.alike for size in found.values()):
             break
     return found

@@ -18,6 +18,11 @@ COLUMNS = (
 )  # fmt: skip
 """``ratio`` is the median of ours over theirs; ``low`` and ``high`` are its 95 % bootstrap interval."""
 
+ATTEMPTS = 4
+"""Models that are asked for, at most, until one is as fast as another."""
+_ALIKE = 0.99, 1.05  # of the other's speed: what two timings of one model differ by; faster would be unfair to ours
+_NUDGE = 1.005  # beyond what was missed
+
 
 def line(part: str, what: str, against: str, measure: str = "", **found: Any) -> Line:
     """A line; columns that are not given are empty.
@@ -79,13 +84,13 @@ def ratio_of_means(
     ours: Sequence[float],
     theirs: Sequence[float],
     *,
+    ratio: Interval | None = None,
     bar: Bar | None = None,
     note: str = "",
 ) -> Line:
-    """Ratio of the means of errors on the same rows; see :func:`interval_of_means`."""
-    whole = interval_of_means(ours, theirs)
+    """Ratio of the means of errors on the same rows, :func:`interval_of_means` unless that is known."""
     middle = {"ours": statistics.fmean(ours), "theirs": statistics.fmean(theirs)}
-    return line(*names, **middle, **judged(whole, bar), note=note)
+    return line(*names, **middle, **judged(ratio or interval_of_means(ours, theirs), bar), note=note)
 
 
 def interval_of_means(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
@@ -96,6 +101,16 @@ def interval_of_means(ours: Sequence[float], theirs: Sequence[float]) -> Interva
     ratios = np.array([first[rows].mean() / second[rows].mean() for rows in draws])
     low, high = (float(v) for v in np.quantile(ratios, [0.025, 0.975]))
     return Interval(float(first.mean() / second.mean()), low, high, len(first))
+
+
+def alike(ours: float, theirs: float) -> bool:
+    """Whether two speed-ups that were timed together may be called equal."""
+    return _ALIKE[0] <= ours / theirs <= _ALIKE[1]
+
+
+def asked_again(asked: float, *, ours: float, theirs: float) -> float:
+    """The speed-up to ask for next, where what was asked for gave ``ours`` and not ``theirs``."""
+    return max(1.01, asked * _NUDGE * theirs / ours)
 
 
 def of_row(part: str, what: str, against: str, found: Mapping[str, Any], *, note: str = "") -> Line:

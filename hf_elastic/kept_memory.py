@@ -16,7 +16,7 @@ _USUAL_MMAPS = 65536
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 _TUNABLES = ("malloc.trim_threshold", "malloc.mmap_threshold", "malloc.mmap_max", "malloc.top_pad")
 _LOCK = threading.Lock()
-_INSIDE: list[int] = []  # threads that are in a block
+_OPEN: list[None] = []  # an entry for each block that is open, in whichever thread
 
 
 def keeps_memory() -> bool:
@@ -46,14 +46,14 @@ def steady_memory() -> Iterator[None]:
     library = ctypes.CDLL(None)
     try:
         with _LOCK:
-            _INSIDE.append(threading.get_ident())
+            _OPEN.append(None)
             library.mallopt(_MMAP_MAX, 0)
             library.mallopt(_TRIM_THRESHOLD, _NEVER)
         yield
     finally:
         with _LOCK:
-            _INSIDE.pop()
-            if not _INSIDE:  # the outermost block
+            _OPEN.pop()
+            if not _OPEN:
                 library.mallopt(_MMAP_MAX, _USUAL_MMAPS)
                 library.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
                 library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)

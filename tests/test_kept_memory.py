@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import block_models
 import pytest
 import torch
 from timed_tables import FormulaTimer
@@ -152,8 +153,6 @@ def _calls(timer: Any) -> None:
 
 
 def _blocks(timer: Any) -> None:
-    import block_models
-
     measure_block_latency_table(block_models.supernet_of("elastic_bert"), widths=2, length=8, rounds=3, timer=timer)
 
 

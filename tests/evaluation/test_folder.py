@@ -361,7 +361,7 @@ def test_modules_that_make_no_embeddings_are_refused_in_one_line(tmp_path: Path)
     pairs = [{"sentence1": "the dog runs", "sentence2": "a cat sings", "score": number} for number in range(4)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, pairs)))
-    with pytest.raises(CheckpointError, match="makes no embeddings of texts|as a sentence encoder") as caught:
+    with pytest.raises(CheckpointError, match="makes no embeddings of texts: ") as caught:
         evaluate_folder(folder, data)
     assert "\n" not in str(caught.value)
 
