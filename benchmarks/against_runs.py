@@ -4,8 +4,8 @@ One ``compress --recipe fast`` and one ``family`` of it, against one ``compress 
 speed-up that is asked for, on the same encoder and text: what both cost, the aim is at most 1.3 runs. A model that
 turns out slower keeps more, so quality is compared at equal measured speed: the whole family is asked for again, as
 ``hf-elastic family`` says one should where a speed is missed, until the clock has found each size as fast as the
-dedicated model; what that takes longer is not in the cost. The aim is to keep at least 99 % of what that one keeps of
-STS-B.
+dedicated model, or it is that model; what that takes longer is not in the cost. The aim is to keep at least 99 % of
+what that one keeps of STS-B.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class Size:
         first: speed-up of the size that was first exported for what was asked.
         ours, theirs: speed-ups, timed together.
         attempts: families that were made until then.
+        same: whether both have the same weights, byte for byte, and so are as fast whatever the clock says.
     """
 
     folder: Path
@@ -122,16 +123,19 @@ class Size:
     ours: float
     theirs: float
     attempts: int
+    same: bool
 
     @property
     def alike(self) -> bool:
         """Whether both are as fast."""
-        return alike(self.ours, self.theirs)
+        return self.same or alike(self.ours, self.theirs)
 
     @property
     def note(self) -> str:
         """What the line says of speeds."""
         said = f"{self.ours:.2f}x and {self.theirs:.2f}x measured; {self.first:.2f}x as first asked, family "
+        if self.same:
+            return f"{said}{self.attempts}; the same weights, byte for byte"
         return f"{said}{self.attempts}" + ("" if self.alike else "; not equally fast, so not judged")
 
 
@@ -164,9 +168,15 @@ def equally_fast(parent: Path, work: Path, options: argparse.Namespace) -> dict[
             if before is not None and before.alike:  # found; timed again it would only differ by noise
                 continue
             ours, theirs = faster[speedup], faster[f"alone {speedup}"]
-            found[speedup] = Size(folder, before.first if before else ours, ours, theirs, attempt)
+            same = weights(folder) == weights(work / f"alone-{speedup}")
+            found[speedup] = Size(folder, before.first if before else ours, ours, theirs, attempt, same)
             if not found[speedup].alike:
                 asked[speedup] = asked_again(asked[speedup], ours=ours, theirs=theirs)
         if all(size.alike for size in found.values()):
             break
     return found
+
+
+def weights(folder: Path) -> bytes:
+    """The file of a model's weights."""
+    return (folder / "model.safetensors").read_bytes()

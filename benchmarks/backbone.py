@@ -148,8 +148,13 @@ class Family:
         self.size, self.passes = size, Passes(size)
         space = self.supernet.space
         self.subnets = {"midpoint": space.midpoint(), "smallest": space.smallest()}
-        if not torch.equal(self.passes.forward(self.stock), self.passes.forward(elastic)):
-            raise RuntimeError(f"{name}: the largest architecture differs from the stock model")
+        expected, found, again = (self.passes.forward(model) for model in (self.stock, elastic, self.stock))
+        if not torch.equal(expected, found):
+            by, of_itself = ((output - expected).abs().max().item() for output in (found, again))
+            raise RuntimeError(
+                f"{name}: the largest architecture differs from the stock model by {by:.3g}; that one from itself, run "
+                f"again, by {of_itself:.3g}"
+            )
 
     def extracted(self, subnet: str) -> PreTrainedModel:
         """The subnet as a model of its own, checked against the one inside the supernet."""
