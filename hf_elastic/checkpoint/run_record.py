@@ -15,6 +15,9 @@ from hf_elastic.files import read_json, write_json
 
 RESULT_FILE = "result.json"
 FORMAT = 1
+TEXT, PARENT = "text", "parent"
+DIGESTS = {TEXT: "text", PARENT: "checkpoint"}
+"""Beside the options of a run: digests of what it was made from, and what that is called."""
 
 
 class RunRecord:
@@ -46,6 +49,11 @@ class RunRecord:
     def _check(self, options: Mapping[str, Any]) -> None:
         old = self.data["options"]
         changed = sorted(name for name in {**old, **options} if old.get(name) != options.get(name))
+        if changed and changed[0] in DIGESTS:
+            raise CheckpointError(
+                f"{self.path.parent} holds a run that was made from another {DIGESTS[changed[0]]} under the same name; "
+                "restore it, choose another output, or delete that folder"
+            )
         if changed:
             before, now = (_shortened(values.get(changed[0])) for values in (old, options))
             raise CheckpointError(

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from hf_elastic.checkpoint import ExportReport, export
 from hf_elastic.checkpoint.exporting import ARCHITECTURE_FILE
-from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord, read_record
+from hf_elastic.checkpoint.run_record import PARENT, RESULT_FILE, TEXT, RunRecord, read_record
 from hf_elastic.conversion import make_elastic
 from hf_elastic.errors import CheckpointError
 from hf_elastic.files import (
@@ -58,7 +58,14 @@ from hf_elastic.pipeline.elm_table import (
     verdict_lines,
     written_as,
 )
-from hf_elastic.pipeline.kept import LATENCY_FILE, TRAINED, RunResult, recorded_export, reported_export
+from hf_elastic.pipeline.kept import (
+    LATENCY_FILE,
+    TRAINED,
+    RunResult,
+    parent_digest,
+    recorded_export,
+    reported_export,
+)
 from hf_elastic.runtimes.matrix import runs_where_space
 from hf_elastic.space import Architecture
 from hf_elastic.supernet import Supernet
@@ -113,7 +120,7 @@ class ElmRun:
         self.setting = ElmSetting(options, self.texts, plan_of(options, self.texts))
         self.plan = self.setting.plan
         rows = {"rows": self.labelled.digest} if self.labelled else {}
-        self._identity = {**options.to_dict(), "text": self.texts.digest, **rows}
+        self._identity = {**options.to_dict(), TEXT: self.texts.digest, PARENT: parent_digest(options.teacher), **rows}
 
     def dry_run(self) -> str:
         """Describes the space, the budget, growth, trainings and distillation, without training or writing anything."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +51,7 @@ from hf_elastic.training import (
     last_complete_checkpoint,
 )
 from hf_elastic.training.order import InOrder, training_order
+from hf_elastic.training.preparation import KeptCache
 
 _SAVES, _LOGS = 5, 4  # checkpoints of a training, and losses that are noted between two
 _POPULATION = (10, 50)  # of the search: at least, and as published
@@ -157,30 +157,18 @@ def train(
     Returns:
         Losses by step, of labels and distillation together.
     """
-    with _cache_as_it_was(supernet.base):
-        trainer = ElasticTrainer(
-            supernet=supernet,
-            sampling=rule,
-            distill=setting.distillation,
-            args=training_arguments(setting, folder=folder, steps=steps),
-            train_dataset=setting.texts.training(setting.options, steps=steps),
-            data_collator=setting.texts.data.collate,
-            callbacks=list(callbacks),
-        )
-        _run(trainer, folder)
+    trainer = ElasticTrainer(
+        supernet=supernet,
+        sampling=rule,
+        distill=setting.distillation,
+        args=training_arguments(setting, folder=folder, steps=steps),
+        train_dataset=setting.texts.training(setting.options, steps=steps),
+        data_collator=setting.texts.data.collate,
+        callbacks=list(callbacks),
+    )
+    _run(trainer, folder)
     supernet.model.eval()
     return noted_losses(trainer)
-
-
-@contextmanager
-def _cache_as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards the config says of a cache what it said: a Trainer writes its own word into it."""
-    known = getattr(model.config, "use_cache", None)
-    try:
-        yield
-    finally:
-        if known is not None:
-            model.config.use_cache = known
 
 
 class _Bar(ProgressCallback):
@@ -397,15 +385,16 @@ def fine_tune(setting: ElmSetting, rows: LabelledRows, source: Path, *, folder: 
         [len(row["input_ids"]) for row in rows.train], batch_size=options.batch_size, steps=steps, seed=options.seed
     )
     collate: Any = DataCollatorWithPadding(tokenizer)
-    with _cache_as_it_was(model):
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(setting, folder=folder, steps=steps, learning_rate=options.finetune_learning_rate),
-            train_dataset=InOrder(rows.train, order),
-            data_collator=collate,
-            callbacks=[CompleteCheckpointCallback()],
-        )
-        _run(trainer, folder)
+    cache = KeptCache(model.config)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(setting, folder=folder, steps=steps, learning_rate=options.finetune_learning_rate),
+        train_dataset=InOrder(rows.train, order),
+        data_collator=collate,
+        callbacks=[CompleteCheckpointCallback()],
+    )
+    _run(trainer, folder)
+    cache.restore()
     right = 0
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(rows.held), options.batch_size):

@@ -104,9 +104,10 @@ def latencies_for(
             progress=tell,
         )  # fmt: skip
     if table.noise > NOISY:
+        anew = "start anew" if path is None else f"delete {path} and repeat this"
         say(
             f"the machine had other work while latencies were measured (the same model differs by {table.noise:.0%}): "
-            "predictions may miss; for better ones start anew on a quiet machine"
+            f"predictions may miss; for better ones {anew} on a quiet machine"
         )
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from hf_elastic.architecture import Architecture
 from hf_elastic.checkpoint.exporting import ExportReport
-from hf_elastic.checkpoint.run_record import RESULT_FILE, RunRecord, read_record
+from hf_elastic.checkpoint.run_record import DIGESTS, PARENT, RESULT_FILE, TEXT, RunRecord, read_record
 from hf_elastic.declaration import ElasticConfig
 from hf_elastic.errors import CheckpointError
+from hf_elastic.files import given_path
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.tasks import Task, TaskData, load_tokenizer, read_config, resolve_task
 from hf_elastic.pipeline.texts import Row, digest, read_rows
@@ -62,6 +64,37 @@ def text_digest(rows: list[Row], task: Task, options: CompressOptions) -> str:
     return digest(rows, (options.text_column, *labels))
 
 
+def parent_digest(model: str) -> str:
+    """What tells a checkpoint from another under the same name: its files as they are, or the commit on the Hub."""
+    folder = given_path(model)
+    if not folder.is_dir():
+        return f"commit {read_config(model)._commit_hash}"
+    found = hashlib.sha256()
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        found.update(file.name.encode())
+        with file.open("rb") as content:
+            found.update(hashlib.file_digest(content, "sha256").digest())
+    return found.hexdigest()
+
+
+def identity_of(options: CompressOptions, rows: list[Row], task: Task) -> dict[str, Any]:
+    """What a run that goes on must have begun with: options, and digests of what they name."""
+    return {**options.to_dict(), TEXT: text_digest(rows, task, options), PARENT: parent_digest(options.model)}
+
+
+def require_same_sources(folder: Path, options: CompressOptions, rows: list[Row], *, task: Task) -> None:
+    """Checks that text and checkpoint are what a run was made from.
+
+    Raises:
+        CheckpointError: one of them is another by now.
+    """
+    stored = read_record(folder / RESULT_FILE)["options"]
+    if text_digest(rows, task, options) != stored.get(TEXT):
+        raise CheckpointError(f"the text in {', '.join(options.data)} is not what {folder} was made from; restore it")
+    if parent_digest(options.model) != stored.get(PARENT):
+        raise CheckpointError(f"the checkpoint {options.model} is not what {folder} was made from; restore it")
+
+
 def export_dtype(model: str) -> torch.dtype:
     """The dtype in which a run writes what it found: that of the parent's checkpoint, where it is of 16 bits."""
     halves = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -80,7 +113,7 @@ def options_of(record: Mapping[str, Any], *, output: str) -> CompressOptions:
     Raises:
         CheckpointError: the record holds other options than this version has.
     """
-    options = {name: value for name, value in record["options"].items() if name != "text"}
+    options = {name: value for name, value in record["options"].items() if name not in DIGESTS}
     try:
         space, data = options.pop("space"), tuple(options.pop("data"))
         given = ElasticConfig.from_dict(space) if space else None
@@ -126,7 +159,7 @@ class FinishedRun:
         dtype: of its exports.
 
     Raises:
-        CheckpointError: the folder is no run, the run is not finished, or its text is another by now.
+        CheckpointError: the folder is no run, the run is not finished, or its text or checkpoint is another by now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,9 +173,7 @@ class FinishedRun:
         self.task, self.device = resolve_task(self.options), device_of(self.options)
         self.dtype = export_dtype(self.options.model)
         self._rows = read_rows(self.options.data, text_column=self.options.text_column)
-        if text_digest(self._rows, self.task, self.options) != stored["options"].get("text"):
-            names = ", ".join(self.options.data)
-            raise CheckpointError(f"the text in {names} is not what {folder} was made from; restore it")
+        require_same_sources(folder, self.options, self._rows, task=self.task)
 
     @cached_property
     def data(self) -> TaskData:

@@ -27,7 +27,7 @@ from hf_elastic.importance import sort_by_importance_
 from hf_elastic.packed_format import quantised_layers, unpack_, write_weights
 from hf_elastic.pipeline.comparison import recorded
 from hf_elastic.pipeline.compressed_base import compress_base_, has_zeros, own_integers, plain_quality
-from hf_elastic.pipeline.kept import SORTED, text_digest
+from hf_elastic.pipeline.kept import SORTED, identity_of
 from hf_elastic.pipeline.limits import AmongSubnets, feasibility, near_limit
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.tasks import (
@@ -119,7 +119,7 @@ class LoraRun:
             )
         self.rows = read_rows(options.data, text_column=options.text_column)
         self.fresh_head = self._needs_head()
-        self._identity = {**options.to_dict(), "text": text_digest(self.rows, self.task, options)}
+        self._identity = identity_of(options, self.rows, self.task)
 
     def _needs_head(self) -> bool:
         """Whether the checkpoint lacks the classifier that the task needs."""

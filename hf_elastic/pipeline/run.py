@@ -53,9 +53,9 @@ from hf_elastic.pipeline.kept import (
     TRAINED,
     RunResult,
     export_dtype,
+    identity_of,
     recorded_export,
     reported_export,
-    text_digest,
 )
 from hf_elastic.pipeline.limits import AmongSubnets, feasible_share, near_limit
 from hf_elastic.pipeline.lora_run import LoraResult, LoraRun
@@ -133,8 +133,7 @@ class CompressRun:
         self._check_output()
         rows = read_rows(options.data, text_column=options.text_column)
         self.data: TaskData = self.task.prepare(load_tokenizer(options), rows, options)
-        self.text_digest = text_digest(rows, self.task, options)
-        self._identity = {**options.to_dict(), "text": self.text_digest}  # what a continued run must have begun with
+        self._identity = identity_of(options, rows, self.task)
 
     def _check_output(self) -> None:
         output, run = self.options.output_folder, self.folder

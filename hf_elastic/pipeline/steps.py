@@ -12,7 +12,14 @@ from hf_elastic.checkpoint.run_record import RESULT_FILE, read_record
 from hf_elastic.costs import count
 from hf_elastic.errors import ArchitectureError, CheckpointError
 from hf_elastic.pipeline.comparison import cast_parameters_
-from hf_elastic.pipeline.kept import TRAINED, export_dtype, options_of, require_run, teacher_vectors, text_digest
+from hf_elastic.pipeline.kept import (
+    TRAINED,
+    export_dtype,
+    options_of,
+    require_run,
+    require_same_sources,
+    teacher_vectors,
+)
 from hf_elastic.pipeline.limits import feasibility
 from hf_elastic.pipeline.options import CompressOptions
 from hf_elastic.pipeline.tasks import load_tokenizer, resolve_task
@@ -76,8 +83,7 @@ def search_of_run(
     feasibility(supernet, within)
     task = resolve_task(options)
     rows = read_rows(options.data, text_column=options.text_column)
-    if text_digest(rows, task, options) != record["options"].get("text"):
-        raise CheckpointError(f"the text in {', '.join(options.data)} is not what {folder} was made from; restore it")
+    require_same_sources(folder, options, rows, task=task)
     data = task.prepare(load_tokenizer(options), rows, options)
     measures = task.measures(supernet, data.validation, teacher=teacher_vectors(folder))
     cost = objectives.related_costs(supernet)[next(iter(within), "macs")]

@@ -150,8 +150,9 @@ def read_config(model: str) -> PreTrainedConfig:
             require_counts(Path(model))
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
+        here = "" if Path(model).is_dir() else ", which is no folder here"
         raise CheckpointError(
-            f"cannot load {model!r}: {one_line(error)}; pass the folder of a checkpoint, or its name on the Hub"
+            f"cannot load {model!r}{here}: {one_line(error)}; pass the folder of a checkpoint, or its name on the Hub"
         ) from error
 
 
@@ -387,11 +388,17 @@ def load_model(
         if Path(source).is_dir():
             require_filled(Path(source), task.auto_class)
         loaded: Any = task.auto_class.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-        )
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True,
+            ignore_mismatched_sizes=True,  # said here in one line
+        )  # fmt: skip
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load {source!r} for task={task.name!r}: {one_line(error)}") from error
     model: PreTrainedModel = loaded[0]
+    for name, stored, expected in sorted(loaded[1]["mismatched_keys"]):
+        raise CheckpointError(
+            f"cannot load {source!r} for task={task.name!r}: {name} is of shape {list(stored)}, its config says "
+            f"{list(expected)}; copy the folder again"
+        )
     # Embeddings do not pass the pooler, which a checkpoint of a masked language model lacks.
     missing = sorted(n for n in loaded[1]["missing_keys"] if task.name != "embedding" or "pooler" not in n)
     if missing:

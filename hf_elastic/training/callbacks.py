@@ -17,6 +17,7 @@ from hf_elastic.supernet import Supernet
 from hf_elastic.training.decay import ActiveSliceStep
 from hf_elastic.training.overrun import Overrun
 from hf_elastic.training.periods import ReleasedCallback, announce, check_restored
+from hf_elastic.training.preparation import KeptCache
 from hf_elastic.training.sampling import SamplingRule
 
 Period = Literal["step", "micro_batch"]
@@ -64,6 +65,7 @@ class SubnetSamplingCallback(ReleasedCallback):
         self.per = checked_period(per)
         self._slices = ActiveSliceStep(supernet, freeze_inactive=freeze_inactive)
         self._overrun = Overrun()
+        self._cache = KeptCache(supernet.base.config)
         self._active = ExitStack()
         self._micro_step = 0
 
@@ -141,6 +143,7 @@ class SubnetSamplingCallback(ReleasedCallback):
     ) -> None:
         """Leave nothing behind."""
         self.release()
+        self._cache.restore()
         check_restored(self.supernet, state)  # a run that was over when it was resumed has no epoch
 
     def _switch(self, state: TrainerState) -> None:

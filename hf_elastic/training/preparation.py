@@ -1,4 +1,4 @@
-"""What a model is set to for the length of a distillation."""
+"""What a model is set to for the length of a training, and what a Trainer leaves in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PretrainedConfig
 
 
 @contextmanager
@@ -28,3 +29,19 @@ def prepared_for_distillation(model: nn.Module, *, freeze_embeddings: bool) -> I
             setattr(module, name, rate)
         for weight in tables:
             weight.requires_grad_(True)
+
+
+class KeptCache:
+    """What a config says of a cache, which the stock Trainer overwrites when it is made: decoders would lose theirs.
+
+    Args:
+        config: of the model, before the Trainer is made.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self._config, self._known = config, getattr(config, "use_cache", None)
+
+    def restore(self) -> None:
+        """Says again what was said."""
+        if self._known is not None:
+            self._config.use_cache = self._known

@@ -22,6 +22,7 @@ from hf_elastic.training.callbacks import Period, SubnetSamplingCallback, check_
 from hf_elastic.training.decay import ActiveSliceStep
 from hf_elastic.training.fit_layers import FIT_FILE, FitLayers
 from hf_elastic.training.periods import announce, check_restored
+from hf_elastic.training.preparation import KeptCache
 from hf_elastic.training.resume import (
     CompleteCheckpointCallback,
     checked_blocks,
@@ -155,6 +156,7 @@ class ElasticTrainerMixin(_Below):
         self._elastic_teacher: Signal | None = None
         self._elastic_outputs_apart = False  # whether those of the loss are of a forward without gradient
         self._elastic_routers = RouterTerm(supernet, routing)
+        self._elastic_cache = KeptCache(supernet.base.config)
         teaches = None if self.distillation is None else Teacher(self.distillation, supernet)
         if not args:
             kwargs.setdefault("model", supernet.model)
@@ -260,6 +262,7 @@ class ElasticTrainerMixin(_Below):
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             self._elastic_slices.release()
+            self._elastic_cache.restore()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

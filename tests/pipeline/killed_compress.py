@@ -47,7 +47,7 @@ def run(given: CompressOptions) -> None:
     """One attempt."""
     opened = CompressRun(given, say=lambda text: None)
     if not (opened.folder / "result.json").exists():  # the number of steps must not depend on the time they take
-        record = RunRecord(opened.folder, {**given.to_dict(), "text": opened.text_digest})
+        record = RunRecord(opened.folder, opened._identity)
         record.note("plan", **PLAN)
     opened.run()
 

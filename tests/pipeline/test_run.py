@@ -17,7 +17,7 @@ import torch
 import transformers
 from killed_compress import POINTS
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import options, sentence_encoder, write_text
 
 from hf_elastic import (
@@ -32,7 +32,7 @@ from hf_elastic import (
     compress,
 )  # fmt: skip
 from hf_elastic.files import only_worker
-from hf_elastic.pipeline import CompressRun, open_supernet
+from hf_elastic.pipeline import CompressRun, export_family, open_supernet
 from hf_elastic.tables.latencies import LatencyTable
 
 Find = Callable[[str], Path]
@@ -279,8 +279,30 @@ def test_other_text_under_the_same_name_is_noticed(checkpoint: Find, tmp_path: P
     given = options(checkpoint("embedding"), write_text(tmp_path / "t.txt"), tmp_path / "out")
     silent(given)
     write_text(tmp_path / "t.txt", seed=9)
-    with pytest.raises(CheckpointError, match="with text="):
+    with pytest.raises(CheckpointError, match="made from another text under the same name"):
         silent(given)
+
+
+def test_another_checkpoint_under_the_same_name_is_noticed(checkpoint: Find, data: Find, tmp_path: Path) -> None:
+    model = shutil.copytree(checkpoint("embedding"), tmp_path / "model")
+    given = options(model, data("embedding"), tmp_path / "out")
+    silent(given)
+    weights = load_file(model / "model.safetensors")  # trained on, say: one entry of one tensor
+    next(iter(weights.values())).view(-1)[5] += 1e-3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    for gone in (False, True):  # the export would be written again from what the run keeps
+        if gone:
+            shutil.rmtree(given.output)
+        with pytest.raises(CheckpointError, match="made from another checkpoint under the same name") as caught:
+            silent(given)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="the checkpoint .*model is not what .* was made from; restore it"):
+        export_family(given.run_folder, [1.2], say=lambda text: None)
+
+
+def test_training_leaves_a_decoder_its_cache(results: dict[str, Any]) -> None:
+    given, _ = results["causal-lm"]
+    assert json.loads((Path(given.output) / "config.json").read_text())["use_cache"] is True
 
 
 def test_the_same_seed_gives_the_same_model(checkpoint: Find, data: Find, tmp_path: Path) -> None:

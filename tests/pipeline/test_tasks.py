@@ -63,6 +63,22 @@ def test_a_base_model_is_an_encoder_of_sentences(checkpoint: Find, data: Find, t
     assert resolve_task(options(folder, data("embedding"), tmp_path / "out")).name == "embedding"
 
 
+def test_weights_of_other_shapes_than_the_config_says_are_named(
+    checkpoint: Find, data: Find, tmp_path: Path
+) -> None:
+    own = json.loads((checkpoint("causal-lm") / "config.json").read_text())["intermediate_size"]
+    folder = copied(checkpoint("causal-lm"), tmp_path / "lie", intermediate_size=own // 2)
+    given = options(folder, data("causal-lm"), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=rf"proj.weight is of shape \[.*{own}.*\], its config says \[") as caught:
+        load_model(resolve_task(given), given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_relative_path_that_is_no_folder_is_said_to_be_none(data: Find, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot load 'm/nope', which is no folder here: "):
+        resolve_task(options(Path("m/nope"), data("causal-lm"), tmp_path / "out"))
+
+
 def test_no_code_of_a_checkpoint_is_asked_for_or_run(
     checkpoint: Find, data: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

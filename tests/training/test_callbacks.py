@@ -15,6 +15,7 @@ from hf_elastic import Supernet
 from hf_elastic.errors import TrainingError
 from hf_elastic.space import Architecture
 from hf_elastic.training import (
+    ElasticTrainer,
     FixedSubnet,
     ProgressiveShrinking,
     RandomSubnet,
@@ -166,6 +167,21 @@ def test_frozen_slices_stay_where_they_are_while_others_train(arguments: Argumen
 def test_a_rule_of_several_subnets_points_to_the_elastic_trainer(rule: Any) -> None:
     with pytest.raises(TrainingError, match="ElasticTrainer"):
         SubnetSamplingCallback(bert_supernet(), rule)
+
+
+@pytest.mark.parametrize("with_stock", [True, False])
+def test_a_decoder_keeps_its_cache(arguments: Arguments, with_stock: bool) -> None:
+    """The stock Trainer sets ``use_cache=False``, and what is exported afterwards would generate without one."""
+    supernet = llama_supernet()
+    rule = RandomSubnet(seed=0)
+    if with_stock:
+        callbacks = [SubnetSamplingCallback(supernet, rule)]
+        trainer = Trainer(model=supernet.model, args=arguments(), train_dataset=texts(), callbacks=callbacks)
+    else:
+        trainer = ElasticTrainer(supernet=supernet, sampling=rule, args=arguments(), train_dataset=texts())
+    assert supernet.base.config.use_cache is False
+    trainer.train()
+    assert supernet.base.config.use_cache is True
 
 
 def test_an_unknown_period_is_refused() -> None:
