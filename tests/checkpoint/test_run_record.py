@@ -61,7 +61,9 @@ def test_numbers_are_a_copy(tmp_path: Path) -> None:
         ({"seed": 1}, "seed=0, now 1"),
         ({"within": {"parameters": 0.5}}, "within={'parameters': 0.6}, now {'parameters': 0.5}"),
         ({"new": 3}, "new=None, now 3"),
-        ({"text": "x" * 1000}, r"text=None, now 'x+\.\.\.;"),
+        ({"long": "x" * 1000}, r"long=None, now 'x+\.\.\.;"),
+        ({"text": "x" * 1000}, "made from another text under the same name; restore it"),
+        ({"parent": "x"}, "made from another checkpoint under the same name; restore it"),
     ],
 )
 def test_other_options_are_refused_by_name(tmp_path: Path, changes: dict[str, object], words: str) -> None:
