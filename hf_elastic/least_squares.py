@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_elastic.errors import DataError
 
 _ROWS = 1024  # summed in float32 at once, for inputs in half precision
+_PIECE = 128  # rows of a product in float32
 _STRIP = 512  # rows or columns that are worked on at once, so that no second matrix of the size is needed
 _LARGEST_SPREAD = 1e12  # of a factor's diagonal, squared: beyond, float64 says nothing
 
@@ -42,8 +43,8 @@ class Solution:
 class NormalEquations:
     """Sums of ``xᵀx``, ``xᵀy`` and the means over batches of rows.
 
-    Products are taken in float64; for inputs in half precision in float32 over at most 1,024 rows, whose sums are
-    added in float64.
+    Products are taken in float64; for inputs in half precision in float32 over at most 1,024 rows, a few at a time,
+    whose sums are added in float64.
 
     Args:
         inputs: ``I``.
@@ -210,7 +211,7 @@ def _add_square(total: Tensor, rows: Tensor) -> None:
     """Adds ``xᵀx`` of ``(n, I)`` to ``(I, I)``, of which only what is below the diagonal is computed."""
     for start in range(0, len(total), _STRIP):
         end = start + _STRIP
-        strip = rows[:, start:end].t() @ rows[:, :end]  # (S, ≤ end)
+        strip = _product(rows[:, start:end], rows[:, :end])  # (S, ≤ end)
         total[start:end, :end] += strip
         total[:start, start:end] += strip[:, :start].t()
 
@@ -218,7 +219,21 @@ def _add_square(total: Tensor, rows: Tensor) -> None:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds ``leftᵀ right`` of ``(n, I)`` and ``(n, O)`` to ``(I, O)``."""
     for start in range(0, len(total), _STRIP):
-        total[start : start + _STRIP] += left[:, start : start + _STRIP].t() @ right
+        total[start : start + _STRIP] += _product(left[:, start : start + _STRIP], right)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ right`` of ``(n, I)`` and ``(n, O)``, ``(I, O)``.
+
+    In float32 over a few rows at a time: how a product over more of them rounds depends on the processor.
+    """
+    step = _PIECE if left.dtype == torch.float32 else max(1, len(left))
+    pieces = zip(left.split(step), right.split(step), strict=True)
+    first, second = next(pieces)
+    found = first.t() @ second
+    for first, second in pieces:
+        found.addmm_(first.t(), second)
+    return found
 
 
 def _factor(gram: Tensor, *, strength: float, moved: Tensor | None) -> list[Tensor]:

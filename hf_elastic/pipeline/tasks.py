@@ -394,7 +394,8 @@ def load_model(
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(f"cannot load {source!r} for task={task.name!r}: {one_line(error)}") from error
     model: PreTrainedModel = loaded[0]
-    for name, stored, expected in sorted(loaded[1]["mismatched_keys"]):
+    if mismatched := sorted(loaded[1]["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
         raise CheckpointError(
             f"cannot load {source!r} for task={task.name!r}: {name} is of shape {list(stored)}, its config says "
             f"{list(expected)}; copy the folder again"

@@ -104,13 +104,10 @@ def test_sums_of_squares_of_large_half_activations_are_those_of_numpy(solved: st
     sums: Any = NormalEquations(12) if solved == "gram" else Scatter(12)
     for part in x.split(700):
         sums.add(part)
-    # Sums of float32 over 700 rows round 700 times, how depends on the processor: theory says as the root.
-    rounding = 700**0.5 * 2**-24 * np.linalg.norm(wide.T @ wide) if solved == "gram" else 0.0
     for centred in (False, True):
         around = wide - wide.mean(0) if centred else wide
         got = sums.scatter(centred=centred) if solved == "gram" else sums.matrix(centred=centred)
-        allowed = max(rounding, 1e-6 * np.linalg.norm(around.T @ around))
-        assert np.linalg.norm(got.numpy() - around.T @ around) <= allowed
+        assert np.linalg.norm(got.numpy() - around.T @ around) <= 1e-6 * np.linalg.norm(around.T @ around)
 
 
 @EVERY
