@@ -65,8 +65,9 @@ def given_path(name: str | os.PathLike[str], *, error: type[ElasticError] = Chec
     """A path as a user gives it, ``~`` read as a home; there need be nothing.
 
     Raises:
-        ElasticError: of the class ``error``; no file can have that name.
+        ElasticError: of the class ``error``; no file can have that name, or it is empty.
     """
+    _require_name(name, error=error)
     try:
         path = Path(name).expanduser()
         path.lstat()
@@ -76,6 +77,12 @@ def given_path(name: str | os.PathLike[str], *, error: type[ElasticError] = Chec
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{os.fspath(name)[:200]!r} can be no file here ({reason}); check the path") from problem
     return path
+
+
+def _require_name(name: str | os.PathLike[str], *, error: type[ElasticError]) -> None:
+    """Refuses an empty path: Python reads it as the current folder, which an unset shell variable does not mean."""
+    if not os.fspath(name):
+        raise error("a path is empty; name a file or a folder, '.' for the current one")
 
 
 def require_writable(path: Path) -> None:
@@ -228,6 +235,7 @@ def _prepared(target: str | Path, *, overwrite: bool) -> tuple[Path, list[Path]]
     """Checks the target and makes the folders above it; returns it and what was made, innermost first."""
     made: list[Path] = []
     try:
+        _require_name(target, error=CheckpointError)
         final = Path(target).expanduser().resolve()  # behind a link: the folder is replaced, the link stays
         remove_half_written(final)
         if final.exists() and not final.is_dir():

@@ -63,12 +63,17 @@ def text(name: str) -> str:
     if (DATA / name).is_file():
         print(f"text: {name} of HF_ELASTIC_DATA")
         return (DATA / name).read_text(encoding="utf-8").replace("<|endoftext|>", "\n")
+    print(f"text: Python's documentation, as HF_ELASTIC_DATA has no {name}")
+    return _documentation(second="grimm" in name)  # so that two names give two texts
+
+
+def _documentation(*, second: bool = False) -> str:
+    """The first or the second half of Python's own documentation."""
     from pydoc_data.topics import topics
 
-    print(f"text: Python's documentation, as HF_ELASTIC_DATA has no {name}")
-    names = sorted(topics)  # two halves, so that two names give two texts
+    names = sorted(topics)
     half = len(names) // 2
-    return "\n\n".join(topics[topic] for topic in (names[half:] if "grimm" in name else names[:half]))
+    return "\n\n".join(topics[topic] for topic in (names[half:] if second else names[:half]))
 
 
 def lines(name: str, *columns: str) -> list[str]:
@@ -194,7 +199,7 @@ def _random_encoder(folder: Path) -> Path:
         max_position_embeddings=256, pad_token_id=0,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
-    _tokenizer(text("none"), encoder=True).save_pretrained(folder)
+    _tokenizer(_documentation(), encoder=True).save_pretrained(folder)
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [
         {"idx": n, "name": str(n), "path": f"{n}_{kind}" if n else "", "type": f"sentence_transformers.models.{kind}"}
@@ -214,7 +219,7 @@ def _random_encoder(folder: Path) -> Path:
 def _trained_here(folder: Path) -> Path:
     if folder.is_dir():
         return folder
-    content = text("none")
+    content = _documentation()
     tokenizer = _tokenizer(content, encoder=False)
     transformers.set_seed(0)
     config = LlamaConfig(

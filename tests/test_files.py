@@ -485,6 +485,15 @@ def test_a_name_that_no_file_can_have_is_refused(name: str, reason: str) -> None
         given_path(name, error=DataError)
 
 
+def test_an_empty_name_is_refused_and_the_current_folder_has_to_be_named(tmp_path: Path) -> None:
+    for error in (CheckpointError, DataError):
+        with pytest.raises(error, match=r"a path is empty; name a file or a folder, '\.' for the current one"):
+            given_path("", error=error)
+    with pytest.raises(CheckpointError, match="a path is empty"), whole_folder(""):
+        pass
+    assert given_path(".") == Path()
+
+
 def test_a_name_that_a_file_may_have_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("x")

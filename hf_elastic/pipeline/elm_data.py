@@ -263,7 +263,9 @@ def read_labelled(options: ElmOptions, tokenizer: PreTrainedTokenizerBase) -> La
     rows = read_rows(options.finetune, text_column=options.text_column)
     column = options.label_column
     if missing := next((row for row in rows if row.get(column) is None), None):
-        raise DataError(f"finetune needs a column {column!r}, a row has only {sorted(missing)}; set label_column")
+        raise DataError(
+            f"finetune needs a column {column!r}, a row has only {sorted(missing)}; set label_column (--label-column)"
+        )
     labels = sorted({str(row[column]) for row in rows})
     if len(rows) < _FEWEST_ROWS or len(labels) < 2:
         raise DataError(

@@ -129,7 +129,7 @@ class CompressOptions:
             raise TrainingError(f"learning_rate={self.learning_rate!r} must be a number above 0")
         if not _is_number(self.share) or not 0 <= self.share <= 1:
             raise TrainingError(f"share={self.share!r} must be a number between 0 and 1")
-        if not self.output_folder.name:
+        if not self.output or not self.output_folder.name:
             raise CheckpointError(f"output={self.output!r} names no folder; give one that does not exist")
 
     @property

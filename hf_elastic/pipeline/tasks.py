@@ -351,7 +351,10 @@ def _token_blocks(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: 
 def _label_data(tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: CompressOptions) -> TaskData:
     column = options.label_column
     if missing := next((row for row in rows if column not in row), None):
-        raise DataError(f"classification needs a column {column!r}, a row has only {sorted(missing)}; set label_column")
+        raise DataError(
+            f"classification needs a column {column!r}, a row has only {sorted(missing)}; "
+            "set label_column (--label-column)"
+        )
     known = {str(name): int(number) for name, number in (read_config(options.model).label2id or {}).items()}
     labels = [_label(row[column], known) for row in rows]
     features = _encode(tokenizer, [row[options.text_column] for row in rows], options)

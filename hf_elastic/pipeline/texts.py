@@ -96,7 +96,7 @@ def _checked(rows: list[Row], source: str, text_column: str) -> list[Row]:
             columns = ", ".join(str(name) for name in row)
             raise DataError(
                 f"row {number} of {source} has no text in column {text_column!r}, its columns are: {columns}; "
-                "set text_column"
+                "set text_column (--text-column)"
             )
     return rows
 

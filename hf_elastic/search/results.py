@@ -70,7 +70,7 @@ class Goal:
         return 1 if self.direction == "minimize" else -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """Hold every evaluation of a search and answer questions about them.
 
@@ -139,6 +139,20 @@ class SearchResult:
     def smallest(self) -> Evaluation | None:
         """Evaluation of the smallest architecture; None when the limits exclude it."""
         return self.of(self.space.smallest())
+
+    def __str__(self) -> str:
+        front = self.front
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        kept = f", {len(self.feasible)} keep {_joined(self.limits)}" if self.limits else ""
+        text = f"{self.algorithm}, seed {self.seed}: {len(self.evaluations)} evaluations{failed}{kept}"
+        if not front:
+            return text
+        ranges = [(goal, [e.values[goal.name] for e in front]) for goal in self.objectives]
+        spans = [f"{goal.name} {min(of):g} to {max(of):g}{goal.unit and ' ' + goal.unit}" for goal, of in ranges]
+        return f"{text}; front of {len(front)}: {', '.join(spans)}"
+
+    def __repr__(self) -> str:
+        return f"<SearchResult {self}>"  # of thousands of evaluations all fields are pages
 
     def of(self, architecture: Architecture) -> Evaluation | None:
         """Return the evaluation of ``architecture``, or None when it was not evaluated."""

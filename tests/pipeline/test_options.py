@@ -51,6 +51,7 @@ BAD: list[tuple[type[ElasticError], dict[str, Any], str]] = [
     (SearchError, {"seed": -1}, "seed=-1"),
     (SearchError, {"seed": 2**32}, "seed=4294967296"),
     (CheckpointError, {"output": "/"}, "output='/'"),
+    (CheckpointError, {"output": ""}, "output='' names no folder"),
     (SpaceError, {"speedup": 1.0}, "number above 1"),
     (SpaceError, {"speedup": "fast"}, "speedup 'fast'"),
     (SpaceError, {"latency": "8"}, "8ms"),

@@ -4,11 +4,12 @@ import json
 import os
 import random
 import stat
+from dataclasses import replace
 
 import pytest
 
 from hf_elastic.errors import CheckpointError, InfeasibleError, SearchError
-from hf_elastic.search import Evaluation, Objective, SearchResult, search_subnets
+from hf_elastic.search import Evaluation, Failure, Objective, SearchResult, search_subnets
 from tests.search.toy import layers_problem, widths_problem
 
 
@@ -73,6 +74,9 @@ def test_nothing_feasible_is_an_error_of_best_and_an_empty_front():
     assert result.front == () and len(result.evaluations) == 60
     with pytest.raises(InfeasibleError, match="none of 60 evaluations keeps loss <= 1e-09"):
         result.best("loss")
+    assert str(result) == "random, seed 0: 60 evaluations, 0 keep loss <= 1e-09"
+    failures = (Failure(result.space.largest(), "it broke", 60),) * 2
+    assert "60 evaluations, 2 failed, 0 keep" in str(replace(result, failures=failures))
 
 
 def test_saved_results_are_equal_and_answer_the_same(tmp_path):
@@ -106,6 +110,16 @@ def test_results_that_cannot_be_written_or_read_are_named(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="no text"):
         SearchResult.load(tmp_path / "binary")
+
+
+def test_a_result_is_printed_as_a_line_and_not_as_all_its_evaluations():
+    result = searched(within={"parameters": 0.8})
+    line, front = str(result), result.front
+    losses, parameters = ([e.values[name] for e in front] for name in ("loss", "parameters"))
+    assert line.startswith(f"{result.algorithm}, seed {result.seed}: {len(result.evaluations)} evaluations")
+    assert f", {len(result.feasible)} keep {result.limits[0]}; front of {len(front)}: " in line
+    assert f"loss {min(losses):g} to {max(losses):g}, parameters {min(parameters):g} to {max(parameters):g}" in line
+    assert "failed" not in line and len(line) < 200 and line in repr(result) and len(repr(result)) < 250
 
 
 def test_texts_that_are_no_result_are_refused_in_one_line():

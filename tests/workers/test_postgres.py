@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +19,7 @@ from hf_elastic.search.journal import Proposal
 from hf_elastic.search.samplers import TrialEncoding
 from hf_elastic.search.storage import DatabaseJournal
 from tests.workers.postgres_server import PostgresServer
-from tests.workers.searching import evaluated, problem, start, wait_for
+from tests.workers.searching import evaluated, logged, problem, start, wait_for
 
 
 def open_claims(server: PostgresServer, url: str) -> int:
@@ -110,30 +110,23 @@ def test_a_search_outlives_a_restart_of_its_server(postgres: PostgresServer) -> 
     assert result == search_subnets(space, [loss, cost], evaluations=10, seed=3, progress=False)
 
 
-def test_sigterm_does_not_wait_for_a_server_that_is_away(postgres: PostgresServer) -> None:
-    url = postgres.new_database()
-    space, (loss, cost) = problem()
-    calls = 0
-
-    def interrupted(architecture: object) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            postgres.stop()
-            threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
-        return float(loss.function(architecture))  # type: ignore[arg-type]
-
-    goals, options = [replace(loss, function=interrupted), cost], {"evaluations": 6, "seed": 3, "progress": False}
-    began = time.monotonic()
+def test_sigterm_does_not_wait_for_a_server_that_is_away(postgres: PostgresServer, tmp_path: Path) -> None:
+    url, log, gate = postgres.new_database(), tmp_path / "log", tmp_path / "gate"
+    process = start(output=str(tmp_path / "output"), log=str(log), until=str(gate), storage=url, evaluations=6)
+    wait_for(lambda: len(evaluated(log)) == 1)
+    postgres.stop()
     try:
-        with pytest.raises(SystemExit):
-            search_subnets(space, goals, storage=url, **options)  # type: ignore[arg-type]
+        gate.touch()  # the evaluation ends, and there is nobody to write it down for
+        time.sleep(1.0)
+        assert process.poll() is None and len(evaluated(log)) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=60)[1] == "" and process.returncode == PREEMPTED
     finally:
         postgres.start()
-    assert time.monotonic() - began < 60
-    alone = search_subnets(space, [loss, cost], **options)  # type: ignore[arg-type]
-    assert search_subnets(space, goals, storage=url, **options) == alone  # type: ignore[arg-type]
-    assert calls == 7  # the third one again
+    options: dict[str, Any] = {"evaluations": 6, "seed": 3, "progress": False}
+    space, goals = problem()[0], logged(str(log))
+    assert search_subnets(space, goals, storage=url, **options) == search_subnets(*problem(), **options)
+    assert len(evaluated(log)) == 7  # the first one again
 
 
 def test_leases_go_by_the_clock_of_the_server(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
