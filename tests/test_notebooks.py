@@ -239,10 +239,10 @@ def test_the_notebook_runs(
     shutil.copytree(FOLDER.parent / "examples", here.parent / "examples")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.delenv("HF_ELASTIC_DATA", raising=False)
     if kind == "real":
         monkeypatch.setenv("HF_ELASTIC_DATA", str(request.getfixturevalue("data_dir")))
     else:
+        monkeypatch.delenv("HF_ELASTIC_DATA", raising=False)
         (here.parent / "examples" / "compress_minilm.py").write_text(NO_WEIGHTS)
     notebook = nbformat.read(here / path.name, as_version=4)
     client = nbclient.NotebookClient(
@@ -254,6 +254,6 @@ def test_the_notebook_runs(
     )
     client.execute()  # raises with the traceback of the cell that fails
     printed = "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell["outputs"])
-    asks_for_data = not used_names(notebook, "materials").isdisjoint({"text", "lines", "rows_of"})
+    asks_for_data = not used_names(notebook, "materials").isdisjoint({"text", "lines", "rows_of", "DATA"})
     assert ("HF_ELASTIC_DATA has no " in printed) == (kind == "made here" and asks_for_data)
     assert ("model: NOT " in printed) >= (kind == "made here")  # real data without weights of MiniLM is possible
