@@ -485,7 +485,7 @@ def test_a_name_that_no_file_can_have_is_refused(name: str, reason: str) -> None
         given_path(name, error=DataError)
 
 
-def test_an_empty_name_is_refused_and_the_current_folder_has_to_be_named(tmp_path: Path) -> None:
+def test_an_empty_name_is_refused_and_the_current_folder_has_to_be_named() -> None:
     for error in (CheckpointError, DataError):
         with pytest.raises(error, match=r"a path is empty; name a file or a folder, '\.' for the current one"):
             given_path("", error=error)

@@ -122,6 +122,7 @@ def test_sigterm_does_not_wait_for_a_server_that_is_away(postgres: PostgresServe
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=60)[1] == "" and process.returncode == PREEMPTED
     finally:
+        process.kill()  # where it waits after all
         postgres.start()
     options: dict[str, Any] = {"evaluations": 6, "seed": 3, "progress": False}
     space, goals = problem()[0], logged(str(log))
